@@ -1,0 +1,132 @@
+"""The ascent (pass 1): where the perturbation's direction comes from.
+
+``SelectiveAscent`` differentiates the loss with respect to the selected neurons only: no weight gradients are computed, no
+``.grad`` is touched, and the backward pass ends at the lowest selected layer. ``GradAscent`` takes the direction from the
+``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .binding import Target
+
+
+class Ascent(Protocol):
+    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` where one has failed."""
+
+    def begin(self) -> None: ...
+
+    def ascend(self, loss: Tensor) -> None:
+        """One backward pass that belongs to the ascent."""
+
+    def collect(self) -> None:
+        """Take in what a ``loss.backward()`` by somebody else, a closure, has left behind."""
+
+    def finish(self) -> tuple[list[Target], list[Tensor]]:
+        """The targets that have a gradient, and their compact gradients."""
+
+    def abort(self) -> None: ...
+
+
+class SelectiveAscent:
+    """``torch.autograd.grad`` of the loss on the compact directions, added up over micro-batches."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+        self._leaves: list[tuple[Target, Tensor]] = []
+        self._sums: dict[Target, Tensor] = {}
+
+    def begin(self) -> None:
+        # A weight that no tap can stand for is differentiated itself; a frozen one then has no gradient, as under SAM.
+        usable = [target for target in self._targets if target.taps or target.parameter.requires_grad]
+        self._leaves = [(target, target.leaf() if target.taps else target.parameter) for target in usable]
+        self._sums = {}
+        for target, leaf in self._leaves:
+            for tap in target.taps:
+                tap.observe(leaf)
+
+    def ascend(self, loss: Tensor) -> None:
+        check_differentiable(loss)
+        grads = torch.autograd.grad(loss, [leaf for _, leaf in self._leaves], allow_unused=True)
+        if self._leaves and all(grad is None for grad in grads):
+            raise RuntimeError(
+                "the loss depends on no selected neuron: run its forward pass inside `with opt.ascent():`, "
+                "through the model that the optimizer was given"
+            )
+        for (target, _), grad in zip(self._leaves, grads, strict=True):
+            self._add(target, grad)
+
+    def collect(self) -> None:
+        for target, leaf in self._leaves:
+            self._add(target, leaf.grad)
+
+    def finish(self) -> tuple[list[Target], list[Tensor]]:
+        targets, values = list(self._sums), [value.contiguous() for value in self._sums.values()]
+        self.abort()
+        return targets, values
+
+    def abort(self) -> None:
+        for target, _ in self._leaves:
+            for tap in target.taps:
+                tap.rest()
+        self._leaves, self._sums = [], {}
+
+    def _add(self, target: Target, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        grad = grad.detach() if target.taps else target.compact(grad)
+        # Not in place: autograd may hand the same tensor out for two inputs.
+        self._sums[target] = self._sums[target] + grad if target in self._sums else grad
+
+
+class GradAscent:
+    """Ordinary backward passes into ``.grad``, which is left as it was found."""
+
+    def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter]) -> None:
+        self._targets = targets
+        self._parameters = parameters
+        self._earlier: list[tuple[nn.Parameter, Tensor | None]] = []
+
+    def begin(self) -> None:
+        self._earlier = [(parameter, parameter.grad) for parameter in self._parameters]
+        clear_gradients(self._parameters)
+
+    def ascend(self, loss: Tensor) -> None:
+        check_differentiable(loss)
+        loss.backward()
+
+    def collect(self) -> None:
+        return None
+
+    def finish(self) -> tuple[list[Target], list[Tensor]]:
+        targets, values = gather_gradients(self._targets)
+        self.abort()
+        return targets, values
+
+    def abort(self) -> None:
+        for parameter, grad in self._earlier:
+            parameter.grad = grad
+        self._earlier = []
+
+
+def gather_gradients(targets: Sequence[Target]) -> tuple[list[Target], list[Tensor]]:
+    """The compact ``.grad`` of each target that has one."""
+    found = [(target, grad) for target in targets if (grad := target.gradient()) is not None]
+    values, _ = ops.gather([g for _, g in found], [t.index for t, _ in found], [t.axis for t, _ in found])
+    return [target for target, _ in found], values
+
+
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def check_differentiable(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise RuntimeError("the ascent's loss does not require grad: compute it with gradients enabled, not detached")

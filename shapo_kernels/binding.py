@@ -1,0 +1,177 @@
+"""A subspace bound to a model: for every selected weight its parameter, its compact form and the taps on its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from .naming import owners
+from .ops.subspace_update import compute_dtype_of
+from .subspace import Subspace, SubspaceError
+from .taps import Tap, stores_features_first
+
+
+class Target:
+    """One selected weight.
+
+    Args:
+        names: what the subspace calls it; several where tied weights are named twice.
+        parameter: the model's parameter.
+        index: sorted neuron indices.
+        axis: the neuron axis.
+        modules: the layers that compute with it, and under which attribute they hold it.
+        tapped: put taps on the layers (they must all be linear); otherwise the parameter itself is differentiated.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        parameter: nn.Parameter,
+        index: Tensor,
+        axis: int,
+        modules: list[tuple[nn.Module, str]],
+        *,
+        tapped: bool,
+    ) -> None:
+        self.names, self.parameter, self.modules = names, parameter, modules
+        self._index = index
+        shape = tuple(parameter.shape)
+        self._whole = index.numel() == (shape[axis] if shape else 1)
+        # A whole weight is one run of memory, whatever its dimensions: rows along its first axis.
+        self.axis = axis if len(shape) == 2 and not self._whole else 0
+        self._matrix = _matrix_shape(names[0], shape, self._whole)
+        if self._whole:
+            self._index = torch.arange(self._matrix[0])
+        self.taps: tuple[Tap, ...] = ()
+        if tapped:
+            tap_index = None if self._whole else index
+            self.taps = tuple(
+                Tap(features_first=bool(stores_features_first(module)), axis=axis, index=tap_index)
+                for module, _ in modules
+            )
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def index(self) -> Tensor:
+        """The indices on the parameter's device."""
+        if self._index.device != self.parameter.device:
+            self._index = self._index.to(self.parameter.device)
+        return self._index
+
+    @property
+    def compact_shape(self) -> tuple[int, int]:
+        rows, columns = self._matrix
+        return (rows, self._index.numel()) if self.axis == 1 else (self._index.numel(), columns)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of this weight's direction."""
+        return compute_dtype_of(self.parameter.dtype)
+
+    def weight(self) -> Tensor:
+        """The weight as the 2-D tensor that the operators write to: a view, made anew because storage may have moved."""
+        return self.parameter.detach().view(self._matrix)
+
+    def gradient(self) -> Tensor | None:
+        """The parameter's ``.grad`` as such a tensor.
+
+        Raises:
+            TypeError: it is sparse.
+        """
+        grad = self.parameter.grad
+        if grad is None:
+            return None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"the gradient of {self.name!r} is {grad.layout}: ShaPO needs dense gradients (sparse=False)"
+            )
+        return grad.detach().reshape(self._matrix)
+
+    def compact(self, gradient: Tensor) -> Tensor:
+        """The selected neurons of a gradient of the whole parameter, in the compute dtype."""
+        matrix = gradient.detach().reshape(self._matrix)
+        selected = matrix if self._whole else matrix.index_select(self.axis, self.index)
+        return selected.to(self.compute_dtype)
+
+    def leaf(self) -> Tensor:
+        """A direction that is zero everywhere and takes no memory, to differentiate with respect to."""
+        zero = torch.zeros((), dtype=self.compute_dtype, device=self.parameter.device)
+        return zero.expand(self.compact_shape).requires_grad_()
+
+    def attach(self) -> None:
+        self._handles = [
+            tap.attach(module) for tap, (module, _) in zip(self.taps, self.modules, strict=bool(self.taps))
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
+    """The targets of a subspace in a model, a tied weight once.
+
+    Args:
+        delta: every weight must be perturbed without being written, so each of its layers must be linear.
+
+    Raises:
+        SubspaceError: the subspace does not fit the model; a weight that the perturbation cannot be applied to.
+    """
+    owner_of = owners(model)
+    grouped: dict[int, list[str]] = {}
+    resolved = subspace.resolve(model)
+    for name, parameter in resolved.items():
+        grouped.setdefault(id(parameter), []).append(name)
+    targets = []
+    for names in grouped.values():
+        parameter = resolved[names[0]]
+        if isinstance(parameter, DTensor):
+            raise SubspaceError(f"{names[0]!r} is sharded (DTensor): wrap the optimizer of an unsharded or DDP model")
+        axis = subspace.axis(names[0])
+        if any(subspace.axis(name) != axis for name in names):
+            raise SubspaceError(f"{' and '.join(map(repr, names))} are one tied weight, selected on different axes")
+        if parameter.dim() > 2 and not parameter.is_contiguous():
+            raise SubspaceError(
+                f"{names[0]!r} has strides {list(parameter.stride())}: more than two axes must be contiguous"
+            )
+        index = torch.unique(torch.cat([subspace[name] for name in names]))
+        modules = owner_of[id(parameter)]
+        linear = all(
+            attribute == "weight" and stores_features_first(module) is not None for module, attribute in modules
+        )
+        partial = parameter.dim() > 0 and index.numel() < parameter.shape[axis]
+        if delta and not linear:
+            raise SubspaceError(
+                f"{names[0]!r} belongs to no nn.Linear or Conv1D alone: perturbation='delta' cannot move it; use 'in_place'"
+            )
+        targets.append(Target(tuple(names), parameter, index, axis, modules, tapped=linear and (partial or delta)))
+    return targets
+
+
+def attach(targets: Iterable[Target]) -> None:
+    for target in targets:
+        target.attach()
+
+
+def detach(targets: Iterable[Target]) -> None:
+    for target in targets:
+        target.detach()
+
+
+def _matrix_shape(name: str, shape: tuple[int, ...], whole: bool) -> tuple[int, int]:
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    if len(shape) > 2:
+        return shape[0], math.prod(shape[1:])
+    # A whole vector is one row, copied as a run; single elements of one are rows of length 1.
+    return (1, math.prod(shape)) if whole else (shape[0], 1)

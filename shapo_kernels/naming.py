@@ -1,0 +1,49 @@
+"""Names of the unwrapped model: what DDP, torch.compile, FSDP, checkpointing and PEFT put before or into them is seen through."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# Inserted anywhere: by torch.compile, FSDP1, activation checkpointing, and PEFT around a layer that it adapts.
+_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
+# Put before everything: by DDP, DataParallel and engines built alike, and by PEFT around the whole model.
+_PREFIXES = ("module.", "base_model.model.")
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter under its name in the unwrapped model; a tied one under each of its names."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        unwrapped = _aliases(name)[-1]
+        clash = parameters.get(unwrapped, parameter) is not parameter
+        parameters[name if clash else unwrapped] = parameter
+    return parameters
+
+
+def parameter_aliases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter under each name that a subspace may give it: as it stands, and with wrappers seen through.
+
+    What a name says literally comes first, so that a module that is really called ``module`` keeps its name.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, nn.Parameter] = dict(named)
+    for name, parameter in named:
+        for alias in _aliases(name):
+            parameters.setdefault(alias, parameter)
+    return parameters
+
+
+def _aliases(name: str) -> list[str]:
+    aliases = [name, ".".join(part for part in name.split(".") if part not in _COMPONENTS)]
+    while prefix := next((p for p in _PREFIXES if aliases[-1].startswith(p)), None):
+        aliases.append(aliases[-1][len(prefix) :])
+    return aliases
+
+
+def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a parameter -> the modules that hold it, and under which attribute; several where weights are tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append((module, attribute))
+    return found

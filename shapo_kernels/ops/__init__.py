@@ -1,0 +1,30 @@
+"""The operators: one public function each, which validates, chooses a backend and keeps autograd's books.
+
+``subspace_update``: gather the selected gradient with its norm, scale, perturb in place, restore.
+``neuron_update``: the forward of a perturbation that is added instead of written, and the gradient of such a direction.
+``column_cosine``: the cosine of every neuron with one direction.
+"""
+
+from .column_cosine import column_cosine
+from .neuron_update import neuron_gradient, neuron_tap, neuron_update
+from .subspace_update import (
+    gather,
+    perturb_,
+    perturbation_scale,
+    restore_,
+    selected_squared_norms,
+    squared_norms,
+)
+
+__all__ = [
+    "column_cosine",
+    "gather",
+    "neuron_gradient",
+    "neuron_tap",
+    "neuron_update",
+    "perturb_",
+    "perturbation_scale",
+    "restore_",
+    "selected_squared_norms",
+    "squared_norms",
+]

@@ -1,0 +1,280 @@
+r"""The subspace update: gather the selected gradient and its norm, scale, perturb in place, restore.
+
+    eps = rho * g_S / (||g_S||_2 + eta),      W[S] <- W[S] + eps,      W[S] <- the bits it had
+
+(Foret et al., arXiv:2010.01412, eq. 2, restricted to a subspace S as in ShaPO, arXiv:2602.07340.) Each function takes every
+layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on; its
+*compact* form is what ``index_select(axis, index)`` gives: ``[rows, k]`` for axis 1, ``[k, columns]`` for axis 0. The
+compute dtype is float64 where the layer is float64, else float32; squared norms, radii and scales are float64 tensors on
+the layers' device, so that nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends, native
+from ._checks import check_floating, check_lengths, check_same_device
+
+NORMS = ("global", "layer", "none")
+
+
+def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that directions of a layer of ``dtype`` are held in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gather(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    r"""The selected neurons of each layer, compact, and their squared norms.
+
+    .. math:: v_l = \mathrm{source}_l[S_l], \qquad n_l = \sum v_l^2
+
+    Args:
+        sources: n floating-point tensors ``[rows, columns]`` of any stride (gradients, usually).
+        indices: n int64 tensors of neuron indices, sorted for speed.
+        axes: n times 0 (neurons are rows) or 1 (neurons are columns).
+
+    Returns:
+        n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in an
+        order that does not depend on the number of threads.
+
+    Raises:
+        TypeError: a tensor that is not floating point, an index that is not int64.
+        ValueError: lists of different lengths, tensors that are not 2-D or lie on several devices, an axis other than 0, 1.
+    """
+    _check_layers("sources", sources, indices, axes)
+    if not sources:
+        return [], torch.empty(0, dtype=torch.float64)
+    values = [
+        torch.empty(_compact_shape(source, index, axis), dtype=compute_dtype_of(source.dtype), device=source.device)
+        for source, index, axis in zip(sources, indices, axes, strict=True)
+    ]
+    squares = torch.empty(len(sources), dtype=torch.float64, device=sources[0].device)
+    backends.function(sources[0].device, "gather_into")(list(sources), list(indices), list(axes), values, squares)
+    torch.autograd.graph.increment_version([*values, squares])
+    return values, squares
+
+
+def squared_norms(values: Sequence[Tensor]) -> Tensor:
+    """The squared 2-norm of each tensor: ``[n]``, float64, accumulated in float64 in a fixed order.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: tensors on several devices.
+    """
+    check_floating("values", values)
+    check_same_device("values", values)
+    if not values:
+        return torch.empty(0, dtype=torch.float64)
+    return backends.function(values[0].device, "squared_norms")(list(values))
+
+
+def selected_squared_norms(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> Tensor:
+    """The squared norms that :func:`gather` returns, without writing the compact values."""
+    _check_layers("sources", sources, indices, axes)
+    if not sources:
+        return torch.empty(0, dtype=torch.float64)
+    return backends.function(sources[0].device, "selected_squared_norms")(list(sources), list(indices), list(axes))
+
+
+def perturbation_scale(
+    squared_norms: Tensor,
+    rho: Tensor,
+    *,
+    weight_squared_norms: Tensor | None = None,
+    norm: str = "global",
+    eta: float = 1e-12,
+) -> Tensor:
+    r"""The factor that turns each layer's gradient into its perturbation, on the device.
+
+    .. math:: s_l = \frac{\rho_l}{N_l + \eta}, \qquad N_l = \sqrt{\textstyle\sum_m n_m} \text{ (global)}, \;
+              \sqrt{n_l} \text{ (layer)}; \qquad s_l = \rho_l \text{ (none)}
+
+    With ``weight_squared_norms`` the radius is relative: rho_l is multiplied by the norm of the weights, over all layers
+    for "global", of the layer itself for "layer". Where the norm is zero or not finite the scale is 0, so that the weights
+    stay as they are: no decision is taken on the host.
+
+    Args:
+        squared_norms: n_l, float64 ``[n]``.
+        rho: radius of each layer, float64 ``[n]``.
+        weight_squared_norms: squared norms of the selected weights, float64 ``[n]``, for a relative radius.
+        norm: "global", "layer" or "none".
+        eta: added to the norm.
+
+    Raises:
+        TypeError: tensors that are not float64.
+        ValueError: an unknown norm, shapes that differ, a relative radius with norm "none".
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+    if norm == "none" and weight_squared_norms is not None:
+        raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
+    for name, tensor in (
+        ("squared_norms", squared_norms),
+        ("rho", rho),
+        ("weight_squared_norms", weight_squared_norms),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float64:
+            raise TypeError(f"{name} is {tensor.dtype}: expected torch.float64")
+        if tensor.dim() != 1 or tensor.shape != squared_norms.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}: expected {[squared_norms.numel()]}, one for each layer"
+            )
+    if not squared_norms.numel():
+        return torch.empty_like(rho)
+    return backends.function(squared_norms.device, "perturbation_scale")(
+        squared_norms, rho, weight_squared_norms, norm, eta
+    )
+
+
+def perturb_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    axes: Sequence[int],
+    directions: Sequence[Tensor],
+    scale: Tensor,
+    backups: Sequence[Tensor],
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Add ``scale_l * directions_l`` to the selected neurons in place, keeping their old bits in ``backups``.
+
+    .. math:: b_l = W_l[S_l], \qquad W_l[S_l] \leftarrow \mathrm{round}(W_l[S_l] + s_l d_l)
+
+    Only the selected neurons are read and written. A layer whose scale is 0 is not written at all, whatever its direction
+    holds. In low precision much of a small perturbation rounds away; the returned sums say how much reached the weights:
+    with realised = c(W_new) - c(W_old), where c rounds to ``compute_dtype``,
+
+        column 0: ||realised||^2     column 1: <realised, s_l d_l>     column 2: ||W_old[S_l]||^2
+
+    Args:
+        weights: n floating-point tensors ``[rows, columns]`` of any stride.
+        indices, axes: as for :func:`gather`; an index twice in one layer is an error of the caller.
+        directions: n contiguous compact tensors in the compute dtype.
+        scale: float64 ``[n]``.
+        backups: n contiguous compact tensors in the weights' dtype, overwritten.
+        compute_dtype: the dtype that the weights are used in (autocast's); the weights' own by default.
+
+    Returns:
+        float64 ``[n, 3]``.
+
+    Raises:
+        TypeError: a dtype other than described. ValueError: a shape or device other than described.
+    """
+    _check_layers("weights", weights, indices, axes)
+    _check_compact("directions", directions, weights, indices, axes, [compute_dtype_of(w.dtype) for w in weights])
+    _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
+    if scale.dtype != torch.float64 or list(scale.shape) != [len(weights)]:
+        raise ValueError(
+            f"scale is {scale.dtype} {list(scale.shape)}: expected torch.float64 {[len(weights)]}, one for each layer"
+        )
+    if not weights:
+        return torch.empty(0, 3, dtype=torch.float64)
+    realised = backends.function(weights[0].device, "perturb_")(
+        list(weights), list(indices), list(axes), list(directions), scale, list(backups), compute_dtype
+    )
+    # Custom operators do not bump version counters by themselves; without it autograd would use changed weights silently.
+    torch.autograd.graph.increment_version([*weights, *backups])
+    return realised
+
+
+def restore_(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int], backups: Sequence[Tensor]
+) -> None:
+    """Write the bits kept by :func:`perturb_` back: ``W_l[S_l] <- backups_l``.
+
+    Raises:
+        TypeError, ValueError: as :func:`perturb_`.
+    """
+    _check_layers("weights", weights, indices, axes)
+    _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
+    if not weights:
+        return
+    backends.function(weights[0].device, "restore_")(list(weights), list(indices), list(axes), list(backups))
+    torch.autograd.graph.increment_version(list(weights))
+
+
+def _compact_shape(tensor: Tensor, index: Tensor, axis: int) -> tuple[int, int]:
+    return (tensor.shape[0], index.numel()) if axis == 1 else (index.numel(), tensor.shape[1])
+
+
+def _check_layers(name: str, tensors: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> None:
+    check_lengths({name: tensors, "indices": indices, "axes": axes})
+    check_floating(name, tensors)
+    check_same_device(name, [*tensors, *indices])
+    for position, (tensor, index, axis) in enumerate(zip(tensors, indices, axes, strict=True)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}[{position}] has shape {list(tensor.shape)}: expected [rows, columns]")
+        if index.dtype != torch.int64:
+            raise TypeError(f"indices[{position}] is {index.dtype}: expected torch.int64")
+        if index.dim() != 1:
+            raise ValueError(f"indices[{position}] has shape {list(index.shape)}: expected [neurons]")
+        if axis not in (0, 1):
+            raise ValueError(f"axes[{position}] is {axis!r}: expected 0 (neurons are rows) or 1 (columns)")
+
+
+def _check_compact(
+    name: str,
+    compact: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    axes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    check_lengths({name: compact, "weights": weights})
+    check_same_device(name, [*compact, *weights[:1]])
+    for position, (tensor, weight, index, axis, dtype) in enumerate(
+        zip(compact, weights, indices, axes, dtypes, strict=True)
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}[{position}] is {tensor.dtype}: expected {dtype} for a weight of {weight.dtype}")
+        shape = _compact_shape(weight, index, axis)
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}[{position}] has shape {list(tensor.shape)}, strides {list(tensor.stride())}: "
+                f"expected a contiguous {list(shape)}"
+            )
+
+
+if native.has_cpu or native.has_cuda:
+
+    @torch.library.register_fake("shapo_kernels::gather_into")
+    def _gather_into_fake(
+        sources: list[Tensor], indices: list[Tensor], axes: list[int], values: list[Tensor], squared_norms: Tensor
+    ) -> None:
+        return None
+
+    @torch.library.register_fake("shapo_kernels::squared_norms")
+    def _squared_norms_fake(values: list[Tensor]) -> Tensor:
+        return values[0].new_empty(len(values), dtype=torch.float64)
+
+    @torch.library.register_fake("shapo_kernels::selected_squared_norms")
+    def _selected_squared_norms_fake(sources: list[Tensor], indices: list[Tensor], axes: list[int]) -> Tensor:
+        return sources[0].new_empty(len(sources), dtype=torch.float64)
+
+    @torch.library.register_fake("shapo_kernels::perturbation_scale")
+    def _perturbation_scale_fake(
+        squared_norms: Tensor, rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
+    ) -> Tensor:
+        return torch.empty_like(squared_norms)
+
+    @torch.library.register_fake("shapo_kernels::perturb_")
+    def _perturb_fake(
+        weights: list[Tensor],
+        indices: list[Tensor],
+        axes: list[int],
+        directions: list[Tensor],
+        scale: Tensor,
+        backups: list[Tensor],
+        compute_dtype: torch.dtype | None,
+    ) -> Tensor:
+        return scale.new_empty(len(weights), 3)
+
+    @torch.library.register_fake("shapo_kernels::restore_")
+    def _restore_fake(weights: list[Tensor], indices: list[Tensor], axes: list[int], backups: list[Tensor]) -> None:
+        return None

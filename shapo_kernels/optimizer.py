@@ -1,0 +1,533 @@
+"""ShaPOOptimizer: any torch optimizer, its loss minimised at weights moved along the gradient inside a subspace."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import ops
+from .ascent import Ascent, GradAscent, SelectiveAscent, clear_gradients
+from .binding import Target, attach, bind, detach
+from .distributed import average, data_parallel_ranks, without_reduction
+from .ops.subspace_update import NORMS
+from .perturbation import Delta, InPlace, Perturbation, suits_delta, suits_in_place
+from .stats import UpdateStats
+from .subspace import Subspace
+
+_STATE_VERSION = 1
+# The base optimizer's own bookkeeping is reached through the wrapper; LBFGS runs its closure as often as it likes, and
+# sparse optimizers have no dense gradient to normalise.
+_REFUSED = ("LBFGS", "SparseAdam")
+
+
+class ShaPOOptimizer(Optimizer):
+    r"""Sharpness-aware preference optimisation inside a subspace, around a base optimizer.
+
+    .. math:: \min_\theta L(\theta + \epsilon), \qquad
+              \epsilon = \rho \, \frac{g_S}{\|g_S\|_2 + \eta}, \qquad g_S = \nabla_\theta L(\theta) \text{ on } S
+
+    (ShaPO, arXiv:2602.07340; with every parameter selected it is SAM, arXiv:2010.01412.) An update takes two passes over
+    the batch: the *ascent* finds eps, the *descent* takes the gradient at theta + eps, with which the base optimizer then
+    updates theta::
+
+        opt = ShaPOOptimizer(torch.optim.AdamW(model.parameters()), model, subspace, rho=0.05)
+        for batch in batches:
+            if opt.due:
+                with opt.ascent():
+                    opt.ascend(loss(batch))        # any number of micro-batches; .grad stays as it is
+            with opt.perturbed():
+                loss(batch).backward()             # at theta + eps; theta again on leaving, by an exception too
+            opt.step()
+            opt.zero_grad()
+
+    ``opt.step(closure)`` runs the whole update by itself; ``perturb``/``restore`` (or ``first_step``/``second_step``) drive
+    it by hand from ``.grad``, as SAM implementations do.
+
+    Args:
+        base_optimizer: an *instance* of a torch optimizer; its param groups and state stay its own.
+        model: the model whose weights the subspace names, wrapped or not.
+        subspace: the selected neurons; names are the unwrapped model's.
+        rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its own
+            ``"rho"``. With ``norm="none"`` the factor on the raw gradient, or a ``(low, high)`` range to draw it from at
+            every ShaPO update. ``opt.rho`` may be set at any time: a schedule, a plain warm start.
+        relative: the radius is ``rho * ||W_S||``, taken on the device.
+        interval: every ``interval``-th update is a ShaPO update, the others are plain ones.
+        ascent: "selective" differentiates the selected neurons only; "grad" takes an ordinary backward pass.
+        perturbation: "in_place" writes the selected neurons and restores their bits; "delta" adds eps in the forward pass
+            and writes nothing (the one that survives low precision); "auto" is in_place where weights and computation are
+            float32 or float64, else delta where every selected weight is a linear layer's.
+        norm: "global" normalises by the norm over all selected neurons, "layer" by each weight's own, "none" not at all.
+        sync: average the direction over data-parallel ranks; otherwise each rank perturbs along its own.
+        eta: added to the norm.
+        seed: of the draws from a ``rho`` range.
+
+    Raises:
+        TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped.
+        ValueError: an option out of range. SubspaceError: a subspace that does not fit the model.
+    """
+
+    # A GradScaler must unscale and check by itself: a fused base would look for its factors on the wrong object.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        subspace: Subspace,
+        *,
+        rho: float | tuple[float, float],
+        relative: bool = False,
+        interval: int = 1,
+        ascent: str = "selective",
+        perturbation: str = "auto",
+        norm: str = "global",
+        sync: bool = True,
+        eta: float = 1e-12,
+        seed: int = 0,
+    ) -> None:
+        _check_base(base_optimizer)
+        _check_choice("ascent", ascent, ("selective", "grad"))
+        _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
+        _check_choice("norm", norm, NORMS)
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"interval is {interval!r}: expected a whole number of updates, 1 or more")
+        if relative and norm == "none":
+            raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
+        if not (isinstance(eta, float) and 0 <= eta < math.inf):
+            raise ValueError(f"eta is {eta!r}: expected a number, 0 or more")
+        self.base = base_optimizer
+        self.model = model
+        self.subspace = subspace
+        self.relative, self.interval, self.norm, self.sync, self.eta = relative, interval, norm, sync, eta
+        self.rho = rho
+        for group in base_optimizer.param_groups:
+            if "rho" in group:
+                _check_rho(group["rho"], norm)
+        self._ascent_kind, self._perturbation_kind = ascent, perturbation
+        self._draws = torch.Generator().manual_seed(seed)
+        self._updates = 0
+        self._stats = UpdateStats()
+        self._bind()
+
+    def _bind(self) -> None:
+        self._targets = bind(self.model, self.subspace, delta=self._perturbation_kind == "delta")
+        self._active: Perturbation | None = None
+        self._ascending: Ascent | None = None
+        self._direction: tuple[list[Target], list[Tensor]] | None = None
+        self._ascended = False
+        self._radii: tuple[Any, Tensor] | None = None
+        attach(self._targets)
+
+    # -- an optimizer like its base --------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own list."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's own defaults."""
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Hooks and whatever else belongs to the base: registered here, they run inside its step, once and in torch's order.
+        if name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; it may carry its own ``"rho"``."""
+        if "rho" in param_group:
+            _check_rho(param_group["rho"], self.norm)
+        self.base.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(rho={self.rho}, interval={self.interval}, ascent={self._ascent_kind!r}, "
+            f"perturbation={self._perturbation_kind!r}, norm={self.norm!r}, {self.subspace!r}, base={self.base!r})"
+        )
+
+    # -- what this update is ---------------------------------------------------------------------------------------------
+
+    @property
+    def rho(self) -> float | tuple[float, float]:
+        """The radius of groups that carry none of their own."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, value: float | tuple[float, float]) -> None:
+        _check_rho(value, self.norm)
+        self._rho = tuple(value) if isinstance(value, (tuple, list)) else float(value)
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming update is a ShaPO update: every ``interval``-th one, while any radius is above 0."""
+        return (self._updates + 1) % self.interval == 0 and any(_upper(rho) > 0 for rho in self._group_radii())
+
+    @property
+    def updates(self) -> int:
+        """How many updates have been taken."""
+        return self._updates
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The last perturbation in numbers; reading it waits for the device.
+
+        ``grad_norm`` ||g_S||, ``epsilon_norm`` ||eps||, ``weight_norm`` ||W_S||, ``relative_radius`` ||eps|| / ||W_S||,
+        ``realised_norm`` and ``realised_cosine`` of what reaches the forward pass in the dtype it computes in (NaN where
+        eps is zero), ``skipped`` perturbations since the start because the norm was not finite.
+        """
+        return self._stats.read()
+
+    # -- the update, pass by pass ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def ascent(self) -> Iterator[None]:
+        """Pass 1: forward passes inside belong to the ascent; hand their losses to :meth:`ascend`.
+
+        In an update that is not due everything inside is ordinary and ``ascend`` does nothing: ask ``due`` first to save
+        the forward pass.
+
+        Raises:
+            RuntimeError: inside another ascent, or while perturbed.
+        """
+        self._require_unperturbed("start an ascent")
+        if self._ascending is not None:
+            raise RuntimeError("an ascent is under way already: leave its `with opt.ascent():` first")
+        if not self.due:
+            yield
+            return
+        ascent = self._new_ascent()
+        selective = isinstance(ascent, SelectiveAscent)
+        ascent.begin()
+        self._ascending = ascent
+        try:
+            with without_reduction(self.model) if selective else contextlib.nullcontext():
+                yield
+            self._direction = self._agreed(*ascent.finish(), average_over_ranks=selective)
+            self._ascended = True
+        finally:
+            ascent.abort()
+            self._ascending = None
+
+    def ascend(self, loss: Tensor) -> None:
+        """Add one (micro-)batch's loss to the ascent; the sum over all calls is what the direction is the gradient of.
+
+        Divide each loss by the number of micro-batches where the losses are means.
+
+        Raises:
+            RuntimeError: outside :meth:`ascent`; a loss without a graph, or one that no selected neuron took part in.
+        """
+        if self._ascending is None:
+            if not self.due:
+                return
+            raise RuntimeError("ascend() is part of an ascent: call it inside `with opt.ascent():`")
+        self._ascending.ascend(loss)
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Pass 2: inside, the model is at theta + eps; on leaving, by an exception too, at theta bit for bit.
+
+        In a plain update it does nothing.
+
+        Raises:
+            RuntimeError: the update is due and there was no ascent; already perturbed.
+        """
+        self._require_unperturbed("perturb again")
+        if self._direction is None:
+            if self.due:
+                raise RuntimeError(
+                    "this update is due and has no direction: run `with opt.ascent(): opt.ascend(loss)` first"
+                )
+            yield
+            return
+        try:
+            self._apply(*self._direction)
+            yield
+        finally:
+            self._direction = None
+            self.restore()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """The base optimizer's step, which ends the update.
+
+        With a closure (it clears gradients, computes the loss, calls ``backward`` and returns the loss) the whole update is
+        run: the closure twice where the update is due, once otherwise. Returns the first pass's loss.
+
+        Raises:
+            RuntimeError: while perturbed; or the update is due, has a learning rate above 0 and there was no ascent.
+        """
+        self._require_unperturbed("step")
+        if closure is not None and self.due and not self._ascended:
+            loss = self.base.step(lambda: self._two_passes(closure))
+        else:
+            if closure is None:
+                self._require_ascent()
+            loss = self.base.step() if closure is None else self.base.step(closure)
+        self._updates += 1
+        self._ascended = False
+        self._direction = None
+        return loss
+
+    # -- by hand ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Move to theta + eps along an ascent's direction, else along ``.grad``, which is cleared for pass 2.
+
+        In an update that is not due only ``.grad`` is cleared.
+
+        Raises:
+            RuntimeError: already perturbed.
+        """
+        self._require_unperturbed("perturb again")
+        direction = self._direction
+        if direction is None:
+            if self.due:
+                taker = GradAscent(self._targets, [])
+                direction = self._agreed(*taker.finish(), average_over_ranks=False)
+                self._ascended = True
+            clear_gradients(self._parameters())
+        self._direction = None
+        if direction is not None:
+            self._apply(*direction)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to theta, bit for bit; does nothing where nothing is perturbed."""
+        if self._active is not None:
+            self._active.remove()
+            self._active = None
+
+    def first_step(self, zero_grad: bool = True) -> None:
+        """:meth:`perturb` under the name that SAM implementations use; ``.grad`` is cleared in any case."""
+        self.perturb()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """:meth:`restore` and :meth:`step` under the name that SAM implementations use."""
+        self.restore()
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    # -- life cycle ------------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Leave the model as it was found: restored, without hooks. The wrapper is then of no further use; the base is."""
+        self.restore()
+        detach(self._targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict and, under ``"shapo"``, what resuming needs besides. Clean while perturbed too."""
+        state = self.base.state_dict()
+        state["shapo"] = {
+            "version": _STATE_VERSION,
+            "updates": self._updates,
+            "rho": self.rho,
+            "relative": self.relative,
+            "interval": self.interval,
+            "norm": self.norm,
+            "draws": self._draws.get_state(),
+            **self._stats.state(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
+
+        A base optimizer's own state dict is taken as well; the update counter then stays as it is.
+
+        Raises:
+            RuntimeError: while perturbed. ValueError: of another version, or as the base raises.
+        """
+        self._require_unperturbed("load a state")
+        own = state_dict.get("shapo")
+        if own is not None and own.get("version") != _STATE_VERSION:
+            raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
+        if own is None:
+            return
+        self.relative, self.interval, self.norm = own["relative"], own["interval"], own["norm"]
+        self.rho = own["rho"]
+        self._updates = own["updates"]
+        self._draws.set_state(own["draws"].cpu())
+        self._stats.load(own)
+        self._direction, self._ascended = None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unperturbed("copy or pickle the optimizer")
+        # `step` is on the instance where an LR scheduler has counted it; hooks and directions are made anew.
+        transient = ("step", "_targets", "_active", "_ascending", "_direction", "_radii", "_draws")
+        kept = {key: value for key, value in self.__dict__.items() if key not in transient}
+        return {**kept, "_draws": self._draws.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._draws = torch.Generator()
+        self._draws.set_state(state["_draws"])
+        ascended = self._ascended
+        self._bind()
+        self._ascended = ascended
+
+    # -- inside ----------------------------------------------------------------------------------------------------------
+
+    def _new_ascent(self) -> Ascent:
+        if self._ascent_kind == "selective":
+            return SelectiveAscent(self._targets)
+        return GradAscent(self._targets, self._parameters())
+
+    def _two_passes(self, closure: Callable[[], Any]) -> Any:
+        ascent = self._new_ascent()
+        selective = isinstance(ascent, SelectiveAscent)
+        with torch.enable_grad():
+            ascent.begin()
+            try:
+                loss = closure()
+                ascent.collect()
+                direction = self._agreed(*ascent.finish(), average_over_ranks=selective)
+            finally:
+                ascent.abort()
+            clear_gradients(self._parameters())
+            try:
+                self._apply(*direction)
+                closure()
+            finally:
+                self.restore()
+        return loss
+
+    @torch.no_grad()
+    def _agreed(
+        self, targets: list[Target], values: list[Tensor], *, average_over_ranks: bool
+    ) -> tuple[list[Target], list[Tensor]]:
+        """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not."""
+        if not (self.sync and average_over_ranks) or data_parallel_ranks(self.model) == 1:
+            return targets, values
+        held = dict(zip(targets, values, strict=True))
+        complete = [
+            held.get(t, torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device))
+            for t in self._targets
+        ]
+        return list(self._targets), average(complete, self.model)
+
+    @torch.no_grad()
+    def _apply(self, targets: list[Target], values: list[Tensor]) -> None:
+        if not targets:
+            return
+        squares = ops.squared_norms(values)
+        weight_squares = None
+        if self.relative:
+            weight_squares = ops.selected_squared_norms(
+                [t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets]
+            )
+        scale = ops.perturbation_scale(
+            squares, self._radius_of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
+        )
+        self._active = self._choose(targets)
+        realised = self._active.apply(targets, values, scale)
+        self._stats.record(squares, scale, realised)
+
+    def _choose(self, targets: list[Target]) -> Perturbation:
+        if self._perturbation_kind == "delta":
+            return Delta()
+        if self._perturbation_kind == "in_place" or suits_in_place(targets) or not suits_delta(targets):
+            return InPlace()
+        return Delta()
+
+    def _radius_of(self, targets: list[Target]) -> Tensor:
+        """rho of each target's group, float64 on the device; sent there again only when one has changed."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        drawn: dict[Any, float] = {}
+        radii = []
+        for target in targets:
+            rho = group_of.get(id(target.parameter), {}).get("rho", self.rho)
+            radii.append(drawn.setdefault(rho, self._draw(rho)) if isinstance(rho, tuple) else float(rho))
+        device = targets[0].parameter.device
+        key = (device, tuple(radii))
+        if self._radii is None or self._radii[0] != key:
+            self._radii = (key, torch.tensor(radii, dtype=torch.float64, device=device))
+        return self._radii[1]
+
+    def _draw(self, bounds: tuple[float, float]) -> float:
+        low, high = bounds
+        return low + (high - low) * torch.rand((), generator=self._draws, dtype=torch.float64).item()
+
+    def _group_radii(self) -> Iterator[Any]:
+        yield self.rho
+        for group in self.param_groups:
+            if "rho" in group:
+                yield group["rho"]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Every parameter that a backward pass may leave a gradient in: the model's and the base optimizer's."""
+        found = {id(p): p for p in self.model.parameters()}
+        found.update({id(p): p for group in self.param_groups for p in group["params"]})
+        return list(found.values())
+
+    def _require_unperturbed(self, what: str) -> None:
+        if self._active is not None:
+            raise RuntimeError(
+                f"cannot {what} while the weights are perturbed: leave `with opt.perturbed():` or call opt.restore() first"
+            )
+
+    def _require_ascent(self) -> None:
+        if not self.due or self._ascended:
+            return
+        if all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group):
+            return  # nothing is updated: loading a distributed checkpoint makes such a step to create its state
+        raise RuntimeError(
+            "this update is due and had no ascent: call `with opt.ascent(): opt.ascend(loss)` and `with opt.perturbed():` "
+            "before opt.step(), or pass a closure"
+        )
+
+
+def _check_base(base: Any) -> None:
+    if isinstance(base, type):
+        raise TypeError(
+            f"base_optimizer is the class {base.__name__}: pass an instance, {base.__name__}(model.parameters(), …)"
+        )
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer is a {type(base).__name__}: expected an instance of a torch.optim.Optimizer")
+    if isinstance(base, ShaPOOptimizer):
+        raise TypeError("base_optimizer is a ShaPOOptimizer already: wrap its base once")
+    if any(kind.__name__ in _REFUSED for kind in type(base).__mro__):
+        raise TypeError(
+            f"{type(base).__name__} cannot be wrapped: it calls closures by itself or needs sparse gradients"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_rho(rho: Any, norm: str) -> None:
+    if isinstance(rho, (tuple, list)):
+        if norm != "none":
+            raise ValueError(f"rho is the range {tuple(rho)}: only norm='none' draws from a range; give one number")
+        if len(rho) != 2 or not all(_is_radius(bound) for bound in rho) or rho[0] > rho[1]:
+            raise ValueError(f"rho is {rho!r}: expected (low, high) with 0 <= low <= high")
+    elif not _is_radius(rho):
+        raise ValueError(f"rho is {rho!r}: expected a finite number, 0 or more")
+
+
+def _is_radius(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _upper(rho: Any) -> float:
+    return rho[1] if isinstance(rho, (tuple, list)) else rho

@@ -1,0 +1,28 @@
+"""Every operator in plain PyTorch: the slow, obvious truth that each backend is tested against.
+
+The functions carry the names and positional arguments of the schemas in ``csrc/register.cpp``; what they compute is
+documented once, at the public functions of :mod:`shapo_kernels.ops`.
+"""
+
+from .column_cosine import column_cosine
+from .neuron_update import neuron_gradient, neuron_update
+from .subspace_update import (
+    gather_into,
+    perturb_,
+    perturbation_scale,
+    restore_,
+    selected_squared_norms,
+    squared_norms,
+)
+
+__all__ = [
+    "column_cosine",
+    "gather_into",
+    "neuron_gradient",
+    "neuron_update",
+    "perturb_",
+    "perturbation_scale",
+    "restore_",
+    "selected_squared_norms",
+    "squared_norms",
+]

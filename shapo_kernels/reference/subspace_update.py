@@ -1,0 +1,72 @@
+"""The subspace update in plain PyTorch; documented in :mod:`shapo_kernels.ops.subspace_update`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_into(
+    sources: list[Tensor], indices: list[Tensor], axes: list[int], values: list[Tensor], squared_norms: Tensor
+) -> None:
+    for source, index, axis, value in zip(sources, indices, axes, values, strict=True):
+        value.copy_(source.index_select(axis, index))
+    squared_norms.copy_(_squared_norms(values, squared_norms))
+
+
+def squared_norms(values: list[Tensor]) -> Tensor:
+    return _squared_norms(values, torch.empty(0, dtype=torch.float64, device=values[0].device))
+
+
+def selected_squared_norms(sources: list[Tensor], indices: list[Tensor], axes: list[int]) -> Tensor:
+    return squared_norms(
+        [source.index_select(axis, index) for source, index, axis in zip(sources, indices, axes, strict=True)]
+    )
+
+
+def _squared_norms(values: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack([value.double().square().sum() for value in values]).to(like.device)
+
+
+def perturbation_scale(
+    squared_norms: Tensor, rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
+) -> Tensor:
+    total = squared_norms.sum()
+    if norm == "none":
+        return torch.where(total.isfinite(), rho, 0.0)
+    squares = squared_norms if norm == "layer" else total.expand_as(squared_norms)
+    radius = rho
+    if weight_squared_norms is not None:
+        radius = rho * (weight_squared_norms if norm == "layer" else weight_squared_norms.sum()).sqrt()
+    usable = squares.isfinite() & (squares > 0) & radius.isfinite()
+    return torch.where(usable, radius / (squares.sqrt() + eta), 0.0)
+
+
+def perturb_(
+    weights: list[Tensor],
+    indices: list[Tensor],
+    axes: list[int],
+    directions: list[Tensor],
+    scale: Tensor,
+    backups: list[Tensor],
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    realised = []
+    for weight, index, axis, direction, s, backup in zip(
+        weights, indices, axes, directions, scale, backups, strict=True
+    ):
+        old = weight.index_select(axis, index)
+        backup.copy_(old)
+        step = s.to(direction.dtype) * direction
+        new = torch.where(s == 0, old, (old.to(direction.dtype) + step).to(weight.dtype))
+        weight.index_copy_(axis, index, new)
+        computed = compute_dtype or weight.dtype
+        moved = new.to(computed).double() - old.to(computed).double()
+        intended = torch.where(s == 0, 0.0, step).double()
+        realised.append(torch.stack([moved.square().sum(), (moved * intended).sum(), old.double().square().sum()]))
+    return torch.stack(realised)
+
+
+def restore_(weights: list[Tensor], indices: list[Tensor], axes: list[int], backups: list[Tensor]) -> None:
+    for weight, index, axis, backup in zip(weights, indices, axes, backups, strict=True):
+        weight.index_copy_(axis, index, backup)

@@ -1,0 +1,100 @@
+"""Taps: forward hooks on the layers whose neurons are selected. They let a direction's gradient out, or add a direction in.
+
+A tap changes a layer's output only inside an ascent or, for the ``delta`` perturbation, a descent; otherwise it notes the
+dtype that the layer computed in and passes the output on. It stays attached from the optimizer's making to ``detach()``, so
+that a model compiled in between keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import ops
+
+
+class Tap:
+    """The hook on one layer.
+
+    Args:
+        features_first: the weight is stored ``[in_features, out_features]`` (``Conv1D``), not the other way round.
+        axis: the weight's neuron axis.
+        index: selected neurons, ``None`` for all of them.
+
+    Neurons on the input side of the layer (value vectors) contribute ``x[..., S] D^T`` to all outputs; neurons on the output
+    side contribute ``x D^T`` to the outputs S.
+    """
+
+    def __init__(self, *, features_first: bool, axis: int, index: Tensor | None) -> None:
+        self._features_first = features_first
+        self._on_input_side = (axis == 0) == features_first
+        self._axis = axis
+        self._index = index
+        self._direction: Tensor | None = None
+        self._adding = False
+        self.compute_dtype: torch.dtype | None = None
+        self.forwards = 0
+
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        for handle, hook in list(module._forward_hooks.items()):
+            # A copied model carries copies of its original's taps, which nobody drives.
+            if isinstance(hook, Tap) and hook._is_copy:
+                del module._forward_hooks[handle]
+                module._forward_hooks_with_kwargs.pop(handle, None)
+        return module.register_forward_hook(self, with_kwargs=True)
+
+    _is_copy = False
+
+    def observe(self, leaf: Tensor) -> None:
+        """From now on let the gradient of the compact ``leaf`` out; its values are never read."""
+        self._direction, self._adding, self.forwards = leaf, False, 0
+
+    def add(self, direction: Tensor) -> None:
+        """From now on compute as if the compact ``direction`` had been added to the weight."""
+        self._direction, self._adding, self.forwards = direction, True, 0
+
+    def rest(self) -> None:
+        """From now on pass outputs on as they are."""
+        self._direction, self._adding = None, False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if self.compute_dtype is not output.dtype:
+            self.compute_dtype = output.dtype
+        if self._direction is None:
+            return output
+        self.forwards += 1
+        input = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+        index = self._index
+        if index is not None and index.device != output.device:
+            index = self._index = index.to(output.device)
+        # Rows of the matrix are what the layer puts out, columns what it takes in.
+        matrix = self._direction.t() if self._features_first else self._direction
+        if self._on_input_side:
+            join = ops.neuron_update if self._adding else ops.neuron_tap
+            return join(output, input, matrix, index)
+        change = nn.functional.linear(input.to(output.dtype), matrix.to(output.dtype))
+        return output + change if index is None else output.index_add(-1, index, change)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        return _copied_tap(self._features_first, self._axis, self._index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied_tap, (self._features_first, self._axis, self._index)
+
+
+def _copied_tap(features_first: bool, axis: int, index: Tensor | None) -> Tap:
+    tap = Tap(features_first=features_first, axis=axis, index=index)
+    tap._is_copy = True
+    return tap
+
+
+def stores_features_first(module: nn.Module) -> bool | None:
+    """Whether a layer's weight is ``[in, out]`` (GPT-2's ``Conv1D``) or ``[out, in]`` (``nn.Linear``); ``None`` for other layers."""
+    if isinstance(module, nn.Linear):
+        return False
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    return None
