@@ -1,0 +1,144 @@
+"""Where the MLP value vectors of each supported architecture are: the one table that selection reads.
+
+A *neuron* is one value vector: column i of a down projection ``[hidden, intermediate]`` (`nn.Linear`, axis 1) or row i of
+a GPT-2 `Conv1D` weight ``[intermediate, hidden]`` (axis 0). To support another architecture, add a line to
+`ARCHITECTURES`. Mixtures of experts are not supported: their experts are one three-dimensional parameter or are used by
+a part of the tokens only, for which a score over all layers together has no meaning yet.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from shapo.errors import UserError
+
+__all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "unwrap", "value_vectors"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The modules that hold value vectors, as a pattern of full plain module names, and the neuron axis of their weight."""
+
+    modules: str
+    axis: int
+
+
+_GATED = Architecture(r"(?:.*\.)?layers\.\d+\.mlp\.down_proj", axis=1)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _GATED,
+    "mistral": _GATED,
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3": Architecture(r"(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\.mlp\.down_proj", axis=1),
+    "gemma3_text": _GATED,
+    "phi3": _GATED,
+    "gpt_neox": Architecture(r"(?:.*\.)?layers\.\d+\.mlp\.dense_4h_to_h", axis=1),
+    "gpt2": Architecture(r"(?:.*\.)?h\.\d+\.mlp\.c_proj", axis=0),
+}
+
+_EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class ValueVectors:
+    """The value-vector weights of one model, in the order of its layers.
+
+    Attributes:
+        names: parameter names of the unwrapped model, as a `Subspace` takes them.
+        axis: the axis of each weight that counts neurons.
+        sizes: name -> number of neurons.
+        hidden_size: length of a value vector.
+        weights: name -> the parameter itself (of a quantised layer: packed, not of shape ``[hidden, intermediate]``).
+        model_type: the configuration's ``model_type``.
+    """
+
+    names: tuple[str, ...]
+    axis: int
+    sizes: dict[str, int]
+    hidden_size: int
+    weights: dict[str, nn.Parameter]
+    model_type: str
+
+
+def value_vectors(model: nn.Module) -> ValueVectors:
+    """Find the value vectors of `model`, seen through DDP, FSDP, torch.compile and PEFT wrappers.
+
+    Raises:
+        UserError: an architecture that is not supported (mixtures of experts included), or a model of a supported type
+            without the modules that the type promises.
+    """
+    inner = unwrap(model)
+    model_type = str(getattr(getattr(inner, "config", None), "model_type", "") or type(inner).__name__)
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        raise UserError(_unsupported(inner, model_type))
+    pattern = re.compile(architecture.modules)
+    weights: dict[str, nn.Parameter] = {}
+    sizes: dict[str, int] = {}
+    widths: set[int] = set()
+    for name, module in inner.named_modules():
+        weight = getattr(module, "weight", None)
+        plain = _plain_name(name)
+        if not isinstance(weight, nn.Parameter) or not pattern.fullmatch(plain):
+            continue
+        parameter_name = f"{plain}.weight"
+        weights[parameter_name] = weight
+        sizes[parameter_name], width = _shape(module, architecture.axis)
+        widths.add(width)
+    if not weights:
+        raise UserError(
+            f"no value vectors in this {model_type!r} model ({type(inner).__name__}): no module is named like "
+            f"{architecture.modules!r}; expected the model as transformers builds it"
+        )
+    if len(widths) != 1:
+        raise UserError(f"the value vectors of this {model_type!r} model have different lengths: {sorted(widths)}")
+    return ValueVectors(tuple(weights), architecture.axis, sizes, widths.pop(), weights, model_type)
+
+
+def _shape(module: nn.Module, axis: int) -> tuple[int, int]:
+    """(neurons, length of a value vector): from a Linear's own sizes, which stay true where its weight is packed."""
+    if axis == 1 and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    shape = module.weight.shape
+    if len(shape) != 2:
+        raise UserError(f"a value-vector weight has the shape {list(shape)}; expected two dimensions")
+    return int(shape[axis]), int(shape[1 - axis])
+
+
+def _unsupported(model: nn.Module, model_type: str) -> str:
+    config = getattr(model, "config", None)
+    experts = any(getattr(config, setting, None) for setting in _EXPERT_SETTINGS)
+    kind = "is a mixture of experts, which is not supported" if experts else "is not supported"
+    return f"model type {model_type!r} {kind}; supported types: {', '.join(ARCHITECTURES)}"
+
+
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+
+
+def _plain_name(name: str) -> str:
+    """The name that a module or parameter of an `unwrap`-ped model has where no layer is wrapped by itself.
+
+    Drops what FSDP, torch.compile, activation checkpointing and PEFT put into names around single layers.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers, in any nesting."""
+    while True:
+        if hasattr(type(model), "get_base_model"):
+            inner = model.get_base_model()
+        else:
+            children = model._modules
+            inner = next(
+                (children[part] for part in ("module", "_orig_mod", "_fsdp_wrapped_module") if part in children), None
+            )
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
