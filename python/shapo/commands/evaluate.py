@@ -1,0 +1,171 @@
+"""Measures a model on preference pairs, writes answers for a judge, or counts a judge's verdicts; one or several of these at once.
+
+Pairs (--data): preference accuracy with a 95 % Wilson interval, DPO loss and margin, by category, against --reference (without one,
+by mean log-probability per token).
+
+Answers (--prompts): one answer a prompt as JSONL (id, category, prompt, answer) in the order of the prompts, each from a random
+state of its own.  No verdict is made here: a judge reads the file.
+
+Verdicts (--verdicts): a judge's JSONL with a column `verdict` of "safe" or "unsafe"; anything else is unparsed, and the attack
+success rate is bounded from below and above by what those may be.  --comparisons: a judge's JSONL with `first` and `second`, the
+winner ("a", "b", "tie") with A's answer first and with B's first.
+
+Writes --output, a JSON file, and --answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shapo.commands import common
+from shapo.errors import UserError
+
+SUMMARY = "preference accuracy, answers for a judge, attack success from its verdicts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON file of the results")
+    common.add_model_arguments(parser, required=False)
+    parser.add_argument("--reference", metavar="NAME", help="the model that training started from")
+    common.add_data_arguments(parser, required=False)
+    parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the DPO loss")
+    parser.add_argument(
+        "--batch-size", type=common.positive_int, default=16, metavar="N", help="pairs through the model at once"
+    )
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--prompts", metavar="SOURCE", help="Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt"
+    )
+    answers.add_argument(
+        "--prompts-format", default="auto", help="auto, do-not-answer, harmbench, salad-bench or prompt"
+    )
+    answers.add_argument(
+        "--prompts-limit", type=common.positive_int, metavar="N", help="answer the first N alone (default: all)"
+    )
+    answers.add_argument("--answers", metavar="FILE", help="JSONL file to write the answers to")
+    answers.add_argument(
+        "--max-new-tokens", type=common.positive_int, default=128, metavar="TOKENS", help="of an answer"
+    )
+    answers.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    answers.add_argument(
+        "--seed", type=int, default=0, help="of sampling; each prompt's state is made of it and the prompt's id"
+    )
+    judged = parser.add_argument_group("verdicts")
+    judged.add_argument("--verdicts", metavar="FILE", help="a judge's JSONL with a column verdict")
+    judged.add_argument("--comparisons", metavar="FILE", help="a judge's JSONL with columns first and second")
+    common.add_quiet_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from shapo.files import require_writable, write_json
+
+    _check(arguments)
+    require_writable(arguments.output)
+    if arguments.answers:
+        require_writable(arguments.answers)
+    verdicts = _column_rows(arguments.verdicts, ("verdict",)) if arguments.verdicts else None
+    comparisons = _column_rows(arguments.comparisons, ("first", "second")) if arguments.comparisons else None
+    result: dict[str, Any] = {"arguments": vars(arguments)}
+    if arguments.data or arguments.prompts:
+        result |= _with_model(arguments)
+    if verdicts is not None or comparisons is not None:
+        result |= _judged(verdicts, comparisons)
+    write_json(arguments.output, result)
+    print(f"written: {arguments.output}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not (arguments.data or arguments.prompts or arguments.verdicts or arguments.comparisons):
+        raise UserError("nothing to evaluate; give --data, --prompts, --verdicts or --comparisons")
+    if (arguments.data or arguments.prompts) and not arguments.model:
+        raise UserError("--data and --prompts need a model; name one with --model")
+    if bool(arguments.prompts) != bool(arguments.answers):
+        raise UserError("--prompts and --answers go together: what to answer, and where to write it")
+    if not arguments.temperature >= 0:
+        raise UserError(f"the temperature is {arguments.temperature}, but a value of at least 0 is expected")
+    if not arguments.beta > 0:
+        raise UserError(f"beta is {arguments.beta}, but a value above 0 is expected")
+
+
+def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    from shapo.data.formats import load_prompts
+    from shapo.evaluation import generate_answers, preference_metrics
+    from shapo.training.logps import TokenizedPairs, compute_logps
+
+    prompts = None
+    if arguments.prompts:
+        prompts = load_prompts(arguments.prompts, format=arguments.prompts_format, limit=arguments.prompts_limit)
+        print(prompts.summary())
+    pairs = common.load_data(arguments) if arguments.data else None
+    model = common.load_model(arguments.model, arguments)
+    encoder = common.make_encoder(arguments, common.load_tokenizer(arguments.model))
+    result: dict[str, Any] = {"versions": common.versions()}
+    if pairs is not None:
+        data = TokenizedPairs(pairs, encoder)
+        options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+        policy = compute_logps(model, data, description="model", **options)
+        reference = None
+        if arguments.reference:
+            judge = common.load_model(arguments.reference, arguments)
+            reference = compute_logps(judge, data, description="reference", **options)
+        metrics = preference_metrics(policy, reference, data.pairs, beta=arguments.beta)
+        result["preferences"] = metrics
+        accuracy = metrics["accuracy"]
+        print(
+            f"preference accuracy {100 * accuracy['value']:.1f} % (95 %: {100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}),"
+            f" loss {metrics['loss']:.4f}, margin {metrics['margin']:+.3f}, {accuracy['n']} pairs"
+        )
+    if prompts is not None:
+        generate_answers(
+            model,
+            encoder,
+            prompts,
+            arguments.answers,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=not arguments.quiet,
+        )
+        print(f"answers: {arguments.answers}")
+    return result
+
+
+def _judged(verdicts: list[tuple[Any, ...]] | None, comparisons: list[tuple[Any, ...]] | None) -> dict[str, Any]:
+    from shapo.evaluation import attack_success, win_rate
+
+    result: dict[str, Any] = {}
+    if verdicts is not None:
+        success = attack_success([row[0] for row in verdicts])
+        result["attack_success"] = asdict(success)
+        print(
+            f"attack success {100 * success.low:.1f} to {100 * success.high:.1f} % ({success.unparsed} of {success.n} unparsed;"
+            f" 95 %: {100 * success.interval_low:.1f} to {100 * success.interval_high:.1f})"
+        )
+    if comparisons is not None:
+        wins = win_rate([(row[0], row[1]) for row in comparisons])
+        result["win_rate"] = wins
+        print(
+            f"win rate of A {100 * wins['value']:.1f} % (95 %: {100 * wins['low']:.1f} to {100 * wins['high']:.1f}), n {wins['n']}"
+        )
+    return result
+
+
+def _column_rows(path: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append(tuple(row[column] for column in columns))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: expected a JSON object with {' and '.join(columns)}") from error
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows

@@ -1,0 +1,129 @@
+"""How much the loss rises at a distance rho along its gradient: inside given subspaces, random ones, and all parameters.
+
+The loss is DPO's on --data, against --reference (by default the model itself, where the loss begins at log 2).  Every curve is
+measured at the same radii twice, as they are (--rhos, weight units) and as multiples of ||W_S|| (--ratios).  The weights are
+restored bit for bit; nothing is trained.
+
+Writes to --output: sharpness.json and sharpness.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from shapo.commands import common
+from shapo.errors import UserError
+
+if TYPE_CHECKING:
+    from shapo_kernels import Subspace
+
+SUMMARY = "loss increase against rho inside subspaces (Figure 1 of the paper)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where sharpness.json and sharpness.png are written"
+    )
+    common.add_model_arguments(parser)
+    parser.add_argument("--reference", metavar="NAME", help="the model that training started from")
+    common.add_data_arguments(parser)
+    parser.add_argument(
+        "--subspace",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a file of `shapo select`; may be repeated",
+    )
+    parser.add_argument(
+        "--random",
+        type=int,
+        default=1,
+        metavar="N",
+        help="random controls of the first subspace, of each kind: any layer, same layers",
+    )
+    parser.add_argument("--random-seed", type=int, default=0, help="of the first control; the next ones count up")
+    parser.add_argument("--rhos", type=common.radii, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="radii in weight units")
+    parser.add_argument(
+        "--ratios", type=common.radii, default=[0.003, 0.01, 0.03, 0.1, 0.3], help="radii as multiples of ||W_S||"
+    )
+    parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the DPO loss")
+    parser.add_argument(
+        "--batch-size", type=common.positive_int, default=16, metavar="N", help="pairs through the model at once"
+    )
+    common.add_quiet_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from shapo.files import require_writable, write_json
+    from shapo.plots import plot_sharpness
+    from shapo.sharpness import PairLoss, measure
+    from shapo.training.logps import TokenizedPairs, compute_logps
+
+    if not (arguments.beta > 0 and arguments.random >= 0):
+        raise UserError("--beta must be above 0 and --random at least 0")
+    output = require_writable(arguments.output, folder=True)
+    files = _named_files(arguments.subspace)
+    pairs = common.load_data(arguments)
+    model = common.load_model(arguments.model, arguments)
+    subspaces = _subspaces(model, files, arguments)
+    data = TokenizedPairs(pairs, common.make_encoder(arguments, common.load_tokenizer(arguments.model)))
+    judge = common.load_model(arguments.reference, arguments) if arguments.reference else model
+    quiet = {"progress": not arguments.quiet}
+    reference = compute_logps(judge, data, batch_size=arguments.batch_size, description="reference", **quiet)
+    loss = PairLoss(model, data, reference, beta=arguments.beta, batch_size=arguments.batch_size)
+    result = measure(loss, subspaces, rhos=arguments.rhos, ratios=arguments.ratios, **quiet)
+    settings = {"arguments": vars(arguments), "versions": common.versions()}
+    write_json(output / "sharpness.json", {**settings, **result.as_dict()})
+    plot_sharpness(
+        output / "sharpness.png", result, title=f"{arguments.model}, {len(data)} pairs, loss {result.loss:.4f}"
+    )
+    header = ("subspace", "neurons", "||W_S||", "gradient share", *(f"rho {rho:g}" for rho in arguments.rhos))
+    rows = [
+        (
+            c.name,
+            str(c.neurons),
+            f"{c.weight_norm:.3g}",
+            f"{100 * c.gradient_share:.2f} %",
+            *(f"{p.increase:+.4f}" for p in c.by_rho),
+        )
+        for c in result.curves
+    ]
+    print(common.table(header, rows))
+    print(f"written: {output / 'sharpness.json'}, {output / 'sharpness.png'}")
+
+
+def _named_files(given: list[str]) -> dict[str, str]:
+    from pathlib import Path
+
+    named: dict[str, str] = {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        key = name if separator else Path(text).stem
+        if key in named:
+            raise UserError(f"two subspaces are called {key!r}; name them apart: --subspace NAME={path or text}")
+        named[key] = path if separator else text
+    return named
+
+
+def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace) -> dict[str, Subspace]:
+    from shapo.architectures import value_vectors
+    from shapo_kernels import Subspace
+
+    found = {name: Subspace.load(path) for name, path in files.items()}
+    for name, subspace in found.items():
+        try:
+            subspace.validate(model)
+        except ValueError as error:
+            raise UserError(f"{files[name]}: {error}") from error
+    if not found or not arguments.random:
+        return found
+    vectors = value_vectors(model)
+    first = next(iter(found.values()))
+    percent = 100 * first.count / sum(vectors.sizes.values())
+    for number in range(arguments.random):
+        seed = arguments.random_seed + number
+        suffix = f" {seed}" if arguments.random > 1 else ""
+        found[f"random{suffix}"] = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
+        found[f"random, same layers{suffix}"] = Subspace.random_like(first, vectors.sizes, seed=seed)
+    return found

@@ -1,0 +1,116 @@
+"""The PNG plots: accuracy and memorised flips over training, sharpness curves, the probe.  Data in, file out; nothing is computed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shapo.files import atomic_file
+from shapo.sharpness import Point, Sharpness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, which people with colour-blindness can tell apart; black last.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def plot_training(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> None:
+    """Preference accuracy on clean pairs and share of flipped labels fitted, against the number of updates.
+
+    Args:
+        path: PNG to write.
+        runs: Method to its evaluation lines (`update`, `accuracy`, `flips_fitted` or None); "reward" in a name draws it dashed.
+    """
+    has_flips = any(row.get("flips_fitted") for rows in runs.values() for row in rows)
+    figure = _figure(6.0 * (2 if has_flips else 1) + 2.6, 4.6)
+    axes = figure.subplots(1, 2 if has_flips else 1, squeeze=False)[0]
+    colors: dict[str, str] = {}
+    for name, rows in runs.items():
+        family = name.replace(", reward level", "")
+        color = colors.setdefault(family, COLORS[len(colors) % len(COLORS)])
+        line = "--" if "reward" in name else "-"
+        for axis, key in zip(axes, ("accuracy", "flips_fitted"), strict=False):
+            points = [(row["update"], 100 * row[key]["value"]) for row in rows if row.get(key)]
+            axis.plot(*zip(*points, strict=True), line, color=color, label=name, linewidth=1.6)
+    _label(axes[0], "update", "preference accuracy, clean test pairs (%)")
+    axes[0].axhline(50, color="0.6", linewidth=0.8, linestyle=":")
+    if has_flips:
+        _label(axes[1], "update", "flipped training labels fitted (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def plot_sharpness(path: str | os.PathLike[str], result: Sharpness, *, title: str) -> None:
+    """Loss increase against rho and against rho / ||W_S||, and the share of the full space's increase at the same rho."""
+    panels = [
+        ("by_rho", "rho", "increase", "loss increase (nats per pair)"),
+        ("by_ratio", "ratio", "increase", "loss increase (nats per pair)"),
+        ("by_rho", "rho", "share", "share of the increase in all parameters (%)"),
+    ]
+    panels = [panel for panel in panels if any(getattr(curve, panel[0]) for curve in result.curves)]
+    figure = _figure(4.6 * len(panels) + 1.0, 4.8)
+    for axis, (family, x, y, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, curve in enumerate(result.curves):
+            points: list[Point] = [point for point in getattr(curve, family) if getattr(point, y) is not None]
+            ys = [getattr(point, y) * (100 if y == "share" else 1) for point in points]
+            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            axis.plot(
+                [getattr(point, x) for point in points], ys, label=curve.name, markersize=4, linewidth=1.4, **style
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=1e-3) if y == "increase" else axis.set_ylim(
+            bottom=min(0.0, axis.get_ylim()[0])
+        )
+        _label(
+            axis, "radius rho (weight units)" if x == "rho" else "radius relative to the weights, rho / ||W_S||", label
+        )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def plot_probe(path: str | os.PathLike[str], accuracies: Sequence[float], *, baseline: float, title: str) -> None:
+    """The probe's validation accuracy after each epoch beside the majority class's."""
+    figure = _figure(6.2, 4.2)
+    axis = figure.subplots()
+    axis.plot(
+        range(1, len(accuracies) + 1),
+        [100 * value for value in accuracies],
+        "-o",
+        color=COLORS[0],
+        markersize=3,
+        label="probe",
+    )
+    axis.axhline(100 * baseline, color=COLORS[1], linestyle="--", label="majority class")
+    axis.set_ylim(min(45.0, 95 * baseline), 101)
+    _label(axis, "epoch", "validation accuracy, unseen prompts (%)")
+    axis.legend(frameon=False, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Without pyplot there is no global state and no window system to look for.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def _label(axis: Axes, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(True, color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,203 @@
+"""Reward scores for the reward level: a sequence-classification model asked once for each response, its answers kept in a file.
+
+The scorer speaks the reward model's language, not the policy's: its own tokenizer, its own chat template where it has one, its own
+end-of-sequence token.  A cost model (higher is worse) is told by `sign="cost"`, never guessed.  `train_reward_model` makes a small
+one by Bradley-Terry for demonstrations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from shapo.data.pairs import PreferencePair, parse_transcript
+from shapo.errors import UserError
+from shapo.training.fingerprint import digest_model, digest_rows
+from shapo.training.logps import evaluating, load_cached, save_cached
+
+SIGNS = ("reward", "cost")
+
+
+@dataclass(frozen=True)
+class PairRewards:
+    """Rewards (higher is better) of the two responses of each pair, each `[N]` fp32 on the CPU."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    def __getitem__(self, indices: Sequence[int]) -> PairRewards:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return PairRewards(self.chosen[index], self.rejected[index])
+
+    def digest(self) -> str:
+        """Changes with any score."""
+        return digest_rows([self.chosen.tolist(), self.rejected.tolist()])
+
+    def agreement(self) -> float:
+        """Share of the pairs whose label the rewards agree with; a tie counts half."""
+        difference = self.chosen - self.rejected
+        return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
+
+
+class RewardScorer:
+    """A reward model with the way it wants to be asked.
+
+    Args:
+        model: A transformers sequence-classification model with one label.
+        tokenizer: The reward model's own tokenizer, with a padding token.
+        sign: "reward" where a higher score is a better response, "cost" where it is a worse one.
+        max_length: Tokens of prompt + response; longer texts lose the beginning of the prompt.
+        batch_size: Responses at once.
+
+    Raises:
+        UserError: The model does not give one score, or the tokenizer has no padding token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        sign: Literal["reward", "cost"] = "reward",
+        max_length: int = 1024,
+        batch_size: int = 16,
+    ) -> None:
+        config: Any = model.config
+        if getattr(config, "num_labels", None) != 1:
+            raise UserError(
+                f"the reward model gives {getattr(config, 'num_labels', 'no')} scores; a model with one label is expected"
+            )
+        if sign not in SIGNS:
+            raise UserError(f"unknown reward sign {sign!r}: choose reward (higher is better) or cost (higher is worse)")
+        if config.pad_token_id is None:
+            if tokenizer.pad_token_id is None:
+                raise UserError(
+                    "neither the reward model nor its tokenizer names a padding token; set pad_token in the tokenizer"
+                )
+            # The model finds the last token of a row by the padding id of its configuration.
+            config.pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer = model, tokenizer
+        self.sign, self.max_length, self.batch_size = sign, max_length, batch_size
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], responses: Sequence[str], *, progress: bool = True) -> Tensor:
+        """Rewards `[N]` fp32 on the CPU, in order; a cost enters negated."""
+        device = next(self.model.parameters()).device
+        rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        scores = torch.empty(len(rows))
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        with (
+            evaluating(self.model),
+            tqdm(total=len(rows), desc="reward model", unit="response", disable=not progress) as bar,
+        ):
+            for start in range(0, len(order), self.batch_size):
+                indices = order[start : start + self.batch_size]
+                batch = pad([rows[index] for index in indices], self.model.config.pad_token_id)
+                output = self.model(**{name: value.to(device) for name, value in batch.items()})
+                scores[indices] = output.logits[:, 0].float().cpu()
+                bar.update(len(indices))
+        return scores if self.sign == "reward" else -scores
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """Token ids in the reward model's own form: its chat template, or plain text between its BOS and its EOS."""
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [*parse_transcript(prompt), {"role": "assistant", "content": response.strip()}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self._fit(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(prompt + response)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids.append(eos)
+        return self._fit(ids)
+
+    def score_pairs(self, pairs: Sequence[PreferencePair], *, progress: bool = True) -> PairRewards:
+        """Rewards of both responses of every pair."""
+        prompts = [pair.prompt for pair in pairs] * 2
+        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        scores = self.score(prompts, responses, progress=progress)
+        return PairRewards(scores[: len(pairs)], scores[len(pairs) :])
+
+    def cached_pairs(
+        self, path: str | os.PathLike[str], pairs: Sequence[PreferencePair], *, progress: bool = True
+    ) -> PairRewards:
+        """`score_pairs`, or what an earlier call wrote to `path` with the same model, sign and texts."""
+        key = {
+            "model": digest_model(self.model),
+            "sign": self.sign,
+            "data": digest_rows(
+                [self.encode(pair.prompt, pair.chosen), self.encode(pair.prompt, pair.rejected)] for pair in pairs
+            ),
+        }
+        found = load_cached(path, key)
+        if found is not None:
+            return PairRewards(**found)
+        rewards = self.score_pairs(pairs, progress=progress)
+        save_cached(path, key, {"chosen": rewards.chosen, "rejected": rewards.rejected})
+        return rewards
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        return list(ids[-self.max_length :])
+
+
+def load_reward_scorer(
+    name: str, *, sign: Literal["reward", "cost"], device: torch.device, **options: Any
+) -> RewardScorer:
+    """A scorer from a local folder or a hub name.
+
+    Raises:
+        UserError: The model or its tokenizer cannot be loaded, or it is no reward model.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the reward model {name}: {str(error).strip().splitlines()[0]}") from error
+    return RewardScorer(model.to(device), tokenizer, sign=sign, **options)
+
+
+def train_reward_model(
+    scorer: RewardScorer,
+    pairs: Sequence[PreferencePair],
+    *,
+    updates: int,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Trains the scorer's model in place by Bradley-Terry: -log sigmoid(r_chosen - r_rejected), AdamW, clipped at 1.
+
+    A demonstration's reward model, not a recipe: a reward level is only as good as the labels that this model saw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = scorer.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    device = next(model.parameters()).device
+    rows = [(scorer.encode(pair.prompt, pair.chosen), scorer.encode(pair.prompt, pair.rejected)) for pair in pairs]
+    model.train()
+    for _ in tqdm(range(updates), desc="reward model", unit="update", disable=not progress):
+        chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+        batch = pad([rows[i][0] for i in chosen] + [rows[i][1] for i in chosen], model.config.pad_token_id)
+        scores = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, 0]
+        nn.functional.softplus(scores[batch_size:] - scores[:batch_size]).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`, `[B, T]`."""
+    width = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }

@@ -1,0 +1,197 @@
+"""Log-probabilities of the two responses of each pair: tokenised once, computed in batches, cached for the reference.
+
+The reference model is the model that training starts from.  It is asked once for each data set, before the first update and in
+eval mode; afterwards only its numbers are used.  They are kept in a file with digests of the weights and the tokens, and
+computed anew where either differs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from copy import copy
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shapo.data.pairs import PreferencePair
+from shapo.data.tokens import Encoded, PairEncoder
+from shapo.errors import UserError
+from shapo.files import atomic_file
+from shapo.training.fingerprint import digest_rows
+from shapo_kernels import losses
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed log-probabilities of B pairs and their numbers of response tokens, each `[B]`."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    def __getitem__(self, indices: Sequence[int] | Tensor) -> PairLogps:
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.chosen.device)
+        return PairLogps(*(value[index] for value in self.tensors().values()))
+
+    def to(self, device: torch.device) -> PairLogps:
+        return PairLogps(*(value.to(device) for value in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The four tensors by name, in the order of the constructor."""
+        return {
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+            "chosen_tokens": self.chosen_tokens,
+            "rejected_tokens": self.rejected_tokens,
+        }
+
+
+class TokenizedPairs:
+    """The tokens of preference pairs, ready to be batched.
+
+    Args:
+        pairs: The pairs, in the order that indices refer to.
+        encoder: The template and truncation that probe, training and evaluation share.
+
+    Raises:
+        UserError: There are no pairs.
+    """
+
+    def __init__(self, pairs: Sequence[PreferencePair], encoder: PairEncoder) -> None:
+        if not len(pairs):
+            raise UserError("there are no preference pairs to work on")
+        self.pairs = list(pairs)
+        self._encoder = encoder
+        encoded = [encoder.encode_pair(pair.prompt, pair.chosen, pair.rejected) for pair in self.pairs]
+        self.chosen = [chosen for chosen, _ in encoded]
+        self.rejected = [rejected for _, rejected in encoded]
+        self.flipped = torch.tensor([pair.flipped for pair in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def subset(self, indices: Sequence[int]) -> TokenizedPairs:
+        """Some of the pairs, without tokenising again."""
+        chosen = copy(self)
+        chosen.pairs = [self.pairs[index] for index in indices]
+        chosen.chosen = [self.chosen[index] for index in indices]
+        chosen.rejected = [self.rejected[index] for index in indices]
+        chosen.flipped = self.flipped[list(indices)]
+        return chosen
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """The chosen responses of `indices`, then the rejected ones: tensors `[2 B, T]`."""
+        rows = [self.chosen[index] for index in indices] + [self.rejected[index] for index in indices]
+        return {name: value.to(device) for name, value in self._encoder.collate(rows).items()}
+
+    def length(self, index: int) -> int:
+        """Tokens of the longer response with its prompt."""
+        return max(len(self.chosen[index]), len(self.rejected[index]))
+
+    def digest(self) -> str:
+        """Changes with any token, prompt boundary, label or the order."""
+        return digest_rows((_key(c), _key(r)) for c, r in zip(self.chosen, self.rejected, strict=True))
+
+
+def batch_logps(model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False) -> PairLogps:
+    """One forward pass over a batch of `TokenizedPairs.batch`; gradients flow to the model."""
+    device = batch["input_ids"].device
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    sums, counts = losses.sequence_logps(output.logits, batch["labels"])
+    half = sums.shape[0] // 2
+    return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
+
+
+def compute_logps(
+    model: torch.nn.Module,
+    data: TokenizedPairs,
+    *,
+    batch_size: int = 16,
+    bf16: bool = False,
+    progress: bool = True,
+    description: str = "log-probabilities",
+) -> PairLogps:
+    """Log-probabilities of every pair in eval mode, without gradients, on the CPU in the order of `data`."""
+    device = next(model.parameters()).device
+    # Neighbours in length share a batch, so that little is spent on padding.
+    order = sorted(range(len(data)), key=data.length)
+    parts = []
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        tqdm(total=len(data), desc=description, disable=not progress, unit="pair") as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            parts.append(batch_logps(model, data.batch(indices, device), bf16=bf16).to(torch.device("cpu")))
+            bar.update(len(indices))
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    joined = [torch.cat(column) for column in zip(*(part.tensors().values() for part in parts), strict=True)]
+    return PairLogps(*joined)[back]
+
+
+def cached_logps(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    data: TokenizedPairs,
+    *,
+    model_digest: str,
+    bf16: bool,
+    **options: Any,
+) -> PairLogps:
+    """`compute_logps`, or what an earlier call wrote to `path` from the same weights, tokens and precision."""
+    key = {"model": model_digest, "data": data.digest(), "precision": "bf16" if bf16 else "full"}
+    found = load_cached(path, key)
+    if found is not None:
+        return PairLogps(**found)
+    values = compute_logps(model, data, bf16=bf16, **options)
+    save_cached(path, key, values.tensors())
+    return values
+
+
+def load_cached(path: str | os.PathLike[str], key: dict[str, str]) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None where it is missing, unreadable or made from something else."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError:
+        return None
+
+
+def save_cached(path: str | os.PathLike[str], key: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Writes tensors with the digests of what they were made from, atomically."""
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=key)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, whatever mode each module was in restored on leaving."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _key(encoded: Encoded) -> list[Any]:
+    return [encoded.prompt_length, *encoded.input_ids]

@@ -1,0 +1,125 @@
+"""What SFT and preference training share: positions, metrics, evaluation, checkpoints, resume, and leaving on Ctrl-C.
+
+What one update is, the caller says; this module knows no loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shapo.training.checkpoint import Stateful, read_checkpoint, restore, save_checkpoint
+from shapo.training.config import LoopConfig
+from shapo.training.interrupt import Interruptible
+from shapo.training.metrics import MetricsLog
+from shapo.training.order import DataOrder
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+Update = Callable[[list[int]], dict[str, Any]]
+Evaluate = Callable[[], dict[str, Any]]
+
+
+@dataclass
+class Loop:
+    """One run of training.
+
+    Attributes:
+        model, optimizer, scheduler: What a checkpoint holds.  The optimizer may be a `ShaPOOptimizer`.
+        config: Length, batch, seed, and when to evaluate and save.
+        examples: Number of examples in the data set.
+        run: The fingerprint: what must be the same for a checkpoint to be resumed.
+        output: Folder of `metrics.jsonl` and `checkpoint.pt`.
+    """
+
+    model: torch.nn.Module
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    config: LoopConfig
+    examples: int
+    run: Mapping[str, Any]
+    output: Path
+
+    def __post_init__(self) -> None:
+        self.order = DataOrder(self.examples, self.config.batch_size, self.config.seed)
+        self.total = self.config.total_updates(self.examples)
+
+    def train(
+        self,
+        update: Update,
+        evaluate: Evaluate | None = None,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        name: str = "train",
+    ) -> None:
+        """Runs the updates that are left.
+
+        `update(indices)` makes one update of the weights from the examples `indices` and returns what to log; `evaluate()` is
+        called before the first update, every `eval_every` updates and after the last.  A checkpoint is written every `save_every`
+        updates and on the first Ctrl-C, after the update that it fell into; a second Ctrl-C leaves at once, without saving.
+
+        Raises:
+            UserError: Nothing to resume, a checkpoint of another run, or no room to write.
+            KeyboardInterrupt: After Ctrl-C.
+        """
+        done, position = self._start(resume)
+        self.model.train()
+        with (
+            MetricsLog(self.output / METRICS, position=position) as log,
+            Interruptible() as interrupt,
+            tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not progress) as bar,
+        ):
+            if evaluate and done == 0:
+                log.write("evaluation", {"update": 0, **evaluate()})
+            while done < self.total:
+                started = time.perf_counter()
+                lr = self.optimizer.param_groups[0]["lr"]
+                values = update(self.order.batch(done))
+                self.scheduler.step()
+                done += 1
+                seconds = time.perf_counter() - started
+                log.write("update", {"update": done, "lr": lr, **values, "seconds": seconds})
+                bar.update()
+                bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
+                if evaluate and (done == self.total or _due(done, self.config.eval_every)):
+                    log.write("evaluation", {"update": done, **evaluate()})
+                if _due(done, self.config.save_every) or (interrupt.requested and done < self.total):
+                    self._save(done, log.position)
+                if interrupt.requested:
+                    raise KeyboardInterrupt
+
+    def _start(self, resume: bool) -> tuple[int, int]:
+        if not resume:
+            torch.manual_seed(self.config.seed)
+            (self.output / CHECKPOINT).unlink(missing_ok=True)
+            return 0, 0
+        state = read_checkpoint(self.output / CHECKPOINT, self.run)
+        done = restore(state, model=self.model, optimizer=self.optimizer, scheduler=self._stateful(), order=self.order)
+        return done, int(state["metrics_position"])
+
+    def _save(self, done: int, position: int) -> None:
+        save_checkpoint(
+            self.output / CHECKPOINT,
+            run=self.run,
+            update=done,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self._stateful(),
+            order=self.order,
+            metrics_position=position,
+        )
+
+    def _stateful(self) -> Stateful:
+        return self.scheduler
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,90 @@
+"""Supervised fine-tuning on preferred (or all) responses: cross-entropy per response token, one model, one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shapo.data.tokens import Encoded, PairEncoder
+from shapo.errors import UserError
+from shapo.training.config import LoopConfig, identity
+from shapo.training.fingerprint import digest_model, digest_rows
+from shapo.training.logps import evaluating
+from shapo.training.loop import Loop
+from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
+from shapo.training.order import split
+from shapo_kernels import losses
+
+
+def train_sft(
+    model: torch.nn.Module,
+    encoder: PairEncoder,
+    examples: Sequence[tuple[str, str]],
+    *,
+    config: LoopConfig,
+    output: Path,
+    held_out: Sequence[tuple[str, str]] = (),
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Trains `model` in place to give the responses of `examples`, (prompt, response) each.
+
+    The loss of an update is the mean over all response tokens of its batch, so micro-batches change nothing.  Writes
+    `metrics.jsonl` and checkpoints under `output`; the caller saves the model.
+
+    Raises:
+        UserError: No examples, or see `Loop.train`.
+    """
+    if not examples:
+        raise UserError("there are no examples to fine-tune on")
+    rows = [encoder.encode(prompt, response) for prompt, response in examples]
+    checks = [encoder.encode(prompt, response) for prompt, response in held_out]
+    optimizer = make_optimizer(model.parameters(), config)
+    run = {
+        "kind": "sft",
+        "model": digest_model(model),
+        "data": digest_rows([row.prompt_length, *row.input_ids] for row in rows),
+        **identity(config),
+    }
+    scheduler = make_scheduler(optimizer, config, config.total_updates(len(rows)))
+    loop = Loop(model, optimizer, scheduler, config, len(rows), run, output)
+
+    def update(indices: list[int]) -> dict[str, Any]:
+        tokens = sum(_response_tokens(rows[index]) for index in indices)
+        total = 0.0
+        for micro in split(indices, config.micro_batch_size):
+            loss = _loss_sum(model, encoder, [rows[index] for index in micro], bf16=config.bf16) / tokens
+            loss.backward()
+            total += loss.item()
+        norm = clip_gradients(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": total, "grad_norm": norm.item(), "tokens": tokens}
+
+    def evaluate() -> dict[str, Any]:
+        with evaluating(model), torch.no_grad():
+            size = config.micro_batch_size or config.batch_size
+            batches = [checks[start : start + size] for start in range(0, len(checks), size)]
+            total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16).item() for batch in batches)
+        return {"loss": total / sum(_response_tokens(row) for row in checks)}
+
+    loop.train(update, evaluate if checks else None, resume=resume, progress=progress, name="sft")
+
+
+def _loss_sum(model: torch.nn.Module, encoder: PairEncoder, rows: Sequence[Encoded], *, bf16: bool) -> Tensor:
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in encoder.collate(rows).items()}
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    sums, _ = losses.sequence_logps(output.logits, batch["labels"])
+    return -sums.sum()
+
+
+def _response_tokens(row: Encoded) -> int:
+    # The token at position 0 is predicted by nothing, so a response without a prompt has one target less than tokens.
+    return len(row) - max(row.prompt_length, 1)
