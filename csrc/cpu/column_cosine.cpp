@@ -1,0 +1,201 @@
+// The cosine of every neuron's value vector with one direction, in one pass over the weight.
+//
+//     cosine_i = <W_i, v> / (||W_i|| ||v||),   0 where a norm is zero
+//
+// Dot products and squared norms are formed together, in float64. Neurons that lie next to one another in memory (columns
+// of a contiguous weight) share a walk down the rows, eight rows at a time; neurons that are contiguous themselves are
+// walked one by one; any other stride is first packed row by row.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../layers.h"
+#include "blocks.h"
+#include "vectors.h"
+
+namespace shapo::cpu {
+namespace {
+
+constexpr int64_t ROWS_TOGETHER = 8;
+constexpr int64_t ROWS_IN_PART = 128;
+constexpr int64_t MAX_PARTS = 32;
+constexpr int64_t PANEL = 2048;
+constexpr int64_t NEURONS_IN_BLOCK = 16;
+
+// dots[i] += sum_r rows[r][i] * v[r] and squares[i] += sum_r rows[r][i]^2 for n neighbouring neurons; both sums are padded
+// to a multiple of LANES.
+template <class T>
+SHAPO_INLINE void add_rows(
+    const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n, double* dots, double* squares) {
+  const T* weight = static_cast<const T*>(first);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    Double8 dot = load_bits<Double8>(dots + i);
+    Double8 square = load_bits<Double8>(squares + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Double8 x = to_double(Numeric<T>::load(weight + r * row_elements + i));
+      dot += x * v[r];
+      square += x * x;
+    }
+    store_bits(dots + i, dot);
+    store_bits(squares + i, square);
+  }
+  if (i == n) return;
+  Double8 dot = load_bits<Double8>(dots + i);
+  Double8 square = load_bits<Double8>(squares + i);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Double8 x = to_double(load_some(weight + r * row_elements + i, n - i));
+    dot += x * v[r];
+    square += x * x;
+  }
+  store_bits(dots + i, dot);
+  store_bits(squares + i, square);
+}
+SHAPO_VERSIONS(
+    add_rows,
+    void,
+    (const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n, double* dots, double* squares),
+    (first, row_elements, rows, v, n, dots, squares))
+
+// sums = <w, v> and <w, w> for one contiguous neuron of n elements. Two sums of eight lanes each: one would wait for
+// itself at every addition.
+template <class T>
+SHAPO_INLINE void add_neuron(const void* neuron, const double* v, int64_t n, double* dot, double* square) {
+  const T* w = static_cast<const T*>(neuron);
+  Double8 dots[2] = {}, squares[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const Double8 x = to_double(Numeric<T>::load(w + i + half * LANES));
+      dots[half] += x * load_bits<Double8>(v + i + half * LANES);
+      squares[half] += x * x;
+    }
+  }
+  for (; i < n; i += LANES) {
+    const int64_t count = std::min(LANES, n - i);
+    const Double8 x = to_double(load_some(w + i, count));
+    dots[0] += x * load_some(v + i, count);
+    squares[0] += x * x;
+  }
+  *dot = add_lanes(dots[0] + dots[1]);
+  *square = add_lanes(squares[0] + squares[1]);
+}
+SHAPO_VERSIONS(
+    add_neuron,
+    void,
+    (const void* neuron, const double* v, int64_t n, double* dot, double* square),
+    (neuron, v, n, dot, square))
+
+using AddRows = void (*)(const void*, int64_t, int64_t, const double*, int64_t, double*, double*);
+using AddNeuron = void (*)(const void*, const double*, int64_t, double*, double*);
+
+struct Weight {
+  const char* data;
+  ScalarType dtype;
+  int64_t bytes; // of an element
+  int64_t neurons, components;
+  int64_t neuron_stride, component_stride; // in elements
+};
+
+struct Cosines {
+  std::vector<double> dots, squares;
+};
+
+// Sums for neurons that are not contiguous: parts of the components and panels of neurons are shared among threads, the
+// parts' sums are added in order.
+Cosines sum_rows(const Weight& weight, const std::vector<double>& v) {
+  const AddRows add = with_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
+  const int64_t parts = std::clamp<int64_t>(ceil_div(weight.components, ROWS_IN_PART), 1, MAX_PARTS);
+  const int64_t panels = ceil_div(weight.neurons, PANEL), padded = panels * PANEL;
+  const int64_t rows_in_part = ceil_div(weight.components, parts);
+  Cosines sums{std::vector<double>(parts * padded), std::vector<double>(parts * padded)};
+  const bool packed = weight.neuron_stride != 1;
+  share(parts * panels, weight.neurons * weight.components, [&](int64_t task) {
+    const int64_t part = task / panels, begin = task % panels * PANEL;
+    const int64_t n = std::min(PANEL, weight.neurons - begin);
+    const int64_t last = std::min((part + 1) * rows_in_part, weight.components);
+    double* dots = sums.dots.data() + part * padded + begin;
+    double* squares = sums.squares.data() + part * padded + begin;
+    std::vector<char> row(packed ? n * weight.bytes : 0);
+    for (int64_t r = part * rows_in_part; r < last; r += packed ? 1 : ROWS_TOGETHER) {
+      const char* at = weight.data + (r * weight.component_stride + begin * weight.neuron_stride) * weight.bytes;
+      if (packed) {
+        for (int64_t i = 0; i < n; ++i)
+          std::memcpy(row.data() + i * weight.bytes, at + i * weight.neuron_stride * weight.bytes, weight.bytes);
+        add(row.data(), 0, 1, v.data() + r, n, dots, squares);
+      } else {
+        add(at, weight.component_stride, std::min(ROWS_TOGETHER, last - r), v.data() + r, n, dots, squares);
+      }
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < weight.neurons; ++i) {
+      sums.dots[i] += sums.dots[part * padded + i];
+      sums.squares[i] += sums.squares[part * padded + i];
+    }
+  }
+  return sums;
+}
+
+Cosines sum_neurons(const Weight& weight, const std::vector<double>& v) {
+  const AddNeuron add = with_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
+  Cosines sums{std::vector<double>(weight.neurons), std::vector<double>(weight.neurons)};
+  share(ceil_div(weight.neurons, NEURONS_IN_BLOCK), weight.neurons * weight.components, [&](int64_t block) {
+    const int64_t end = std::min((block + 1) * NEURONS_IN_BLOCK, weight.neurons);
+    for (int64_t i = block * NEURONS_IN_BLOCK; i < end; ++i)
+      add(weight.data + i * weight.neuron_stride * weight.bytes, v.data(), weight.components, &sums.dots[i],
+          &sums.squares[i]);
+  });
+  return sums;
+}
+
+Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
+  STD_TORCH_CHECK(axis == 0 || axis == 1, "axis is ", axis, ": expected 0 (neurons are rows) or 1 (columns)");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && is_floating(weight.scalar_type()), "weight is ", weight.scalar_type(), " ",
+      describe_shape(weight), ": expected two dimensions of a floating-point dtype");
+  const Weight w{
+      static_cast<const char*>(weight.data_ptr()), weight.scalar_type(), bytes_of(weight.scalar_type()),
+      weight.size(axis), weight.size(1 - axis), weight.stride(axis), weight.stride(1 - axis)};
+  STD_TORCH_CHECK(
+      direction.dim() == 1 && direction.size(0) == w.components && is_floating(direction.scalar_type()),
+      "direction is ", direction.scalar_type(), " ", describe_shape(direction), ": expected a floating-point [",
+      w.components, "]");
+  check_same_device("direction", 0, direction, weight);
+
+  std::vector<double> v(w.components);
+  double v_square = 0.0;
+  with_type(direction.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    const T* from = static_cast<const T*>(direction.data_ptr());
+    for (int64_t r = 0; r < w.components; ++r) {
+      v[r] = to_double(load_some(from + r * direction.stride(0), 1))[0];
+      v_square += v[r] * v[r];
+    }
+  });
+  const Cosines sums = w.component_stride == 1 && w.neuron_stride != 1 ? sum_neurons(w, v) : sum_rows(w, v);
+
+  const ScalarType dtype = compute_dtype_of(w.dtype);
+  Tensor result = torch::stable::new_empty(weight, {w.neurons}, dtype);
+  for (int64_t i = 0; i < w.neurons; ++i) {
+    const double norms = std::sqrt(sums.squares[i]) * std::sqrt(v_square);
+    const double cosine = norms == 0.0 ? 0.0 : sums.dots[i] / norms;
+    if (dtype == ScalarType::Double) static_cast<double*>(result.data_ptr())[i] = cosine;
+    else static_cast<float*>(result.data_ptr())[i] = static_cast<float>(cosine);
+  }
+  return result;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
+  m.impl("column_cosine", TORCH_BOX(&column_cosine));
+}
+
+} // namespace shapo::cpu

@@ -1,0 +1,22 @@
+// The schema of every operator, once. A backend adds implementations in a library of its own and edits nothing here.
+//
+// What each operator computes is documented at its public function in shapo_kernels/ops. Lists hold one entry for each
+// layer, so that a step is one call whatever the number of layers.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(shapo_kernels, m) {
+  m.def(
+      "gather_into(Tensor[] sources, Tensor[] indices, int[] axes, Tensor(a!)[] values, Tensor(b!) squared_norms) "
+      "-> ()");
+  m.def("squared_norms(Tensor[] values) -> Tensor");
+  m.def("selected_squared_norms(Tensor[] sources, Tensor[] indices, int[] axes) -> Tensor");
+  m.def(
+      "perturbation_scale(Tensor squared_norms, Tensor rho, Tensor? weight_squared_norms, str norm, float eta) "
+      "-> Tensor");
+  m.def(
+      "perturb_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] directions, Tensor scale, "
+      "Tensor(b!)[] backups, ScalarType? compute_dtype) -> Tensor");
+  m.def("restore_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] backups) -> ()");
+  m.def("column_cosine(Tensor weight, Tensor direction, int axis) -> Tensor");
+}
