@@ -158,19 +158,18 @@ class PairEncoder:
         return self._ids(opened), [self._answer(messages, opened, response.strip()) for response in responses]
 
     def _answer(self, messages: list[dict[str, str]], opened: str, response: str) -> list[int]:
-        """The response and what the template writes to end the turn, without the line break between turns."""
-        if not self.eos:
-            return self._ids(response)
-        whole = str(
-            self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
-            )
-        )
-        closed = whole.rstrip()
-        if closed.startswith(opened + response) and len(closed) > len(opened + response):
-            return self._ids(closed[len(opened) :])
-        # The template renders an answered turn differently from an opened one, or does not close it.
-        return [*self._ids(response), int(self.tokenizer.eos_token_id)]
+        """The response as the template writes it, and with `eos` what ends the turn, without the break between turns."""
+        answered = [*messages, {"role": "assistant", "content": response}]
+        whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
+        turn = whole[len(opened) :].rstrip() if whole.startswith(opened) else ""
+        start = len(turn) - len(turn.lstrip())
+        if turn.startswith(response, start):
+            closed = len(turn) > start + len(response)
+            turn = turn if self.eos else turn[: start + len(response)]
+        else:  # the template renders an answered turn differently from an opened one
+            closed, turn = False, response
+        end = [int(self.tokenizer.eos_token_id)] if self.eos and not closed else []
+        return self._ids(turn) + end
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
