@@ -1,0 +1,34 @@
+"""Preference losses, how they are aggregated over a batch, and the log-probabilities that they are made of.
+
+Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``preference``, the mean and Dr.DPO in
+``aggregation``, sequence log-probabilities in ``logps``; ``registry`` names the losses and combines the pieces.
+"""
+
+from .aggregation import WholeBatch, drdpo, mean, whole_batch
+from .logps import linear_sequence_logps, sequence_logps
+from .preference import cdpo, dpo, hinge, ipo, rdpo, reward_level, simpo, soft_preference, token_mean
+from .registry import AGGREGATIONS, PAIRWISE, LossSpec, PreferenceBatch, PreferenceLoss, PreferenceOutput
+
+__all__ = [
+    "AGGREGATIONS",
+    "PAIRWISE",
+    "LossSpec",
+    "PreferenceBatch",
+    "PreferenceLoss",
+    "PreferenceOutput",
+    "WholeBatch",
+    "cdpo",
+    "dpo",
+    "drdpo",
+    "hinge",
+    "ipo",
+    "linear_sequence_logps",
+    "mean",
+    "rdpo",
+    "reward_level",
+    "sequence_logps",
+    "simpo",
+    "soft_preference",
+    "token_mean",
+    "whole_batch",
+]

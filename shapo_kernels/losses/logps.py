@@ -1,0 +1,133 @@
+"""Log-probabilities of responses under a causal language model: from logits, or from hidden states without the logits.
+
+    log p = logit[label] - log sum exp(logit),   summed over a response's tokens
+
+The two public functions check and shift; the work is done by ``token_logps``, which has the mathematics. No tensor of
+the logits' size is made or kept beside the logits themselves, and ``linear_sequence_logps`` never holds the logits of more
+than a chunk of tokens. Tokens that are ignored cost nothing. Log-sum-exp is taken in fp32 (fp64 for fp64 inputs), sums over
+tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device, check_floating, check_labels, check_positive
+from .token_logps import Head, linear_token_logps, token_logps
+
+
+def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of each row's labels, and the number of labels summed.
+
+    Args:
+        logits: ``[B, T, V]``, any floating dtype and strides, as a Hugging Face model returns them.
+        labels: ``[B, T]`` integers *beside their inputs*, as Hugging Face models take them: the logits at position t are those
+            of ``labels[:, t + 1]``; the shift happens here. ``labels[:, 0]`` has no logits and is never counted.
+        ignore_index: the label of positions that do not count (prompt, padding).
+
+    Returns:
+        ``(sums [B], counts [B])``: sums are fp64 for fp64 logits, else fp32; counts are int64. A row without a label has
+        the sum 0, and a gradient of 0. Differentiable once with respect to the logits.
+
+    Raises:
+        TypeError: logits that are not floating or labels that are not integers.
+        ValueError: shapes or devices that do not fit; a label outside ``[0, V)`` that is not ``ignore_index``.
+    """
+    check_floating("logits", logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits has the shape {list(logits.shape)}: expected [B, T, V]")
+    check_labels(labels, logits.shape[:2], ignore_index=ignore_index, vocabulary=logits.shape[2], beside="the logits")
+    check_device("labels", labels, "logits", logits)
+    targets = _shift(labels, ignore_index)
+    return _sum(token_logps(logits, targets, ignore_index)), (targets != ignore_index).sum(1)
+
+
+def _shift(labels: Tensor, ignore_index: int) -> Tensor:
+    """``[B, T]``: at each position the label that its logits are to predict; nothing at the last one."""
+    targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
+    targets[:, :-1] = labels[:, 1:]
+    return targets
+
+
+def _sum(logps: Tensor) -> Tensor:
+    return logps.sum(1, dtype=torch.float64).to(logps.dtype)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`sequence_logps`, from the last hidden states and the output embedding, without ``[tokens, V]`` logits.
+
+    ``logits = cap((hidden @ weight.T + bias) * scale)`` with ``cap(x) = softcap * tanh(x / softcap)``, in this order: ``scale``
+    is Cohere's ``logit_scale`` or 1 / Granite's ``logits_scaling``, ``softcap`` Gemma 2's ``final_logit_softcapping``.
+
+    Args:
+        hidden: ``[B, T, H]``, what the model's head is given.
+        weight: ``[V, H]``, of the same dtype (any two dtypes under ``torch.autocast``, whose dtype they are then rounded to).
+            A sharded weight (DTensor) must be gathered first: ``weight.full_tensor()``.
+        labels: ``[B, T]``, as in :func:`sequence_logps`.
+        bias: ``[V]``, of the weight's dtype.
+        softcap: above 0, or ``None``.
+        scale: above 0.
+        chunk_size: tokens whose logits are held at once. By default as many as make the chunk's logits no larger than the
+            hidden states, at least 256, and at most a quarter of the labelled tokens.
+        ignore_index: the label of positions that do not count.
+
+    Returns:
+        ``(sums [B], counts [B])`` as :func:`sequence_logps`. Logits are fp32 from 16-bit inputs too, so sums are more exact
+        than those of a 16-bit head. The backward pass computes each chunk's logits again; gradients of weight and bias
+        are accumulated in fp32 and rounded once to their dtype, and the weight's is left out where autograd does not want it
+        (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable once.
+
+    Raises:
+        TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
+    """
+    _check_head(hidden, weight, bias)
+    check_labels(
+        labels, hidden.shape[:2], ignore_index=ignore_index, vocabulary=weight.shape[0], beside="the hidden states"
+    )
+    check_device("labels", labels, "hidden", hidden)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("scale", scale)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size is {chunk_size!r}: expected a number of tokens, at least 1, or None")
+    targets = _shift(labels, ignore_index)
+    head = Head(_compute_dtype(hidden, weight), scale, softcap, chunk_size)
+    return _sum(linear_token_logps(hidden, weight, bias, targets, ignore_index, head)), (targets != ignore_index).sum(1)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden has the shape {list(hidden.shape)}: expected [B, T, H]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(f"weight has the shape {list(weight.shape)}: expected [V, {hidden.shape[2]}]")
+    check_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"bias is {list(bias.shape)} {bias.dtype}: expected {list(weight.shape[:1])} {weight.dtype}, as the weight"
+            )
+        check_device("bias", bias, "hidden", hidden)
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that the head's inputs have, or are rounded to under autocast (which leaves fp64 alone)."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: expected one dtype (or torch.autocast)")
+    return hidden.dtype

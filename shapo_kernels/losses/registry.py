@@ -1,0 +1,217 @@
+"""Preference losses by name: what each needs, and one object that takes a batch's log-probabilities to its loss.
+
+For training loops and command lines; who knows the loss calls its function in ``preference``. Nothing that is passed is
+ignored: a parameter, a reward or a reference that the loss does not use is an error. Token counts are the one exception,
+since every log-probability comes with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import aggregation as aggregations
+from . import preference
+from ._checks import check_finite, check_flip_rate, check_positive, result_dtype
+from .preference import token_mean
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a pairwise loss is and needs.
+
+    Attributes:
+        summary: one line, for ``--help``.
+        function: of ``preference``.
+        parameters: the names of its numbers; each is required.
+        uses_reference: it compares with a reference model.
+        uses_rewards: its labels come from a reward model.
+        per_token: it takes log-probabilities per token, so token counts are needed.
+    """
+
+    summary: str
+    function: Callable[..., Tensor]
+    parameters: tuple[str, ...]
+    uses_reference: bool = True
+    uses_rewards: bool = False
+    per_token: bool = False
+
+
+PAIRWISE: Mapping[str, LossSpec] = MappingProxyType(
+    {
+        "dpo": LossSpec("DPO: -log sigmoid(beta h)", preference.dpo, ("beta",)),
+        "cdpo": LossSpec("conservative DPO: soft labels 1 - epsilon", preference.cdpo, ("beta", "epsilon")),
+        "rdpo": LossSpec("robust DPO: unbiased under a flip rate epsilon", preference.rdpo, ("beta", "epsilon")),
+        "ipo": LossSpec("IPO: (h - 1 / (2 beta))^2, h of sums", preference.ipo, ("beta",)),
+        "ipo_mean": LossSpec("IPO, h of per-token means", preference.ipo, ("beta",), per_token=True),
+        "simpo": LossSpec(
+            "SimPO: per-token means, target margin gamma, no reference",
+            preference.simpo,
+            ("beta", "gamma"),
+            uses_reference=False,
+            per_token=True,
+        ),
+        "hinge": LossSpec("hinge: relu(1 - beta h)", preference.hinge, ("beta",)),
+        "reward_level": LossSpec(
+            "ShaPO's reward level: soft labels from a reward model",
+            preference.reward_level,
+            ("beta", "beta_reward"),
+            uses_rewards=True,
+        ),
+    }
+)
+
+AGGREGATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({"mean": (), "drdpo": ("beta_prime",)})
+"""Name of an aggregation -> the names of its numbers."""
+
+_CHECKS: Mapping[str, Callable[[str, float], None]] = {
+    "beta": check_positive,
+    "epsilon": check_flip_rate,
+    "gamma": check_finite,
+    "beta_reward": check_positive,
+    "beta_prime": check_positive,
+}
+
+_POLICY = ("policy_chosen", "policy_rejected")
+_REFERENCE = ("ref_chosen", "ref_rejected")
+_COUNTS = ("chosen_counts", "rejected_counts")
+_REWARDS = ("reward_chosen", "reward_rejected")
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Log-probabilities of B pairs, all ``[B]``; what a loss needs is in its :class:`LossSpec`.
+
+    Attributes:
+        policy_chosen, policy_rejected: sums over a response's tokens, with a gradient.
+        ref_chosen, ref_rejected: the reference model's.
+        chosen_counts, rejected_counts: tokens of each response, as ``sequence_logps`` counts them.
+        reward_chosen, reward_rejected: scores of a reward model, higher for the better response.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_counts: Tensor | None = None
+    rejected_counts: Tensor | None = None
+    reward_chosen: Tensor | None = None
+    reward_rejected: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """A batch's loss and what it was made of; all but ``loss`` and ``per_pair`` are without a gradient.
+
+    Attributes:
+        loss: scalar.
+        per_pair: ``[B]``.
+        chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for the losses
+            that use them, without the reference for those that have none.
+        margin: ``[B]``, their difference; the pair is ranked correctly where it is above 0.
+    """
+
+    loss: Tensor
+    per_pair: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margin: Tensor
+
+
+class PreferenceLoss:
+    """A pairwise loss with its aggregation: ``PreferenceLoss("cdpo", "drdpo", beta=0.1, epsilon=0.2, beta_prime=1.0)``.
+
+    Args:
+        name: a key of ``PAIRWISE``.
+        aggregation: a key of ``AGGREGATIONS``.
+        group: the processes that share a batch, see ``aggregation``; ``None`` is this one alone.
+        parameters: exactly the numbers that the two need.
+
+    Raises:
+        ValueError: an unknown name; a parameter that is missing, not used or out of range.
+    """
+
+    def __init__(
+        self, name: str, aggregation: str = "mean", *, group: dist.ProcessGroup | None = None, **parameters: float
+    ) -> None:
+        _check_name("loss", name, PAIRWISE)
+        _check_name("aggregation", aggregation, AGGREGATIONS)
+        self.name, self.aggregation, self.group = name, aggregation, group
+        self.spec = PAIRWISE[name]
+        needed = self.spec.parameters + AGGREGATIONS[aggregation]
+        for parameter in parameters:
+            if parameter not in needed:
+                raise ValueError(
+                    f"{name} with {aggregation} has no parameter {parameter!r}: it takes {', '.join(needed)}"
+                )
+        for parameter in needed:
+            if parameter not in parameters:
+                raise ValueError(f"{name} with {aggregation} needs a value for {parameter!r}")
+            _CHECKS[parameter](parameter, parameters[parameter])
+        self.parameters: Mapping[str, float] = MappingProxyType(dict(parameters))
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", {name}={value}" for name, value in self.parameters.items())
+        return f"PreferenceLoss({self.name!r}, {self.aggregation!r}{numbers})"
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether micro-batches need :meth:`whole_batch`; the mean of equal micro-batches is simply averaged."""
+        return bool(AGGREGATIONS[self.aggregation])
+
+    def __call__(self, batch: PreferenceBatch, *, whole: aggregations.WholeBatch | None = None) -> PreferenceOutput:
+        """The loss of a batch, or with ``whole`` the share of a micro-batch (shares add up: no division by their number).
+
+        Raises:
+            ValueError: the batch lacks what the loss needs, or has rewards or a reference that it does not use.
+        """
+        logps = self._logps(batch)
+        rewards = {name: getattr(batch, name) for name in _REWARDS if self.spec.uses_rewards}
+        numbers = {name: self.parameters[name] for name in self.spec.parameters}
+        per_pair = self.spec.function(*logps, **rewards, **numbers)
+        chosen, rejected = self._implicit_reward(logps[::2]), self._implicit_reward(logps[1::2])
+        return PreferenceOutput(self.aggregate(per_pair, whole=whole), per_pair, chosen, rejected, chosen - rejected)
+
+    def _logps(self, batch: PreferenceBatch) -> list[Tensor]:
+        """Policy (chosen, rejected) and, where there is one, reference (chosen, rejected): sums or per-token means."""
+        self._check_fields(batch, _REFERENCE, self.spec.uses_reference)
+        self._check_fields(batch, _REWARDS, self.spec.uses_rewards)
+        names = _POLICY + (_REFERENCE if self.spec.uses_reference else ())
+        logps = [getattr(batch, name) for name in names]
+        if not self.spec.per_token:
+            return logps
+        self._check_fields(batch, _COUNTS, True)
+        return [token_mean(sums, getattr(batch, _COUNTS[side % 2])) for side, sums in enumerate(logps)]
+
+    def _check_fields(self, batch: PreferenceBatch, names: tuple[str, str], needed: bool) -> None:
+        for name in names:
+            given = getattr(batch, name) is not None
+            if needed and not given:
+                raise ValueError(f"the loss {self.name} needs {name}: pass it in the batch")
+            if given and not needed:
+                raise ValueError(f"the loss {self.name} does not use {name}: leave it out, or choose a loss that does")
+
+    def _implicit_reward(self, logps: list[Tensor]) -> Tensor:
+        policy, *reference = (tensor.detach().double() for tensor in logps)
+        reward = self.parameters["beta"] * (policy - reference[0] if reference else policy)
+        return reward.to(result_dtype(*logps))
+
+    def whole_batch(self, per_pair: Tensor | Sequence[Tensor]) -> aggregations.WholeBatch:
+        """What micro-batches need to know of each other, from the ``per_pair`` of all of them."""
+        return aggregations.whole_batch(per_pair, beta_prime=self.parameters.get("beta_prime"), group=self.group)
+
+    def aggregate(self, per_pair: Tensor, *, whole: aggregations.WholeBatch | None = None) -> Tensor:
+        """A batch's loss from those of its pairs."""
+        group = None if whole is not None else self.group
+        if self.aggregation == "mean":
+            return aggregations.mean(per_pair, group=group, whole=whole)
+        return aggregations.drdpo(per_pair, beta_prime=self.parameters["beta_prime"], group=group, whole=whole)
+
+
+def _check_name(kind: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
