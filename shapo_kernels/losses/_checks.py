@@ -33,7 +33,7 @@ def _check_number(name: str, value: float) -> None:
 
 
 def check_pairs(**tensors: Tensor) -> torch.dtype:
-    """Floating ``[B]`` tensors of one shape on one device; returns the dtype of the result, fp64 if one is fp64, else fp32."""
+    """Floating ``[B]`` tensors of one shape on one device; returns the dtype of what is made of them."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check_floating(name, tensor)
@@ -60,11 +60,12 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if one is fp64, else fp32: 16-bit inputs give fp32 results."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def check_labels(labels: Tensor, tokens: torch.Size, *, ignore_index: int, vocabulary: int, beside: str) -> None:
-    """Integer labels of the shape ``tokens``, each ``ignore_index`` or in ``[0, vocabulary)``; waits for the device once."""
+    """Integer labels of the shape ``tokens``, each ``ignore_index`` or in ``[0, vocabulary)``; waits for the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: expected a tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -4,9 +4,9 @@ Three ways to have the whole batch, which agree in value and gradient:
 
 * one tensor of all pairs: ``drdpo(per_pair, beta_prime=b)``;
 * each rank has a part: ``drdpo(per_pair, beta_prime=b, group=torch.distributed.group.WORLD)``;
-* each rank has micro-batches: ``whole = whole_batch(all_per_pair, beta_prime=b, group=...)`` from losses that were computed
-  without a gradient, then for each micro-batch ``drdpo(per_pair, beta_prime=b, whole=whole).backward()``: these *shares* add
-  up, so they are not divided by the number of micro-batches.
+* each rank has micro-batches: ``whole = whole_batch(all_per_pair, beta_prime=b, group=...)`` from losses that were
+  computed without a gradient, then for each micro-batch ``drdpo(per_pair, beta_prime=b, whole=whole).backward()``:
+  these *shares* add up, so they are not divided by the number of micro-batches.
 
 Over ranks, gradients are taken to be *averaged*, as DDP and FSDP do: each rank's gradient is the number of ranks times
 its part of the whole batch's.
@@ -49,10 +49,11 @@ def whole_batch(
     """The loss of a whole batch without a gradient, for use as ``whole`` with each of its micro-batches.
 
     Args:
-        per_pair: the losses of all of this rank's pairs, as one tensor or one for each micro-batch. Any order. They must be
-            the values that the micro-batches will have again: replay the random state if the model has dropout.
+        per_pair: the losses of all of this rank's pairs, as one tensor or one for each micro-batch. Any order. They
+            must be the values that the micro-batches will have again: replay the random state if the model has dropout.
         beta_prime: for :func:`drdpo`; ``None`` for :func:`mean`.
-        group: the processes that share the batch (``torch.distributed.group.WORLD`` for all); ``None`` is this one alone.
+        group: the processes that share the batch (``torch.distributed.group.WORLD`` for all); ``None`` is this one
+            alone.
 
     Raises:
         ValueError: no pair at all, or ``beta_prime`` not above 0.
@@ -66,11 +67,11 @@ def whole_batch(
     if group is None:
         _check_some(values)
     ranks = 1 if group is None else dist.get_world_size(group)
-    total = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+    total = torch.stack([values.sum(), values.new_full((), len(values))])
     if beta_prime is None:
         total = _all_reduce(total, group, dist.ReduceOp.SUM)
         return WholeBatch(total[0] / total[1], total[1], ranks, None)
-    lowest = _all_reduce(values.min() if len(values) else values.new_tensor(float("inf")), group, dist.ReduceOp.MIN)
+    lowest = _all_reduce(values.min() if len(values) else values.new_full((), float("inf")), group, dist.ReduceOp.MIN)
     total[0] = torch.expm1((lowest - values) / beta_prime).sum()
     total = _all_reduce(total, group, dist.ReduceOp.SUM)
     return WholeBatch(lowest - beta_prime * torch.log1p(total[0] / total[1]), total[1], ranks, beta_prime)
@@ -107,7 +108,8 @@ def mean(per_pair: Tensor, *, group: dist.ProcessGroup | None = None, whole: Who
         A scalar, fp64 for fp64 losses, else fp32.
 
     Raises:
-        ValueError: an empty batch, ``group`` beside ``whole`` (which has been told of it), or a ``whole`` made for Dr.DPO.
+        ValueError: an empty batch, ``group`` beside ``whole`` (which has been told of it), or a ``whole`` made for
+            Dr.DPO.
     """
     _check_call(per_pair, group, whole, None)
     if whole is not None:
@@ -129,9 +131,9 @@ def drdpo(
 ) -> Tensor:
     """Dr.DPO: ``-beta' log mean exp(-l / beta')`` over the pairs of the whole batch (arXiv:2407.07880).
 
-    Its gradient weighs pair i with ``softmax(-l / beta')_i``: pairs with a large loss, which may be mislabelled, count less.
-    ``beta' -> inf`` is the mean and ``beta' -> 0`` the minimum, both reached without loss of accuracy; finite for any finite
-    losses.
+    Its gradient weighs pair i with ``softmax(-l / beta')_i``: pairs with a large loss, which may be mislabelled, count
+    less. ``beta' -> inf`` is the mean and ``beta' -> 0`` the minimum, both reached without loss of accuracy; finite for
+    any finite losses.
 
     Args:
         per_pair: ``[B]`` losses.
@@ -141,19 +143,19 @@ def drdpo(
             micro-batches, averaged over ranks, add up to the whole batch's loss, and so do their gradients.
 
     Returns:
-        A scalar, fp64 for fp64 losses, else fp32. With ``group`` or ``whole`` it can be differentiated once (torch raises
-        at the second time).
+        A scalar, fp64 for fp64 losses, else fp32. With ``group`` or ``whole`` it can be differentiated once (torch
+        raises at the second time).
 
     Raises:
-        ValueError: an empty batch, ``beta_prime`` out of range, ``group`` beside ``whole``, or a ``whole`` made with another
-            ``beta_prime``.
+        ValueError: an empty batch, ``beta_prime`` out of range, ``group`` beside ``whole``, or a ``whole`` made with
+            another ``beta_prime``.
     """
     check_positive("beta_prime", beta_prime)
     _check_call(per_pair, group, whole, beta_prime)
     losses = per_pair.double()
     if whole is None and group is None:
-        # Shifted by the minimum, of which the value does not depend, exp cannot overflow; expm1 and log1p keep the digits that
-        # log(mean(exp)) loses when beta' is large.
+        # Shifted by the minimum, of which the value does not depend, exp cannot overflow; expm1 and log1p keep the
+        # digits that log(mean(exp)) loses when beta' is large.
         lowest = losses.detach().min()
         value = lowest - beta_prime * torch.log1p(torch.expm1((lowest - losses) / beta_prime).mean())
         return value.to(result_dtype(per_pair))
@@ -187,6 +189,6 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return grad * gradient, None, None

@@ -2,10 +2,10 @@
 
     log p = logit[label] - log sum exp(logit),   summed over a response's tokens
 
-The two public functions check and shift; the work is done by ``token_logps``, which has the mathematics. No tensor of
-the logits' size is made or kept beside the logits themselves, and ``linear_sequence_logps`` never holds the logits of more
-than a chunk of tokens. Tokens that are ignored cost nothing. Log-sum-exp is taken in fp32 (fp64 for fp64 inputs), sums over
-tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
+The two public functions check and shift; the work is done by ``token_logps``, which has the mathematics. Nothing of
+the logits' size is made beside the logits and their gradient, and ``linear_sequence_logps`` never holds the logits of
+more than a chunk of tokens. Tokens that are ignored cost nothing. Log-sum-exp is taken in fp32 (fp64 for fp64 inputs),
+sums over tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
 
     Args:
         logits: ``[B, T, V]``, any floating dtype and strides, as a Hugging Face model returns them.
-        labels: ``[B, T]`` integers *beside their inputs*, as Hugging Face models take them: the logits at position t are those
-            of ``labels[:, t + 1]``; the shift happens here. ``labels[:, 0]`` has no logits and is never counted.
+        labels: ``[B, T]`` integers *beside their inputs*, as Hugging Face models take them: the logits at position t
+            are those of ``labels[:, t + 1]``; the shift happens here. ``labels[:, 0]`` has no logits and is never
+            counted.
         ignore_index: the label of positions that do not count (prompt, padding).
 
     Returns:
-        ``(sums [B], counts [B])``: sums are fp64 for fp64 logits, else fp32; counts are int64. A row without a label has
-        the sum 0, and a gradient of 0. Differentiable once with respect to the logits.
+        ``(sums [B], counts [B])``: sums are fp64 for fp64 logits, else fp32; counts are int64. A row without a label
+        has the sum 0, and a gradient of 0. Differentiable once with respect to the logits.
 
     Raises:
         TypeError: logits that are not floating or labels that are not integers.
@@ -67,26 +68,28 @@ def linear_sequence_logps(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`sequence_logps`, from the last hidden states and the output embedding, without ``[tokens, V]`` logits.
 
-    ``logits = cap((hidden @ weight.T + bias) * scale)`` with ``cap(x) = softcap * tanh(x / softcap)``, in this order: ``scale``
-    is Cohere's ``logit_scale`` or 1 / Granite's ``logits_scaling``, ``softcap`` Gemma 2's ``final_logit_softcapping``.
+    ``logits = cap((hidden @ weight.T + bias) * scale)`` with ``cap(x) = softcap * tanh(x / softcap)``, in this order:
+    ``scale`` is Cohere's ``logit_scale`` or 1 / Granite's ``logits_scaling``, ``softcap`` Gemma 2's
+    ``final_logit_softcapping``.
 
     Args:
         hidden: ``[B, T, H]``, what the model's head is given.
-        weight: ``[V, H]``, of the same dtype (any two dtypes under ``torch.autocast``, whose dtype they are then rounded to).
-            A sharded weight (DTensor) must be gathered first: ``weight.full_tensor()``.
+        weight: ``[V, H]``, of the same dtype (any two dtypes under ``torch.autocast``, whose dtype they are then
+            rounded to). A sharded weight (DTensor) must be gathered first: ``weight.full_tensor()``.
         labels: ``[B, T]``, as in :func:`sequence_logps`.
         bias: ``[V]``, of the weight's dtype.
         softcap: above 0, or ``None``.
         scale: above 0.
-        chunk_size: tokens whose logits are held at once. By default as many as make the chunk's logits no larger than the
-            hidden states, at least 256, and at most a quarter of the labelled tokens.
+        chunk_size: tokens whose logits are held at once. By default as many as make the chunk's logits no larger than
+            the hidden states, at least 256, and at most a quarter of the labelled tokens.
         ignore_index: the label of positions that do not count.
 
     Returns:
-        ``(sums [B], counts [B])`` as :func:`sequence_logps`. Logits are fp32 from 16-bit inputs too, so sums are more exact
-        than those of a 16-bit head. The backward pass computes each chunk's logits again; gradients of weight and bias
-        are accumulated in fp32 and rounded once to their dtype, and the weight's is left out where autograd does not want it
-        (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable once.
+        ``(sums [B], counts [B])`` as :func:`sequence_logps`. Logits are fp32 from 16-bit inputs too, so sums are more
+        exact than those of a 16-bit head. The backward pass computes each chunk's logits again; gradients of weight and
+        bias are accumulated in fp32 and rounded once to their dtype, and the weight's is left out where autograd does
+        not want it (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable
+        once.
 
     Raises:
         TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
@@ -118,7 +121,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_floating("bias", bias)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
             raise ValueError(
-                f"bias is {list(bias.shape)} {bias.dtype}: expected {list(weight.shape[:1])} {weight.dtype}, as the weight"
+                f"bias is {list(bias.shape)} {bias.dtype}: expected {list(weight.shape[:1])} {weight.dtype}"
             )
         check_device("bias", bias, "hidden", hidden)
 

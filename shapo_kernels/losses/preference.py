@@ -6,8 +6,8 @@ What they share is the margin ``h = (log pi_w - log pi_l) - (log ref_w - log ref
 
 Every function takes floating tensors ``[B]`` of one device, any dtypes, and returns ``[B]``: fp64 if an input is fp64,
 else fp32. Inside, all is fp64: on B numbers it costs nothing, and it keeps 1e-6 relative accuracy of value and gradient
-where fp32 loses it to cancellation (``q`` close to 1, margins close to one another). Every function raises TypeError for
-integer tensors and ValueError for unequal shapes or devices and for a parameter that is out of its range.
+where fp32 loses it to cancellation (``q`` close to 1, margins close to one another). Every function raises TypeError
+for integer tensors and ValueError for unequal shapes or devices and for a parameter that is out of its range.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def soft_preference(z: Tensor, q: float | Tensor) -> Tensor:
 
     Args:
         z: ``[B]`` margins.
-        q: a number or ``[B]``; 1 is DPO, ``1 - epsilon`` cDPO, ``(1 - epsilon) / (1 - 2 epsilon)`` rDPO. A tensor may require
-            a gradient: ``dl/dq = -z``.
+        q: a number or ``[B]``; 1 is DPO, ``1 - epsilon`` cDPO, ``(1 - epsilon) / (1 - 2 epsilon)`` rDPO. A tensor may
+            require a gradient: ``dl/dq = -z``.
 
-    Within 1e-6 relative of the exact value and gradient for ``|z| <= 1e4`` (values under the smallest normal fp32 number
-    underflow). Both derivatives are differentiable again.
+    Within 1e-6 relative of the exact value and gradient for ``|z| <= 1e4`` (results below
+    1.2e-38, the smallest normal fp32 number, lose digits or become 0). Both derivatives are differentiable again.
     """
     if isinstance(q, Tensor):
         dtype = check_pairs(z=z, q=q)
@@ -112,13 +112,14 @@ def rdpo(
     beta: float,
     epsilon: float,
 ) -> Tensor:
-    """Robust DPO: ``((1 - epsilon) l(z) - epsilon l(-z)) / (1 - 2 epsilon)`` with ``z = beta h``, ``l(z) = softplus(-z)``.
+    """Robust DPO: ``((1 - epsilon) softplus(-z) - epsilon softplus(z)) / (1 - 2 epsilon)`` with ``z = beta h``.
 
-    ``0 <= epsilon < 0.5`` (Chowdhury et al., PMLR v235, 2024): an unbiased estimate of DPO's loss on clean labels when a share
-    ``epsilon`` of the labels is flipped. It equals ``l(z, q)`` at ``q = (1 - epsilon) / (1 - 2 epsilon) >= 1``.
+    ``0 <= epsilon < 0.5`` (Chowdhury et al., PMLR v235, 2024): an unbiased estimate of DPO's loss on clean labels when
+    a share ``epsilon`` of the labels is flipped. It equals ``l(z, q)`` at ``q = (1 - epsilon) / (1 - 2 epsilon) >= 1``.
 
-    **Unbounded below** for ``epsilon > 0``: as ``z`` grows it falls like ``-epsilon / (1 - 2 epsilon) z``, its gradient never
-    vanishes, and only early stopping or the learning rate ends the growth of a margin. Losses below zero are no error.
+    **Unbounded below** for ``epsilon > 0``: as ``z`` grows it falls like ``-epsilon / (1 - 2 epsilon) z``, its gradient
+    never vanishes, and only early stopping or the learning rate ends the growth of a margin. Losses below zero are no
+    error.
     """
     check_positive("beta", beta)
     check_flip_rate("epsilon", epsilon)
@@ -140,15 +141,16 @@ def ipo(
 
     Args:
         lengths: ``None`` takes ``h`` of the sums, as the paper writes it. Four tensors ``[B]``, the token counts of
-            ``policy_chosen, policy_rejected, ref_chosen, ref_rejected`` in this order, take ``h`` of per-token means, as TRL
-            does. The two are different losses and want different ``beta``. The mean over no token is 0.
+            ``policy_chosen, policy_rejected, ref_chosen, ref_rejected`` in this order, take ``h`` of per-token means,
+            as TRL does. The two are different losses and want different ``beta``. The mean over no token is 0.
     """
     check_positive("beta", beta)
     logps = [policy_chosen, policy_rejected, ref_chosen, ref_rejected]
     if lengths is not None:
         if isinstance(lengths, Tensor) or len(lengths) != 4:
             raise ValueError(
-                "lengths must be four tensors [B], the token counts of policy_chosen, policy_rejected, ref_chosen, ref_rejected"
+                "lengths must be four tensors [B], the token counts of policy_chosen, policy_rejected, ref_chosen and "
+                "ref_rejected, or None"
             )
         logps = [token_mean(sums, counts) for sums, counts in zip(logps, lengths, strict=True)]
     h, dtype = _margin(*logps)
@@ -173,8 +175,8 @@ def simpo(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, *, beta: flo
 
     Args:
         policy_chosen_mean, policy_rejected_mean: ``[B]`` log-probabilities *per token* (:func:`token_mean`).
-        gamma: the target margin itself. The paper's code and its tables quote ``gamma / beta`` ("gamma_beta_ratio"): multiply
-            that by ``beta`` first.
+        gamma: the target margin itself. The paper's code and its tables quote ``gamma / beta`` ("gamma_beta_ratio"):
+            multiply that by ``beta`` first.
     """
     check_positive("beta", beta)
     check_finite("gamma", gamma)
@@ -186,9 +188,10 @@ def simpo(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, *, beta: flo
 def hinge(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
 ) -> Tensor:
-    """Hinge: ``relu(1 - beta h)``, SLiC's loss (arXiv:2305.10425) of the margin against the reference (arXiv:2309.06657).
+    """Hinge: ``relu(1 - beta h)``.
 
-    The gradient at ``beta h = 1`` is taken as 0.
+    SLiC's loss (arXiv:2305.10425), of the margin against a reference as in RSO (arXiv:2309.06657). The gradient at
+    ``beta h = 1`` is taken as 0.
     """
     check_positive("beta", beta)
     h, dtype = _margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
@@ -206,11 +209,11 @@ def reward_level(
     reward_rejected: Tensor,
     beta_reward: float,
 ) -> Tensor:
-    """ShaPO's reward level: ``l(beta h, q)`` with the soft label ``q = sigmoid(beta_reward (reward_chosen - reward_rejected))``.
+    """ShaPO's reward level: ``l(beta h, q)``, ``q = sigmoid(beta_reward (reward_chosen - reward_rejected))``.
 
     Args:
-        reward_chosen, reward_rejected: ``[B]`` scores of a reward model, higher for the better response (arXiv:2602.07340).
-            The score of a *cost* model enters negated.
+        reward_chosen, reward_rejected: ``[B]`` scores of a reward model, higher for the better response
+            (arXiv:2602.07340). The score of a *cost* model enters negated.
         beta_reward: how sharply rewards become labels; as it grows the loss becomes DPO with labels set by the rewards.
     """
     check_positive("beta", beta)

@@ -1,8 +1,8 @@
 """Preference losses by name: what each needs, and one object that takes a batch's log-probabilities to its loss.
 
 For training loops and command lines; who knows the loss calls its function in ``preference``. Nothing that is passed is
-ignored: a parameter, a reward or a reference that the loss does not use is an error. Token counts are the one exception,
-since every log-probability comes with one.
+ignored: a parameter, a reward or a reference that the loss does not use is an error. Token counts are the one
+exception, since every log-probability comes with one.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class PreferenceOutput:
     Attributes:
         loss: scalar.
         per_pair: ``[B]``.
-        chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for the losses
-            that use them, without the reference for those that have none.
+        chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for
+            the losses that use them, without the reference for those that have none.
         margin: ``[B]``, their difference; the pair is ranked correctly where it is above 0.
     """
 
@@ -164,7 +164,7 @@ class PreferenceLoss:
         return bool(AGGREGATIONS[self.aggregation])
 
     def __call__(self, batch: PreferenceBatch, *, whole: aggregations.WholeBatch | None = None) -> PreferenceOutput:
-        """The loss of a batch, or with ``whole`` the share of a micro-batch (shares add up: no division by their number).
+        """The loss of a batch, or with ``whole`` the share of a micro-batch: shares add up, so they are not averaged.
 
         Raises:
             ValueError: the batch lacks what the loss needs, or has rewards or a reference that it does not use.

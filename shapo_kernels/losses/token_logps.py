@@ -2,9 +2,10 @@
 
 For logits x of a token and its label y:  log p = x_y - log sum_v exp(x_v),   d log p / dx_v = [v = y] - exp(x_v) / sum.
 
-Arguments are taken as checked. ``targets [B, T]`` holds for each position the label it predicts, or ``ignore_index``; results
-are ``[B, T]`` with 0 at ignored positions, fp64 for fp64 inputs, else fp32. Work goes over the labelled tokens in chunks, in
-three steps that a fused kernel may replace one by one: ``_project`` (logits), ``_pick_`` (forward) and ``_slope_`` (backward).
+Arguments are taken as checked. ``targets [B, T]`` holds for each position the label it predicts, or ``ignore_index``;
+results are ``[B, T]`` with 0 at ignored positions, fp64 for fp64 inputs, else fp32. Work goes over the labelled tokens
+in chunks, in three steps that a fused kernel may replace one by one: ``_project`` (logits), ``_pick_`` (forward) and
+``_slope_`` (backward).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, rows, normalizers = ctx.saved_tensors
         grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
         for part, where in _chunks(rows, max(1, CHUNK_ELEMENTS // max(1, logits.shape[2]))):
@@ -68,8 +69,8 @@ def _chunks(rows: Tensor, size: int) -> Iterator[tuple[slice, tuple[Tensor, Tens
 def _pick_(logits: Tensor, labels: Tensor, normalizers: Tensor) -> Tensor:
     """Log-probability of each row's label; writes the two parts of log-sum-exp to ``normalizers [2, n]``.
 
-    The parts (maximum, log of the shifted sum) are kept apart because their sum would be rounded at the size of the logits,
-    where the parts are subtracted one after the other at the size of the result. Overwrites ``logits [n, V]``.
+    The parts (maximum, log of the shifted sum) are kept apart because their sum would be rounded at the size of the
+    logits, where the parts are subtracted one after the other at the size of the result. Overwrites ``logits [n, V]``.
     """
     picked = logits.gather(1, labels[:, None])[:, 0]
     highest, log_sum = normalizers
@@ -88,7 +89,7 @@ def _slope_(logits: Tensor, labels: Tensor, normalizers: Tensor, grad: Tensor) -
 
 
 class Head(NamedTuple):
-    """How hidden states become logits: ``cap((hidden @ weight.T + bias) * scale)``, inputs rounded to ``compute_dtype``."""
+    """How hidden states become logits: ``cap((hidden @ weight.T + bias) * scale)``, of inputs in ``compute_dtype``."""
 
     compute_dtype: torch.dtype
     scale: float
@@ -125,7 +126,7 @@ class _LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, rows, normalizers = ctx.saved_tensors
         head, dtype = ctx.head, grad.dtype
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -160,13 +161,13 @@ class _LinearTokenLogps(torch.autograd.Function):
 
 
 def _chunk_tokens(tokens: int, vocabulary: int, width: int) -> int:
-    """As many tokens as have logits no larger than the hidden states, within the bounds that the documentation gives."""
+    """As many tokens as have logits no larger than the hidden states, within the documented bounds."""
     fair = max(MIN_CHUNK_TOKENS, tokens * width // max(1, vocabulary))
     return max(1, min(fair, -(-tokens // 4)))
 
 
 def _widen(tensor: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """Rounded to the compute dtype, held in the wide one: products of 16-bit numbers are then summed and kept in fp32."""
+    """Rounded to the compute dtype, held in the wide one: sums of 16-bit products are then fp32."""
     return tensor.to(head.compute_dtype).to(dtype)
 
 
