@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 def data_parallel_ranks(model: nn.Module) -> int:
@@ -19,9 +19,11 @@ def data_parallel_ranks(model: nn.Module) -> int:
 
 def average(values: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
     """Mean of compact gradients over those ranks, in one collective of their size."""
-    flat = _flatten_dense_tensors(tuple(values))
+    ranks = data_parallel_ranks(model)
+    flat = torch.cat([value.flatten() for value in values])
     dist.all_reduce(flat, group=getattr(model, "process_group", None))
-    return list(_unflatten_dense_tensors(flat.div_(data_parallel_ranks(model)), tuple(values)))
+    means = flat.div_(ranks).split([value.numel() for value in values])
+    return [mean.view_as(value).to(value.dtype) for mean, value in zip(means, values, strict=True)]
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from .binding import Target, attach, bind, detach
 from .distributed import average, data_parallel_ranks, without_reduction
 from .ops.subspace_update import NORMS
 from .perturbation import Delta, InPlace, Perturbation, suits_delta, suits_in_place
+from .radius import Radii, Rho, checked_rho
 from .stats import UpdateStats
 from .subspace import Subspace
 
@@ -54,7 +55,7 @@ class ShaPOOptimizer(Optimizer):
         model: the model whose weights the subspace names, wrapped or not.
         subspace: the selected neurons; names are the unwrapped model's.
         rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its own
-            ``"rho"``. With ``norm="none"`` the factor on the raw gradient, or a ``(low, high)`` range to draw it from at
+            ``"rho"`` (``"shapo_rho"`` around Adadelta, which has a ``"rho"`` of another meaning). With ``norm="none"`` the factor on the raw gradient, or a ``(low, high)`` range to draw it from at
             every ShaPO update. ``opt.rho`` may be set at any time: a schedule, a plain warm start.
         relative: the radius is ``rho * ||W_S||``, taken on the device.
         interval: every ``interval``-th update is a ShaPO update, the others are plain ones.
@@ -81,7 +82,7 @@ class ShaPOOptimizer(Optimizer):
         model: nn.Module,
         subspace: Subspace,
         *,
-        rho: float | tuple[float, float],
+        rho: Rho,
         relative: bool = False,
         interval: int = 1,
         ascent: str = "selective",
@@ -105,13 +106,10 @@ class ShaPOOptimizer(Optimizer):
         self.model = model
         self.subspace = subspace
         self.relative, self.interval, self.norm, self.sync, self.eta = relative, interval, norm, sync, eta
-        self.rho = rho
-        for group in base_optimizer.param_groups:
-            if "rho" in group:
-                _check_rho(group["rho"], norm)
+        self._radii = Radii(base_optimizer, rho, norm, seed)
         self._ascent_kind, self._perturbation_kind = ascent, perturbation
-        self._draws = torch.Generator().manual_seed(seed)
         self._updates = 0
+        self._ascended = False
         self._stats = UpdateStats()
         self._bind()
 
@@ -120,8 +118,6 @@ class ShaPOOptimizer(Optimizer):
         self._active: Perturbation | None = None
         self._ascending: Ascent | None = None
         self._direction: tuple[list[Target], list[Tensor]] | None = None
-        self._ascended = False
-        self._radii: tuple[Any, Tensor] | None = None
         attach(self._targets)
 
     # -- an optimizer like its base --------------------------------------------------------------------------------------
@@ -152,8 +148,7 @@ class ShaPOOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may carry its own ``"rho"``."""
-        if "rho" in param_group:
-            _check_rho(param_group["rho"], self.norm)
+        self._radii.check(param_group)
         self.base.add_param_group(param_group)
 
     def __repr__(self) -> str:
@@ -165,19 +160,18 @@ class ShaPOOptimizer(Optimizer):
     # -- what this update is ---------------------------------------------------------------------------------------------
 
     @property
-    def rho(self) -> float | tuple[float, float]:
+    def rho(self) -> Rho:
         """The radius of groups that carry none of their own."""
-        return self._rho
+        return self._radii.default
 
     @rho.setter
-    def rho(self, value: float | tuple[float, float]) -> None:
-        _check_rho(value, self.norm)
-        self._rho = tuple(value) if isinstance(value, (tuple, list)) else float(value)
+    def rho(self, value: Rho) -> None:
+        self._radii.default = checked_rho(value, self.norm)
 
     @property
     def due(self) -> bool:
         """Whether the coming update is a ShaPO update: every ``interval``-th one, while any radius is above 0."""
-        return (self._updates + 1) % self.interval == 0 and any(_upper(rho) > 0 for rho in self._group_radii())
+        return (self._updates + 1) % self.interval == 0 and self._radii.any_positive()
 
     @property
     def updates(self) -> int:
@@ -273,7 +267,7 @@ class ShaPOOptimizer(Optimizer):
             RuntimeError: while perturbed; or the update is due, has a learning rate above 0 and there was no ascent.
         """
         self._require_unperturbed("step")
-        if closure is not None and self.due and not self._ascended:
+        if closure is not None and self.due:
             loss = self.base.step(lambda: self._two_passes(closure))
         else:
             if closure is None:
@@ -342,7 +336,7 @@ class ShaPOOptimizer(Optimizer):
             "relative": self.relative,
             "interval": self.interval,
             "norm": self.norm,
-            "draws": self._draws.get_state(),
+            "draws": self._radii.draws_state(),
             **self._stats.state(),
         }
         return state
@@ -362,27 +356,23 @@ class ShaPOOptimizer(Optimizer):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
         if own is None:
             return
-        self.relative, self.interval, self.norm = own["relative"], own["interval"], own["norm"]
+        self.relative, self.interval = own["relative"], own["interval"]
+        self.norm = self._radii.norm = own["norm"]
         self.rho = own["rho"]
         self._updates = own["updates"]
-        self._draws.set_state(own["draws"].cpu())
+        self._radii.load_draws(own["draws"])
         self._stats.load(own)
         self._direction, self._ascended = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copy or pickle the optimizer")
         # `step` is on the instance where an LR scheduler has counted it; hooks and directions are made anew.
-        transient = ("step", "_targets", "_active", "_ascending", "_direction", "_radii", "_draws")
-        kept = {key: value for key, value in self.__dict__.items() if key not in transient}
-        return {**kept, "_draws": self._draws.get_state()}
+        transient = ("step", "_targets", "_active", "_ascending", "_direction")
+        return {key: value for key, value in self.__dict__.items() if key not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._draws = torch.Generator()
-        self._draws.set_state(state["_draws"])
-        ascended = self._ascended
         self._bind()
-        self._ascended = ascended
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 
@@ -435,7 +425,7 @@ class ShaPOOptimizer(Optimizer):
                 [t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets]
             )
         scale = ops.perturbation_scale(
-            squares, self._radius_of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
+            squares, self._radii.of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
         )
         self._active = self._choose(targets)
         realised = self._active.apply(targets, values, scale)
@@ -447,30 +437,6 @@ class ShaPOOptimizer(Optimizer):
         if self._perturbation_kind == "in_place" or suits_in_place(targets) or not suits_delta(targets):
             return InPlace()
         return Delta()
-
-    def _radius_of(self, targets: list[Target]) -> Tensor:
-        """rho of each target's group, float64 on the device; sent there again only when one has changed."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        drawn: dict[Any, float] = {}
-        radii = []
-        for target in targets:
-            rho = group_of.get(id(target.parameter), {}).get("rho", self.rho)
-            radii.append(drawn.setdefault(rho, self._draw(rho)) if isinstance(rho, tuple) else float(rho))
-        device = targets[0].parameter.device
-        key = (device, tuple(radii))
-        if self._radii is None or self._radii[0] != key:
-            self._radii = (key, torch.tensor(radii, dtype=torch.float64, device=device))
-        return self._radii[1]
-
-    def _draw(self, bounds: tuple[float, float]) -> float:
-        low, high = bounds
-        return low + (high - low) * torch.rand((), generator=self._draws, dtype=torch.float64).item()
-
-    def _group_radii(self) -> Iterator[Any]:
-        yield self.rho
-        for group in self.param_groups:
-            if "rho" in group:
-                yield group["rho"]
 
     def _parameters(self) -> list[nn.Parameter]:
         """Every parameter that a backward pass may leave a gradient in: the model's and the base optimizer's."""
@@ -513,21 +479,3 @@ def _check_base(base: Any) -> None:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
-
-
-def _check_rho(rho: Any, norm: str) -> None:
-    if isinstance(rho, (tuple, list)):
-        if norm != "none":
-            raise ValueError(f"rho is the range {tuple(rho)}: only norm='none' draws from a range; give one number")
-        if len(rho) != 2 or not all(_is_radius(bound) for bound in rho) or rho[0] > rho[1]:
-            raise ValueError(f"rho is {rho!r}: expected (low, high) with 0 <= low <= high")
-    elif not _is_radius(rho):
-        raise ValueError(f"rho is {rho!r}: expected a finite number, 0 or more")
-
-
-def _is_radius(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _upper(rho: Any) -> float:
-    return rho[1] if isinstance(rho, (tuple, list)) else rho

@@ -1,0 +1,71 @@
+"""Small models and losses that the core's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shapo_kernels as sk
+
+
+class Block(nn.Module):
+    """A residual MLP block with the names of a Llama's: ``down_proj`` columns are its neurons' value vectors."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+class Toy(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self, hidden: int = 8, intermediate: int = 24) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(hidden, intermediate) for _ in range(2))
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def toy() -> Callable[..., Toy]:
+    def make(dtype: torch.dtype = torch.float64, seed: int = 0) -> Toy:
+        torch.manual_seed(seed)
+        return Toy().to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def subspace() -> sk.Subspace:
+    return sk.Subspace({"layers.0.down_proj.weight": [1, 5, 20], "layers.1.down_proj.weight": [0, 23]})
+
+
+@pytest.fixture
+def batch() -> Callable[..., tuple[Tensor, Tensor]]:
+    def make(step: int = 0, dtype: torch.dtype = torch.float64, rows: int = 12) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 + step)
+        x = torch.randn(rows, 8, generator=generator, dtype=torch.float64).to(dtype)
+        y = torch.randn(rows, 3, generator=generator, dtype=torch.float64).to(dtype)
+        return x, y
+
+    return make
+
+
+def mse(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(data[0]) - data[1]).square().mean()
+
+
+@pytest.fixture
+def loss() -> Callable[..., Tensor]:
+    return mse
