@@ -1,7 +1,7 @@
 """Where the MLP value vectors of each supported architecture are: the one table that selection reads.
 
-A *neuron* is one value vector: column i of a down projection ``[hidden, intermediate]`` (`nn.Linear`, axis 1) or row i of
-a GPT-2 `Conv1D` weight ``[intermediate, hidden]`` (axis 0). To support another architecture, add a line to
+A *neuron* is one value vector: column i of a down projection ``[hidden, intermediate]`` (`nn.Linear`, axis 1) or row i
+of a GPT-2 `Conv1D` weight ``[intermediate, hidden]`` (axis 0). To support another architecture, add a line to
 `ARCHITECTURES`. Mixtures of experts are not supported: their experts are one three-dimensional parameter or are used by
 a part of the tokens only, for which a score over all layers together has no meaning yet.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,7 +21,7 @@ __all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "unwrap", "value_vec
 
 @dataclass(frozen=True)
 class Architecture:
-    """The modules that hold value vectors, as a pattern of full plain module names, and the neuron axis of their weight."""
+    """The modules that hold value vectors, as a pattern of their full plain names, and their weight's neuron axis."""
 
     modules: str
     axis: int
@@ -101,7 +102,7 @@ def value_vectors(model: nn.Module) -> ValueVectors:
     return ValueVectors(tuple(weights), architecture.axis, sizes, widths.pop(), weights, model_type)
 
 
-def _shape(module: nn.Module, axis: int) -> tuple[int, int]:
+def _shape(module: Any, axis: int) -> tuple[int, int]:
     """(neurons, length of a value vector): from a Linear's own sizes, which stay true where its weight is packed."""
     if axis == 1 and hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
@@ -132,8 +133,9 @@ def _plain_name(name: str) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers, in any nesting."""
     while True:
-        if hasattr(type(model), "get_base_model"):
-            inner = model.get_base_model()
+        inner: Any
+        if hasattr(type(model), "get_base_model"):  # PEFT
+            inner = cast(Any, model).get_base_model()
         else:
             children = model._modules
             inner = next(

@@ -1,8 +1,8 @@
 """What the columns of published data sets mean: rows of each schema become pairs or prompts.
 
-Preference schemas are PKU-SafeRLHF, hh-rlhf and the forms that TRL takes; prompt schemas are Do-Not-Answer, HarmBench and
-SALAD-Bench. A row that cannot be used is counted under its reason, never dropped in silence; duplicate prompts stay.
-Reading files is for `sources`, tokens for `tokens`.
+Preference schemas are PKU-SafeRLHF, hh-rlhf and the forms that TRL takes; prompt schemas are Do-Not-Answer, HarmBench
+and SALAD-Bench. A row that cannot be used is counted under its reason, never dropped in silence; duplicate prompts
+stay. Reading files is for `sources`, tokens for `tokens`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -67,7 +67,8 @@ def load_pairs(
     if preference != "safer" and chosen != "pku":
         raise UserError(f"preference={preference!r} is for the format pku; {name} is of the format {chosen}")
     read = PAIR_FORMATS[chosen]
-    pairs, dropped, messages = [], Counter[str](), False
+    pairs: list[PreferencePair] = []
+    dropped, messages = Counter[str](), False
     for number, row in enumerate(rows, 1):
         if limit is not None and len(pairs) == limit:
             break
@@ -86,7 +87,7 @@ def load_pairs(
             raise UserError(
                 f"{name}, row {number}: not a row of the format {chosen} ({type(error).__name__}: {error})"
             ) from error
-        messages = messages or isinstance(row.get("chosen"), Sequence) and not isinstance(row["chosen"], str)
+        messages = messages or isinstance(row.get("chosen"), (list, tuple))
         pairs.append(pair)
     result = PairSet(pairs, dict(dropped), name, chosen, messages)
     if not pairs:
@@ -111,7 +112,8 @@ def load_prompts(
     """
     rows, name, chosen = _open(source, split, format, PROMPT_FORMATS, _detect_prompts, limit)
     schema = PROMPT_FORMATS[chosen]
-    prompts, dropped = [], Counter[str]()
+    prompts: list[EvaluationPrompt] = []
+    dropped = Counter[str]()
     for number, row in enumerate(rows):
         if limit is not None and len(prompts) == limit:
             break
@@ -281,15 +283,15 @@ def _read_trl(row: Row, preference: str) -> PreferencePair:
         turns = given + turns
     if not turns:
         raise _Unusable("without a prompt")
-    return PreferencePair(render_transcript(turns), *map(render_response, answers), category)
+    return PreferencePair(render_transcript(turns), render_response(answers[0]), render_response(answers[1]), category)
 
 
 def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The shared beginning up to its last whole word, and the two rests, which begin with the white space behind it."""
-    shared = os.path.commonprefix([chosen, rejected])
-    end = len(shared)
+    both = zip(chosen, rejected, strict=False)
+    end = next((index for index, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
     if not (chosen[end : end + 1].isspace() and rejected[end : end + 1].isspace()):
-        last_space = re.search(r"\s+\S*$", shared)
+        last_space = re.search(r"\s+\S*$", chosen[:end])
         end = last_space.start() if last_space else 0
     if not chosen[:end].strip():
         raise _Unusable("without a shared beginning")

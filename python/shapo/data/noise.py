@@ -1,4 +1,4 @@
-"""Label noise: exchange chosen and rejected in a given share of the pairs. For training splits; never for evaluation."""
+"""Label noise: exchange chosen and rejected in a given share of the pairs. For training splits, not for evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> l
         seed: chooses the rows.
 
     Returns:
-        The pairs, with `chosen`, `rejected` and their unsafe flags exchanged and `flipped` inverted in the flipped rows.
+        The pairs; in the flipped rows `chosen`, `rejected` and their unsafe flags are exchanged, `flipped` is inverted.
 
     Raises:
         UserError: a rate outside [0, 1].

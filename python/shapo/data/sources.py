@@ -31,14 +31,14 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None 
     """Rows of `source`, and the name that errors and reports give it.
 
     Args:
-        source: a .json, .jsonl or .csv file, plain or .gz, or a .parquet file; a folder with one such file for each split
-            (``train.jsonl``); a hub name, ``owner/name`` or ``owner/name:configuration`` (where there is no such
+        source: a .json, .jsonl or .csv file, plain or .gz, or a .parquet file; a folder with one such file for each
+            split (``train.jsonl``); a hub name, ``owner/name`` or ``owner/name:configuration`` (where there is no such
             configuration, a folder of that name); or rows already in memory.
         split: which file of a folder, or which split of a hub data set ("train" where none is given).
 
     Raises:
-        UserError: the source is missing, or a split of a single file is asked for. While rows are drawn: an empty file, a
-            truncated gzip, a broken line (with its number), a row that is no object, an unreachable or gated data set.
+        UserError: the source is missing, or a split of a single file is asked for. While rows are drawn: an empty file,
+            a truncated gzip, a broken line (with its number), a row that is no object, a gated or missing data set.
     """
     if not isinstance(source, (str, os.PathLike)):
         _no_split("rows in memory", split)
@@ -133,9 +133,9 @@ def _json_lines(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); expected one object a line"
-                ) from error
+                where = f"{path}, line {number}"
+                problem = f"broken JSON ({error.msg} at column {error.colno})"
+                raise UserError(f"{where}: {problem}; expected one object a line") from error
 
 
 def _csv_rows(path: Path) -> Iterator[Any]:
@@ -155,13 +155,13 @@ def _csv_rows(path: Path) -> Iterator[Any]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 

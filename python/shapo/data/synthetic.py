@@ -1,8 +1,8 @@
 """The project's own preference data: PKU-SafeRLHF rows put together from phrases, and a tokenizer trained on them.
 
-Small enough for a model of 0.3 M parameters to learn on a CPU, and made so that there is something to learn: both styles
-of answer share their openings, names and things, and for most phrases only word order or a negation tells safe from
-unsafe. It is a test bed for methods, not a model of real conversations.
+Small enough for a model of 0.3 M parameters to learn on a CPU, and made so that there is something to learn: both
+styles of answer share their openings, names and things, and for most phrases only word order or a negation tells safe
+from unsafe. It is a test bed for methods, not a model of real conversations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shapo.data.pairs import ASSISTANT_MARKER, render_response, render_transcript
-from shapo.data.synthetic_text import NAMES, OPENINGS, REQUESTS, SAFE, SEEN, UNSAFE, UNSEEN, Topic
+from shapo.data.synthetic_text import DETAILS, NAMES, OPENINGS, REMARKS, REQUESTS, SAFE, SEEN, UNSAFE, UNSEEN, Topic
 from shapo.errors import UserError
 from shapo.files import write_text
 
@@ -37,9 +37,9 @@ def generate(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows in the PKU-SafeRLHF schema, the same for the same arguments on every machine.
 
-    Every row has a prompt of its own, so no prompt is in two splits. `selection` is the held-out split for the probe and
-    the gradient selection; `test_unseen` has categories that no other split has, phrased alike. In each row one response
-    is safe and one is not, in either order; the "better" (more helpful) one is drawn independently.
+    Every row has a prompt of its own, so no prompt is in two splits. `selection` is the held-out split for the probe
+    and the gradient selection; `test_unseen` has categories that no other split has, phrased alike. In each row one
+    response is safe and one is not, in either order; the "better" (more helpful) one is drawn independently.
 
     Args:
         seed: of everything that is drawn.
@@ -72,7 +72,9 @@ def _rows(seed: int, stream: str, topics: Sequence[Topic], sizes: Mapping[str, i
     ]
     needed = sum(sizes.values())
     if needed > len(requests):
-        raise UserError(f"{needed} rows were asked for in {', '.join(sizes)}; there are {len(requests)} different prompts")
+        raise UserError(
+            f"{needed} rows were asked for in {', '.join(sizes)}; there are {len(requests)} different prompts"
+        )
     generator.shuffle(requests)
     splits: dict[str, list[dict[str, Any]]] = {}
     start = 0
@@ -99,8 +101,13 @@ def _row(generator: random.Random, topic: Topic, request: str, deed: str, thing:
 
 
 def _response(generator: random.Random, shared: Sequence[str], own: Sequence[str], slots: Mapping[str, str]) -> str:
-    phrase = generator.choice(own if generator.random() < _OWN_PHRASE else shared)
-    return f"{generator.choice(OPENINGS)} {phrase.format(**slots)}."
+    """An opening, a phrase of the style and a remark of no style, the latter two in either order."""
+    phrase = generator.choice(own if generator.random() < _OWN_PHRASE else shared).format(**slots)
+    details = {name: generator.choice(values) for name, values in DETAILS.items()}
+    remark = generator.choice(REMARKS).format(**slots, **details)
+    sentences = [phrase[0].upper() + phrase[1:], remark]
+    generator.shuffle(sentences)
+    return f"{generator.choice(OPENINGS)} {sentences[0]}. {sentences[1]}."
 
 
 def sft_examples(rows: Iterable[Mapping[str, Any]], *, seed: int) -> list[tuple[str, str]]:
@@ -138,7 +145,7 @@ _CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with BOS (put first by itself), EOS, padding and a chat template of the transcript form.
+    """A byte-level BPE tokenizer with BOS (put first by itself), EOS, padding and a chat template for transcripts.
 
     It is a plain Hugging Face fast tokenizer: `save_pretrained`, `AutoTokenizer.from_pretrained`.
 

@@ -6,9 +6,9 @@ and a prompt has the same ids whatever follows it (no token can straddle the two
 * **BOS** stands once, first, where the tokenizer itself would put one; with a chat template the template decides.
 * **EOS** follows a response that was not cut, and only then: a model must not learn that a cut is an end. With a chat
   template the template's own end of turn takes its place.
-* **Truncation** happens only beyond `max_length`. Then the prompt keeps `max_prompt_length` tokens, or what the response
-  leaves of `max_length` where that is more; it is cut from the left (BOS stays), so its assistant marker stays. The
-  response is cut from the right to what is left. No token of the budget is wasted.
+* **Truncation** happens only beyond `max_length`. Then the prompt keeps `max_prompt_length` tokens, or what the
+  response leaves of `max_length` where that is more; it is cut from the left (BOS stays), so its assistant marker
+  stays. The response is cut from the right to what is left. No token of the budget is wasted.
 * **A pair** shares one prompt: `encode_pair` cuts it once, by the longer response, so both log-probabilities are
   conditioned on the same tokens.
 * **Padding** is on the right with the tokenizer's pad token, else its EOS, else id 0; attention mask and labels follow
@@ -158,7 +158,7 @@ class PairEncoder:
         return self._ids(opened), [self._answer(messages, opened, response.strip()) for response in responses]
 
     def _answer(self, messages: list[dict[str, str]], opened: str, response: str) -> list[int]:
-        """The response as the template writes it, and with `eos` what ends the turn, without the break between turns."""
+        """The response as the template writes it; with `eos` also what ends the turn, less the break between turns."""
         answered = [*messages, {"role": "assistant", "content": response}]
         whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
         turn = whole[len(opened) :].rstrip() if whole.startswith(opened) else ""
