@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._checks import check_floating, check_positive, result_dtype
+from ._checks import check_first_order, check_floating, check_positive, result_dtype
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def drdpo(
             micro-batches, averaged over ranks, add up to the whole batch's loss, and so do their gradients.
 
     Returns:
-        A scalar, fp64 for fp64 losses, else fp32. With ``group`` or ``whole`` it can be differentiated once (torch
-        raises at the second time).
+        A scalar, fp64 for fp64 losses, else fp32. With ``group`` or ``whole`` it can be differentiated once;
+        ``create_graph=True`` raises RuntimeError.
 
     Raises:
         ValueError: an empty batch, ``beta_prime`` out of range, ``group`` beside ``whole``, or a ``whole`` made with
@@ -188,7 +187,7 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        check_first_order("an aggregation over micro-batches or ranks", "pass all pairs as one tensor")
         (gradient,) = ctx.saved_tensors
         return grad * gradient, None, None

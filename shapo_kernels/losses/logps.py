@@ -38,8 +38,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
     check_floating("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits has the shape {list(logits.shape)}: expected [B, T, V]")
-    check_labels(labels, logits.shape[:2], ignore_index=ignore_index, vocabulary=logits.shape[2], beside="the logits")
-    check_device("labels", labels, "logits", logits)
+    check_labels(labels, "logits", logits, ignore_index=ignore_index, vocabulary=logits.shape[2])
     targets = _shift(labels, ignore_index)
     return _sum(token_logps(logits, targets, ignore_index)), (targets != ignore_index).sum(1)
 
@@ -95,10 +94,7 @@ def linear_sequence_logps(
         TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
     """
     _check_head(hidden, weight, bias)
-    check_labels(
-        labels, hidden.shape[:2], ignore_index=ignore_index, vocabulary=weight.shape[0], beside="the hidden states"
-    )
-    check_device("labels", labels, "hidden", hidden)
+    check_labels(labels, "hidden", hidden, ignore_index=ignore_index, vocabulary=weight.shape[0])
     if softcap is not None:
         check_positive("softcap", softcap)
     check_positive("scale", scale)

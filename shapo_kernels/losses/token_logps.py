@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._checks import result_dtype
+from ._checks import check_first_order, result_dtype
 
 # 64 MiB in fp32: large enough to keep a GPU busy, small beside the logits of a batch.
 CHUNK_ELEMENTS = 1 << 24
@@ -45,8 +44,8 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        check_first_order("sequence_logps", "use torch.log_softmax")
         logits, targets, rows, normalizers = ctx.saved_tensors
         grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
         for part, where in _chunks(rows, max(1, CHUNK_ELEMENTS // max(1, logits.shape[2]))):
@@ -125,8 +124,8 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("linear_sequence_logps", "use a linear layer and torch.log_softmax")
         hidden, weight, bias, targets, rows, normalizers = ctx.saved_tensors
         head, dtype = ctx.head, grad.dtype
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
