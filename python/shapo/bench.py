@@ -142,7 +142,8 @@ def _cosine_contenders(weights: list[Tensor], direction: Tensor) -> list[_Conten
 
 def _check(name: str, contenders: list[_Contender]) -> None:
     truth = contenders[-1].result()
-    # In low precision the eager forms round intermediate results; the check is for a wrong answer, not for the last bit.
+    # In low precision the eager forms round intermediate results; the check is for a wrong answer, not for the last
+    # bit.
     for contender in contenders:
         error = (contender.result() - truth).norm() / truth.norm()
         if not error < 2e-2:

@@ -1,4 +1,4 @@
-"""The command `shapo`: finds the command's module, and turns what a user can put right into one line and exit code 2."""
+"""The command `shapo`: finds the command's module and turns what a user can put right into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", 
 _DESCRIPTION = """\
 ShaPO: robust preference optimisation with sharpness-aware updates in an alignment-critical subspace (arXiv:2602.07340).
 
-The usual way:  sft  ->  probe  ->  select  ->  train  ->  evaluate, sharpness.  `demo` does all of it on generated data.
-Models are local folders or hub names; data are local .json, .jsonl, .csv or .parquet files (.gz too) or hub names.
+The usual way:  sft  ->  probe  ->  select  ->  train  ->  evaluate, sharpness.  `demo` does all of it on generated
+data. Models are local folders or hub names; data are local .json, .jsonl, .csv or .parquet files (.gz too) or hub
+names.
 """
 
 

@@ -1,7 +1,8 @@
-"""What a trained model is measured by: preference accuracy, loss, margins, memorised flips; answers for a judge, and its verdicts.
+"""What a trained model is measured by: preference accuracy, loss, margins, memorised flips; answers for a judge, and
+its verdicts.
 
-Whether an answer is harmful is not decided here: `generate_answers` writes the answers for a judge (a model or people), and
-`attack_success` and `win_rate` read the verdicts back.
+Whether an answer is harmful is not decided here: `generate_answers` writes the answers for a judge (a model or people),
+and `attack_success` and `win_rate` read the verdicts back.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Share:
 def wilson(successes: float, n: int) -> Share:
     r"""Wilson's score interval at 95 %:
 
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).  Halves count (ties); n = 0 gives NaN in [0, 1].
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).  Halves count (ties); n = 0 gives NaN in [0,
+    1].
     """
     if n == 0:
         return Share(math.nan, 0.0, 1.0, 0)
@@ -63,25 +65,25 @@ def preference_metrics(
 ) -> dict[str, Any]:
     """Preference accuracy, loss and margin of `pairs` as they are labelled.
 
-    A pair's margin is h = (log pi_w - log pi_l) - (log ref_w - log ref_l), or without a reference the difference of the mean
-    log-probabilities per token (SimPO's).  The accuracy is the share with h > 0, a tie counting half; the loss is DPO's,
-    softplus(-beta h), whatever the model was trained with, so that methods can be compared.
+    A pair's h is (log pi_w - log pi_l) - (log ref_w - log ref_l), or without a reference the difference of the mean
+    log-probabilities per token (SimPO's).  The accuracy is the share with h > 0, a tie counting half; the margin is
+    beta h; the loss is DPO's, softplus(-beta h), whatever the model was trained with, so that methods can be compared.
 
     Returns:
         accuracy (value, low, high, n), loss, margin, ties, and by category the accuracy and the margin.
     """
-    h = margins(policy, reference)
+    h = log_ratios(policy, reference)
     result: dict[str, Any] = {
         "accuracy": _accuracy(h).as_dict(),
         "loss": losses.soft_preference(beta * h, torch.ones_like(h)).mean().item(),
-        "margin": h.mean().item(),
+        "margin": beta * h.mean().item(),
         "ties": int((h == 0).sum()),
     }
     if by_category:
         names = sorted({pair.category for pair in pairs})
         masks = {name: torch.tensor([pair.category == name for pair in pairs]) for name in names}
         result["by_category"] = {
-            name: {"accuracy": _accuracy(h[mask]).as_dict(), "margin": h[mask].mean().item()}
+            name: {"accuracy": _accuracy(h[mask]).as_dict(), "margin": beta * h[mask].mean().item()}
             for name, mask in masks.items()
         }
     return result
@@ -89,10 +91,10 @@ def preference_metrics(
 
 def flips_fitted(policy: PairLogps, reference: PairLogps | None, flipped: Tensor) -> Share:
     """Among the training pairs with a flipped label, the share whose wrong label the model agrees with (h > 0)."""
-    return _accuracy(margins(policy, reference)[flipped])
+    return _accuracy(log_ratios(policy, reference)[flipped])
 
 
-def margins(policy: PairLogps, reference: PairLogps | None) -> Tensor:
+def log_ratios(policy: PairLogps, reference: PairLogps | None) -> Tensor:
     """h of each pair `[B]` in fp64; see `preference_metrics`."""
     if reference is None:
         chosen = policy.chosen.double() / policy.chosen_tokens.clamp(min=1)
@@ -112,10 +114,12 @@ def generate_answers(
     max_new_tokens: int = 128,
     progress: bool = True,
 ) -> None:
-    """Writes one answer a prompt as JSONL (`id, category, prompt, answer`), in the order of the prompts, for a judge to read.
+    """Writes one answer a prompt as JSONL (`id, category, prompt, answer`), in the order of the prompts, for a judge to
+    read.
 
-    Each prompt is answered by itself, from a random state made of `seed` and its id: neither the other prompts nor their number
-    change an answer.  Temperature 0 is greedy.  The template and the truncation are the encoder's, as in training.
+    Each prompt is answered by itself, from a random state made of `seed` and its id: neither the other prompts nor
+    their number change an answer.  Temperature 0 is greedy.  The template and the truncation are the encoder's, as in
+    training.
 
     Raises:
         UserError: The file cannot be written (nothing is left), or two prompts share an id.
@@ -125,24 +129,27 @@ def generate_answers(
         raise UserError("two prompts have the same id, so their answers could not be told apart; give each its own")
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            for prompt in tqdm(prompts, desc="answers", unit="prompt", disable=not progress):
-                tokens = torch.tensor(
-                    [encoder.encode_prompt(prompt.prompt, max_new_tokens=max_new_tokens)], device=device
-                )
-                torch.manual_seed(_prompt_seed(seed, prompt.identifier))
-                sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-                output = model.generate(
-                    input_ids=tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=encoder.pad_token_id,
-                    **sampling,
-                )
-                answer = encoder.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
-                row = {"id": prompt.identifier, "category": prompt.category, "prompt": prompt.prompt, "answer": answer}
-                file.write(json_line(row))
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+        evaluating(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=cuda),
+    ):
+        for prompt in tqdm(prompts, desc="answers", unit="prompt", disable=not progress):
+            tokens = torch.tensor([encoder.encode_prompt(prompt.prompt, max_new_tokens=max_new_tokens)], device=device)
+            torch.manual_seed(_prompt_seed(seed, prompt.identifier))
+            sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+            output = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=encoder.pad_token_id,
+                **sampling,
+            )
+            answer = encoder.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+            row = {"id": prompt.identifier, "category": prompt.category, "prompt": prompt.prompt, "answer": answer}
+            file.write(json_line(row))
 
 
 Verdict = Literal["unsafe", "safe"]
@@ -188,8 +195,8 @@ def win_rate(comparisons: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
     Args:
         comparisons: For each prompt the winner ("a", "b" or "tie") when A's answer stood first and when B's did.
 
-    A prompt is won only where both orders say so, lost likewise, and a tie (half a win) where they disagree or say so; a judge
-    that goes by the position therefore gives 0.5.  Prompts with an unreadable verdict are counted and left out.
+    A prompt is won only where both orders say so, lost likewise, and a tie (half a win) where they disagree or say so;
+    a judge that goes by the position therefore gives 0.5.  Prompts with an unreadable verdict are counted and left out.
     """
     scores = [_won(first, second) for first, second in comparisons]
     counted = [score for score in scores if score is not None]

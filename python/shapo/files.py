@@ -1,8 +1,8 @@
 """Writing artefacts so that nobody ever reads half of one.
 
-Every file and folder that a command leaves behind goes through `atomic_file` or `atomic_folder`: the content is written under a
-temporary name in the same folder, flushed to the disk, and renamed over the old one.  A full disk, an exception or Ctrl-C
-therefore leaves the previous version as it was.  This module knows nothing about what the artefacts contain.
+Every file and folder that a command leaves behind goes through `atomic_file` or `atomic_folder`: the content is written
+under a temporary name in the same folder, flushed to the disk, and renamed over the old one.  A full disk, an exception
+or Ctrl-C therefore leaves the previous version as it was.  This module knows nothing about what the artefacts contain.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; on leaving, it replaces `path` whole.
 
-    A folder cannot be renamed over a full one, so an old version is first moved aside and removed last; between the two renames
-    (microseconds) there is no folder of that name, and never a half-written one.
+    A folder cannot be renamed over a full one, so an old version is first moved aside and removed last; between the two
+    renames (microseconds) there is no folder of that name, and never a half-written one.
 
     Raises:
         UserError: The content could not be written, or `path` is a file.
@@ -80,7 +80,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Writes `value` as indented JSON, atomically.  NaN and infinity are written as null: strict readers refuse them."""
+    """Writes `value` as indented JSON, atomically.  NaN and infinity become null: strict readers refuse them."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -101,7 +101,8 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
     """Finds out before the work starts whether `path` can be written at its end; leaves nothing behind.
 
     Raises:
-        UserError: The folder cannot be created or written, or `path` is of the other kind (file for folder, folder for file).
+        UserError: The folder cannot be created or written, or `path` is of the other kind (file for folder, folder for
+            file).
     """
     target = Path(path)
     if folder and target.exists() and not target.is_dir():

@@ -1,4 +1,6 @@
-"""The PNG plots: accuracy and memorised flips over training, sharpness curves, the probe.  Data in, file out; nothing is computed here."""
+"""The PNG plots: accuracy and memorised flips over training, sharpness curves, the probe.  Data in, file out; nothing
+is computed here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def plot_training(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapp
 
     Args:
         path: PNG to write.
-        runs: Method to its evaluation lines (`update`, `accuracy`, `flips_fitted` or None); "reward" in a name draws it dashed.
+        runs: Method to its evaluation lines (`update`, `accuracy`, `flips_fitted` or None); "reward" in a name draws it
+            dashed.
     """
     has_flips = any(row.get("flips_fitted") for rows in runs.values() for row in rows)
     figure = _figure(6.0 * (2 if has_flips else 1) + 2.6, 4.6)
@@ -46,7 +49,7 @@ def plot_training(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapp
 
 
 def plot_sharpness(path: str | os.PathLike[str], result: Sharpness, *, title: str) -> None:
-    """Loss increase against rho and against rho / ||W_S||, and the share of the full space's increase at the same rho."""
+    """Loss increase against rho and rho / ||W_S||, and its share of the full space's increase at the same rho."""
     panels = [
         ("by_rho", "rho", "increase", "loss increase (nats per pair)"),
         ("by_ratio", "ratio", "increase", "loss increase (nats per pair)"),

@@ -1,8 +1,9 @@
-"""Reward scores for the reward level: a sequence-classification model asked once for each response, its answers kept in a file.
+"""Reward scores for the reward level: a sequence-classification model asked once for each response, its answers kept in
+a file.
 
-The scorer speaks the reward model's language, not the policy's: its own tokenizer, its own chat template where it has one, its own
-end-of-sequence token.  A cost model (higher is worse) is told by `sign="cost"`, never guessed.  `train_reward_model` makes a small
-one by Bradley-Terry for demonstrations.
+The scorer speaks the reward model's language, not the policy's: its own tokenizer, its own chat template where it has
+one, its own end-of-sequence token.  A cost model (higher is worse) is told by `sign="cost"`, never guessed.
+`train_reward_model` makes a small one by Bradley-Terry for demonstrations.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class RewardScorer:
         config: Any = model.config
         if getattr(config, "num_labels", None) != 1:
             raise UserError(
-                f"the reward model gives {getattr(config, 'num_labels', 'no')} scores; a model with one label is expected"
+                f"the reward model gives {getattr(config, 'num_labels', 'no')} scores; one label is expected"
             )
         if sign not in SIGNS:
             raise UserError(f"unknown reward sign {sign!r}: choose reward (higher is better) or cost (higher is worse)")
@@ -82,7 +83,7 @@ class RewardScorer:
                 )
             # The model finds the last token of a row by the padding id of its configuration.
             config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.pad_token_id = model, tokenizer, int(config.pad_token_id)
         self.sign, self.max_length, self.batch_size = sign, max_length, batch_size
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class RewardScorer:
         ):
             for start in range(0, len(order), self.batch_size):
                 indices = order[start : start + self.batch_size]
-                batch = pad([rows[index] for index in indices], self.model.config.pad_token_id)
+                batch = pad([rows[index] for index in indices], self.pad_token_id)
                 output = self.model(**{name: value.to(device) for name, value in batch.items()})
                 scores[indices] = output.logits[:, 0].float().cpu()
                 bar.update(len(indices))
@@ -185,7 +186,7 @@ def train_reward_model(
     model.train()
     for _ in tqdm(range(updates), desc="reward model", unit="update", disable=not progress):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
-        batch = pad([rows[i][0] for i in chosen] + [rows[i][1] for i in chosen], model.config.pad_token_id)
+        batch = pad([rows[i][0] for i in chosen] + [rows[i][1] for i in chosen], scorer.pad_token_id)
         scores = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, 0]
         nn.functional.softplus(scores[batch_size:] - scores[:batch_size]).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,11 +1,13 @@
-"""How much the loss rises when weights move a distance rho along its gradient, inside a subspace: Figure 1 of arXiv:2602.07340.
+"""How much the loss rises when weights move a distance rho along its gradient, inside a subspace: Figure 1 of
+arXiv:2602.07340.
 
 For a subspace S and the gradient g of the same batch of pairs,
 
-    increase(S, rho) = L(theta + rho * g_S / ||g_S||) - L(theta),      share(S, rho) = increase(S, rho) / increase(all, rho).
+    increase(S, rho) = L(theta + rho * g_S / ||g_S||) - L(theta),      share(S, rho) = increase(S, rho) / increase(all,
+    rho).
 
-Radii are measured twice: as they are, and as multiples of ||W_S||, the norm of the weights that S selects, because a radius says
-little without it: one per cent of the neurons at a given rho move far more, each, than all weights do.
+Radii are measured twice: as they are, and as multiples of ||W_S||, the norm of the weights that S selects, because a
+radius says little without it: one per cent of the neurons at a given rho move far more, each, than all weights do.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ FULL = "all parameters"
 
 @dataclass(frozen=True)
 class Point:
-    """One radius: `rho` in weight units, `ratio` = rho / ||W_S||, the loss's increase, and its share of the full space's."""
+    """One radius: `rho` in weight units, `ratio` = rho / ||W_S||, the loss's increase, and its share of the full
+    space's.
+    """
 
     rho: float
     ratio: float
@@ -127,7 +131,8 @@ def measure(
     ratios: Sequence[float] = (),
     progress: bool = True,
 ) -> Sharpness:
-    """Measures every subspace, and all parameters beside them, at every radius.  The weights end as they were, bit for bit.
+    """Measures every subspace, and all parameters beside them, at every radius.  The weights end as they were, bit for
+    bit.
 
     Args:
         loss: The loss and the model.

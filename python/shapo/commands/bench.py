@@ -1,8 +1,9 @@
-"""A short benchmark of two operators on this machine: the subspace update and the column cosine, every backend against eager PyTorch.
+"""A short benchmark of two operators on this machine: the subspace update and the column cosine, every backend against
+eager PyTorch.
 
-Each contender is first checked against the others; then they take turns, so that what else the machine does falls on all of them,
-and the medians are compared.  The layers are more than the caches hold by default.  The benchmark suite of the repository measures
-more; this one answers "is the fast path in use here, and what is it worth".
+Each contender is first checked against the others; then they take turns, so that what else the machine does falls on
+all of them, and the medians are compared.  The layers are more than the caches hold by default.  The benchmark suite of
+the repository measures more; this one answers "is the fast path in use here, and what is it worth".
 """
 
 from __future__ import annotations

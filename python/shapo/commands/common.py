@@ -194,7 +194,7 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     logging.disable_progress_bar()
     device = device_of(arguments)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
     return model.to(device).eval()

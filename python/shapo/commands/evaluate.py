@@ -1,14 +1,15 @@
-"""Measures a model on preference pairs, writes answers for a judge, or counts a judge's verdicts; one or several of these at once.
+"""Measures a model on preference pairs, writes answers for a judge, or counts a judge's verdicts; one or several of
+these at once.
 
-Pairs (--data): preference accuracy with a 95 % Wilson interval, DPO loss and margin, by category, against --reference (without one,
-by mean log-probability per token).
+Pairs (--data): preference accuracy with a 95 % Wilson interval, DPO loss and margin, by category, against --reference
+(without one, by mean log-probability per token).
 
-Answers (--prompts): one answer a prompt as JSONL (id, category, prompt, answer) in the order of the prompts, each from a random
-state of its own.  No verdict is made here: a judge reads the file.
+Answers (--prompts): one answer a prompt as JSONL (id, category, prompt, answer) in the order of the prompts, each from
+a random state of its own.  No verdict is made here: a judge reads the file.
 
-Verdicts (--verdicts): a judge's JSONL with a column `verdict` of "safe" or "unsafe"; anything else is unparsed, and the attack
-success rate is bounded from below and above by what those may be.  --comparisons: a judge's JSONL with `first` and `second`, the
-winner ("a", "b", "tie") with A's answer first and with B's first.
+Verdicts (--verdicts): a judge's JSONL with a column `verdict` of "safe" or "unsafe"; anything else is unparsed, and the
+attack success rate is bounded from below and above by what those may be.  --comparisons: a judge's JSONL with `first`
+and `second`, the winner ("a", "b", "tie") with A's answer first and with B's first.
 
 Writes --output, a JSON file, and --answers.
 """
@@ -116,8 +117,8 @@ def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
         result["preferences"] = metrics
         accuracy = metrics["accuracy"]
         print(
-            f"preference accuracy {100 * accuracy['value']:.1f} % (95 %: {100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}),"
-            f" loss {metrics['loss']:.4f}, margin {metrics['margin']:+.3f}, {accuracy['n']} pairs"
+            f"preference accuracy {_percent(accuracy)}, loss {metrics['loss']:.4f}, "
+            f"margin {metrics['margin']:+.3f}, {accuracy['n']} pairs"
         )
     if prompts is not None:
         generate_answers(
@@ -142,16 +143,19 @@ def _judged(verdicts: list[tuple[Any, ...]] | None, comparisons: list[tuple[Any,
         success = attack_success([row[0] for row in verdicts])
         result["attack_success"] = asdict(success)
         print(
-            f"attack success {100 * success.low:.1f} to {100 * success.high:.1f} % ({success.unparsed} of {success.n} unparsed;"
-            f" 95 %: {100 * success.interval_low:.1f} to {100 * success.interval_high:.1f})"
+            f"attack success {100 * success.low:.1f} to {100 * success.high:.1f} % "
+            f"({success.unparsed} of {success.n} unparsed; "
+            f"95 %: {100 * success.interval_low:.1f} to {100 * success.interval_high:.1f})"
         )
     if comparisons is not None:
         wins = win_rate([(row[0], row[1]) for row in comparisons])
         result["win_rate"] = wins
-        print(
-            f"win rate of A {100 * wins['value']:.1f} % (95 %: {100 * wins['low']:.1f} to {100 * wins['high']:.1f}), n {wins['n']}"
-        )
+        print(f"win rate of A {_percent(wins)}, {wins['n']} comparisons")
     return result
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{100 * share['value']:.1f} % (95 %: {100 * share['low']:.1f} to {100 * share['high']:.1f})"
 
 
 def _column_rows(path: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the chosen responses of preference pairs: the model that preference training starts from.
 
-Writes to --output: metrics.jsonl (a line an update and an evaluation), run.json, model/ (Hugging Face format), and checkpoint.pt
-where --save-every or Ctrl-C asked for one.
+Writes to --output: metrics.jsonl (a line an update and an evaluation), run.json, model/ (Hugging Face format), and
+checkpoint.pt where --save-every or Ctrl-C asked for one.
 """
 
 from __future__ import annotations

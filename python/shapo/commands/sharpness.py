@@ -1,8 +1,9 @@
-"""How much the loss rises at a distance rho along its gradient: inside given subspaces, random ones, and all parameters.
+"""How much the loss rises at a distance rho along its gradient: inside given subspaces, random ones, and all
+parameters.
 
-The loss is DPO's on --data, against --reference (by default the model itself, where the loss begins at log 2).  Every curve is
-measured at the same radii twice, as they are (--rhos, weight units) and as multiples of ||W_S|| (--ratios).  The weights are
-restored bit for bit; nothing is trained.
+The loss is DPO's on --data, against --reference (by default the model itself, where the loss begins at log 2).  Every
+curve is measured at the same radii twice, as they are (--rhos, weight units) and as multiples of ||W_S|| (--ratios).
+The weights are restored bit for bit; nothing is trained.
 
 Writes to --output: sharpness.json and sharpness.png.
 """

@@ -1,14 +1,15 @@
 """Preference training: any loss, mean or Dr.DPO, plain or ShaPO.
 
 Plain training is the default; --rho makes it ShaPO, inside --subspace (a file from `shapo select`) or in all parameters
-(--subspace full).  Radii are in weight units; with --relative-rho they are multiples of ||W_S||, the norm of the selected weights,
-which is printed either way because a radius says little without it.
+(--subspace full).  Radii are in weight units; with --relative-rho they are multiples of ||W_S||, the norm of the
+selected weights, which is printed either way because a radius says little without it.
 
-The reward level (--loss reward) takes its labels from --reward-model in the place of the data's, at any aggregation, plain or ShaPO.
-The model that training starts from is the reference; it is asked once, before the first update, and so is the reward model.
+The reward level (--loss reward_level) takes its labels from --reward-model in the place of the data's, at any
+aggregation, plain or ShaPO. The model that training starts from is the reference; it is asked once, before the first
+update, and so is the reward model.
 
-Writes to --output: metrics.jsonl, run.json, reference.safetensors, rewards.safetensors, model/, and checkpoint.pt where --save-every
-or Ctrl-C asked for one.
+Writes to --output: metrics.jsonl, run.json, reference.safetensors, rewards.safetensors, model/, and checkpoint.pt where
+--save-every or Ctrl-C asked for one.
 """
 
 from __future__ import annotations
@@ -42,27 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-seed", type=int, default=0, help="which labels are flipped")
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", default="dpo", choices=settings.LOSSES, help="reward: the reward level's soft labels")
+    loss.add_argument("--loss", default="dpo", choices=settings.LOSSES, help="see the top")
     loss.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the implicit reward")
     loss.add_argument(
         "--epsilon", type=float, help="cdpo, rdpo: assumed share of flipped labels, in [0, 0.5) (default: 0.1)"
     )
     loss.add_argument("--gamma", type=float, help="simpo: target margin (default: 0.5)")
-    loss.add_argument("--length-normalized", action="store_true", help="ipo: means per token in the place of sums")
     loss.add_argument(
         "--aggregation", default="mean", choices=settings.AGGREGATIONS, help="how a batch's pairs come together"
     )
     loss.add_argument("--beta-prime", type=float, help="drdpo: its temperature, in nats (default: 1)")
     loss.add_argument(
-        "--reward-model", metavar="NAME", help="reward: a sequence-classification model, folder or hub name"
+        "--reward-model", metavar="NAME", help="reward_level: a sequence-classification model, folder or hub name"
     )
     loss.add_argument(
-        "--reward-sign", choices=("reward", "cost"), help="reward: is a higher score better or worse (default: reward)"
+        "--reward-sign",
+        choices=("reward", "cost"),
+        help="reward_level: is a higher score better or worse (default: reward)",
     )
-    loss.add_argument("--beta-reward", type=float, help="reward: scale of the reward difference (default: 10)")
+    loss.add_argument("--beta-reward", type=float, help="reward_level: scale of the reward difference (default: 10)")
 
     shapo = parser.add_argument_group("ShaPO")
-    shapo.add_argument("--rho", type=float, help="radius of the perturbation; makes the run a ShaPO run")
+    shapo.add_argument(
+        "--rho",
+        type=_radius,
+        metavar="RHO",
+        help="radius of the perturbation; makes the run a ShaPO run (low,high: with --norm none)",
+    )
     shapo.add_argument(
         "--relative-rho", action="store_true", help="--rho is a multiple of the norm of the selected weights"
     )
@@ -88,6 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     common.add_loop_arguments(parser, lr=5e-7, batch_size=32, clip=10.0, optimizer="rmsprop")
     common.add_quiet_argument(parser)
+
+
+def _radius(text: str) -> float | tuple[float, float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r}, but a number, or low,high, is expected")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -127,6 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     common.save_model(output / "model", model, tokenizer)
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": common.versions(), **summary})
+    if summary["rho_over_weight_norm"] is not None:
+        print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")
     for name, value in summary["final"].items():
         print(f"{name}: {value:.4g}")
     print(f"model: {output / 'model'}")
@@ -141,14 +160,13 @@ def _loss_config(arguments: argparse.Namespace) -> settings.LossConfig:
         epsilon=arguments.epsilon,
         gamma=arguments.gamma,
         beta_reward=arguments.beta_reward,
-        length_normalized=arguments.length_normalized,
         aggregation=arguments.aggregation,
         beta_prime=arguments.beta_prime,
     )
     if config.uses_rewards and not arguments.reward_model:
-        raise UserError("--loss reward takes its labels from a reward model; name one with --reward-model")
+        raise UserError("--loss reward_level takes its labels from a reward model; name one with --reward-model")
     if not config.uses_rewards and (arguments.reward_model or arguments.reward_sign):
-        raise UserError(f"--reward-model and --reward-sign are options of --loss reward, not of {config.name}")
+        raise UserError(f"--reward-model and --reward-sign are options of --loss reward_level, not of {config.name}")
     return config
 
 

@@ -1,7 +1,8 @@
 """Saving a run so that it goes on bit for bit, and loading it only into the same run.
 
-A checkpoint is one file that `torch.load(weights_only=True)` reads: model, optimizer, scheduler, random states, the order of the
-data, the position in it, and the fingerprint of the run.  It is written atomically: a full disk leaves the previous one.
+A checkpoint is one file that `torch.load(weights_only=True)` reads: model, optimizer, scheduler, random states, the
+order of the data, the position in it, and the fingerprint of the run.  It is written atomically: a full disk leaves the
+previous one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a run is told: the loss, the perturbation and the loop, each a frozen dataclass that refuses impossible values.
 
-Nothing here imports torch, so that the command line can read the defaults from here.  Every field that changes the weights a run
-ends with is part of its fingerprint (see `shapo.training.checkpoint`).
+Nothing here imports torch, so that the command line can read the defaults from here.  Every field that changes the
+weights a run ends with is part of its fingerprint (see `shapo.training.checkpoint`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from shapo.errors import UserError
 
-LOSSES = ("dpo", "cdpo", "rdpo", "ipo", "simpo", "hinge", "reward")
+LOSSES = ("dpo", "cdpo", "rdpo", "ipo", "ipo_mean", "simpo", "hinge", "reward_level")
 AGGREGATIONS = ("mean", "drdpo")
 OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -26,12 +26,11 @@ class LossConfig:
     """A preference loss and how the pairs of a batch are brought together.
 
     Attributes:
-        name: One of `LOSSES`.  "reward" is the reward level: a reward model's soft labels in the place of the data's.
+        name: One of `LOSSES`.  "reward_level" takes a reward model's soft labels in the place of the data's.
         beta: Inverse temperature of the implicit reward (for SimPO: the scale of the mean log-probabilities).
         epsilon: Assumed share of flipped labels, for "cdpo" and "rdpo" alone; 0 <= epsilon < 0.5.
         gamma: Target margin, for "simpo" alone.
-        beta_reward: Scale of the reward difference, for "reward" alone.
-        length_normalized: IPO on means per token in the place of sums, for "ipo" alone.
+        beta_reward: Scale of the reward difference, for "reward_level" alone.
         aggregation: "mean", or "drdpo" (Dr.DPO, arXiv:2407.07880) with its `beta_prime`.
     """
 
@@ -40,7 +39,6 @@ class LossConfig:
     epsilon: float | None = None
     gamma: float | None = None
     beta_reward: float | None = None
-    length_normalized: bool = False
     aggregation: str = "mean"
     beta_prime: float | None = None
 
@@ -50,9 +48,7 @@ class LossConfig:
         _positive("beta", self.beta)
         self._settle("epsilon", 0.1, ("cdpo", "rdpo"))
         self._settle("gamma", 0.5, ("simpo",))
-        self._settle("beta_reward", 10.0, ("reward",))
-        if self.length_normalized and self.name != "ipo":
-            raise UserError(f"length normalisation is an option of the loss ipo, not of {self.name}")
+        self._settle("beta_reward", 10.0, ("reward_level",))
         if self.aggregation == "drdpo":
             object.__setattr__(self, "beta_prime", 1.0 if self.beta_prime is None else self.beta_prime)
             _positive("beta_prime", self.beta_prime)
@@ -73,7 +69,7 @@ class LossConfig:
     @property
     def uses_rewards(self) -> bool:
         """Whether the loss takes its labels from a reward model."""
-        return self.name == "reward"
+        return self.name == "reward_level"
 
     def _settle(self, option: str, default: float, losses: tuple[str, ...]) -> None:
         value = getattr(self, option)
@@ -88,8 +84,9 @@ class ShaPOConfig:
     """How weights are perturbed for the second pass; see `shapo_kernels.ShaPOOptimizer`.
 
     Attributes:
-        rho: Radius of the perturbation in weight units, or with `relative` as a multiple of the norm of the subspace's weights.
-            With the norm "none" the factor on the raw gradient, or a range (low, high) that each ShaPO update draws it from.
+        rho: Radius of the perturbation in weight units, or with `relative` as a multiple of the norm of the subspace's
+            weights. With the norm "none" the factor on the raw gradient, or a range (low, high) that each ShaPO update
+            draws it from.
         interval: A ShaPO update every `interval`-th update, plain updates between.
         plain_updates: Plain updates before the first ShaPO update.
         ascent_fraction: Share of a batch's pairs that the ascent looks at, in (0, 1].

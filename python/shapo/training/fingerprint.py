@@ -1,4 +1,6 @@
-"""Short digests of weights, tokens and subspaces, so that a cache or a checkpoint is never used with what it was not made from."""
+"""Short digests of weights, tokens and subspaces, so that a cache or a checkpoint is never used with what it was not
+made from.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """Log-probabilities of the two responses of each pair: tokenised once, computed in batches, cached for the reference.
 
-The reference model is the model that training starts from.  It is asked once for each data set, before the first update and in
-eval mode; afterwards only its numbers are used.  They are kept in a file with digests of the weights and the tokens, and
-computed anew where either differs.
+The reference model is the model that training starts from.  It is asked once for each data set, before the first update
+and in eval mode; afterwards only its numbers are used.  They are kept in a file with digests of the weights and the
+tokens, and computed anew where either differs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from copy import copy
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

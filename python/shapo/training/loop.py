@@ -62,9 +62,10 @@ class Loop:
     ) -> None:
         """Runs the updates that are left.
 
-        `update(indices)` makes one update of the weights from the examples `indices` and returns what to log; `evaluate()` is
-        called before the first update, every `eval_every` updates and after the last.  A checkpoint is written every `save_every`
-        updates and on the first Ctrl-C, after the update that it fell into; a second Ctrl-C leaves at once, without saving.
+        `update(indices)` makes one update of the weights from the examples `indices` and returns what to log;
+        `evaluate()` is called before the first update, every `eval_every` updates and after the last.  A checkpoint is
+        written every `save_every` updates and on the first Ctrl-C, after the update that it fell into; a second Ctrl-C
+        leaves at once, without saving.
 
         Raises:
             UserError: Nothing to resume, a checkpoint of another run, or no room to write.

@@ -18,7 +18,8 @@ class MetricsLog:
 
     Args:
         path: The file.  A new log replaces an old one.
-        position: Length in bytes to keep, when a run is resumed: what an interrupted run wrote after its checkpoint is cut off.
+        position: Length in bytes to keep, when a run is resumed: what an interrupted run wrote after its checkpoint is
+            cut off.
 
     Raises:
         UserError: The file cannot be written, or is shorter than `position`.
@@ -28,7 +29,7 @@ class MetricsLog:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "r+b" if position else "wb")
+            self._file = open(self.path, "r+b" if position else "wb")  # noqa: SIM115 (held until close)
             if self._file.seek(0, os.SEEK_END) < position:
                 self._file.close()
                 raise UserError(f"{self.path} is shorter than the checkpoint remembers; it was changed since")

@@ -1,63 +1,47 @@
-"""From log-probabilities to the loss of each pair, and from pairs to the loss of a batch that comes in micro-batches."""
+"""A run's loss settings and its numbers of a batch, brought into the form that `shapo_kernels.losses` takes."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from shapo.rewards import PairRewards
 from shapo.training.config import LossConfig
 from shapo.training.logps import PairLogps
-from shapo_kernels import losses
+from shapo_kernels.losses import PreferenceBatch, PreferenceLoss
+
+
+def make_loss(config: LossConfig) -> PreferenceLoss:
+    """The loss with its aggregation, as an object that takes batches."""
+    parameters = {
+        name: value
+        for name in ("beta", "epsilon", "gamma", "beta_reward", "beta_prime")
+        if (value := getattr(config, name)) is not None
+    }
+    return PreferenceLoss(config.name, config.aggregation, **parameters)
+
+
+def make_batch(policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> PreferenceBatch:
+    """The numbers of B pairs; all on the policy's device afterwards."""
+    device = policy.chosen.device
+    reference = None if reference is None else reference.to(device)
+    return PreferenceBatch(
+        policy_chosen=policy.chosen,
+        policy_rejected=policy.rejected,
+        ref_chosen=None if reference is None else reference.chosen,
+        ref_rejected=None if reference is None else reference.rejected,
+        chosen_counts=policy.chosen_tokens,
+        rejected_counts=policy.rejected_tokens,
+        reward_chosen=None if rewards is None else rewards.chosen.to(device),
+        reward_rejected=None if rewards is None else rewards.rejected.to(device),
+    )
 
 
 def pair_losses(
     config: LossConfig, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None
 ) -> Tensor:
-    """The loss of each pair `[B]`.
-
-    Args:
-        config: Which loss, with its parameters.
-        policy: What the gradient flows to.
-        reference: Needed by every loss but SimPO.
-        rewards: Needed by the reward level alone.
+    """The loss of each pair `[B]`, whatever the aggregation.
 
     Raises:
-        ValueError: The loss needs what is None.
+        ValueError: The loss needs what is None, or does not use what is given.
     """
-    if config.name == "simpo":
-        means = [
-            policy.chosen / policy.chosen_tokens.clamp(min=1),
-            policy.rejected / policy.rejected_tokens.clamp(min=1),
-        ]
-        return losses.simpo(*means, beta=config.beta, gamma=_set(config.gamma, "gamma"))
-    if reference is None:
-        raise ValueError(f"the loss {config.name} needs the reference's log-probabilities")
-    logps = (policy.chosen, policy.rejected, reference.chosen, reference.rejected)
-    if config.name == "dpo":
-        return losses.dpo(*logps, beta=config.beta)
-    if config.name == "cdpo":
-        return losses.cdpo(*logps, beta=config.beta, epsilon=_set(config.epsilon, "epsilon"))
-    if config.name == "rdpo":
-        return losses.rdpo(*logps, beta=config.beta, epsilon=_set(config.epsilon, "epsilon"))
-    if config.name == "hinge":
-        return losses.hinge(*logps, beta=config.beta)
-    if config.name == "ipo":
-        tokens = (policy.chosen_tokens, policy.rejected_tokens, reference.chosen_tokens, reference.rejected_tokens)
-        return losses.ipo(*logps, beta=config.beta, lengths=tokens if config.length_normalized else None)
-    if rewards is None:
-        raise ValueError("the reward level needs the reward model's scores")
-    device = policy.chosen.device
-    return losses.reward_level(
-        *logps,
-        beta=config.beta,
-        reward_chosen=rewards.chosen.to(device),
-        reward_rejected=rewards.rejected.to(device),
-        beta_reward=_set(config.beta_reward, "beta_reward"),
-    )
-
-
-def _set(value: float | None, name: str) -> float:
-    if value is None:
-        raise ValueError(f"{name} is not set")
-    return value
+    return make_loss(config)(make_batch(policy, reference, rewards)).per_pair

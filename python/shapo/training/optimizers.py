@@ -11,7 +11,9 @@ from shapo.training.config import LoopConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW, RMSprop (the published recipe's) or SGD over the parameters that take a gradient, otherwise with torch's defaults."""
+    """AdamW, RMSprop (the published recipe's) or SGD over the parameters that take a gradient, otherwise with torch's
+    defaults.
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)

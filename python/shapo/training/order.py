@@ -1,4 +1,4 @@
-"""Which examples make up which update: a seeded permutation for each epoch, so that a position is enough to go on from."""
+"""Which examples make up which update: a seeded permutation for each epoch, so a position is enough to go on."""
 
 from __future__ import annotations
 

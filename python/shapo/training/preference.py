@@ -3,7 +3,8 @@
 One update, with K micro-batches:
 
     ascent    (when due)  loss of each micro-batch at theta          -> the direction eps, inside the subspace
-    descent               loss of each micro-batch at theta + eps    -> .grad, clipped once -> base optimizer -> scheduler
+    descent               loss of each micro-batch at theta + eps    -> .grad, clipped once -> base optimizer ->
+    scheduler
 
 The reference and the reward model are not run here: their numbers are looked up by the pair's index.
 """
@@ -29,7 +30,7 @@ from shapo.training.fingerprint import digest_model, digest_rows, digest_tensors
 from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
 from shapo.training.loop import METRICS, Loop
 from shapo.training.metrics import read_metrics
-from shapo.training.objective import pair_losses
+from shapo.training.objective import make_batch, make_loss
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
 from shapo_kernels import ShaPOOptimizer, Subspace, losses
@@ -64,8 +65,8 @@ def train_preferences(
         evaluation: Clean pairs.
 
     Returns:
-        A summary: `updates`, `seconds_per_update` (median), `final` (last evaluation), `rho_over_weight_norm` (median over the
-        ShaPO updates, or None), `flipped` (number of flipped labels).
+        A summary: `updates`, `seconds_per_update` (median), `final` (last evaluation), `rho_over_weight_norm` (median
+        over the ShaPO updates, or None), `flipped` (number of flipped labels).
 
     Raises:
         UserError: Options that do not belong together, a loss that is no longer finite, or see `Loop.train`.
@@ -77,7 +78,7 @@ def train_preferences(
         raise UserError("the reward level needs rewards, and no other loss takes any")
     start = digest_model(model)
     size = loop.micro_batch_size or loop.batch_size
-    cached = {"model_digest": start, "bf16": loop.bf16, "batch_size": size, "progress": progress}
+    cached: dict[str, Any] = {"model_digest": start, "bf16": loop.bf16, "batch_size": size, "progress": progress}
     reference = held_out = None
     if loss.uses_reference:
         reference = cached_logps(output / "reference.safetensors", model, data, description="reference", **cached)
@@ -136,6 +137,7 @@ class _Update:
 
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
+        self._objective = make_loss(self.loss)
 
     def __call__(self, indices: list[int]) -> dict[str, Any]:
         ascent: dict[str, float] | None = None
@@ -147,7 +149,8 @@ class _Update:
                 part = indices[: math.ceil(self.shapo.ascent_fraction * len(indices))]
                 with self.optimizer.ascent():
                     ascent = self._pass(part, self.optimizer.ascend)
-                # Both passes see the same dropout masks; otherwise eps would climb another function than the one it perturbs.
+                # Both passes see the same dropout masks; otherwise eps would climb another function than the one it
+                # perturbs.
                 random.restore()
             perturbed = self.optimizer.perturbed()
         with perturbed:
@@ -158,7 +161,7 @@ class _Update:
         self.optimizer.step()
         self.optimizer.zero_grad()
         # Accuracy and margin are those of the weights themselves, before they were moved.
-        values = {**(ascent or descent), "loss": descent["loss"], "grad_norm": norm.item()}
+        values: dict[str, Any] = {**(ascent or descent), "loss": descent["loss"], "grad_norm": norm.item()}
         if ascent is not None:
             gap = descent["loss"] - ascent["loss"]
             values |= {"ascent_loss": ascent["loss"], "gap": gap, "shapo": dict(self.optimizer.stats)}
@@ -166,48 +169,35 @@ class _Update:
 
     def _pass(self, indices: Sequence[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
         micro_batches = split(list(indices), self.loop.micro_batch_size)
-        weights = self._robust_weights(micro_batches) if len(micro_batches) > 1 else None
-        all_losses, all_margins = [], []
-        for number, micro in enumerate(micro_batches):
-            per_pair, margins = self._pair_losses(micro)
-            if self.loss.aggregation == "mean":
-                backward(per_pair.sum() / len(indices))
-            elif weights is None:
-                backward(self._robust(per_pair))
-            else:
-                backward((weights[number] * per_pair).sum())
-            all_losses.append(per_pair.detach())
-            all_margins.append(margins)
-        joined, margins = torch.cat(all_losses), torch.cat(all_margins)
-        value = joined.mean() if self.loss.aggregation == "mean" else self._robust(joined)
+        whole = self._whole_batch(micro_batches)
+        outputs = []
+        for micro in micro_batches:
+            output = self._forward(micro, whole)
+            # The mean's shares by the number of pairs, which may differ in the last micro-batch.
+            backward(output.per_pair.sum() / len(indices) if self.loss.aggregation == "mean" else output.loss)
+            outputs.append((output.per_pair.detach(), output.margin))
+        per_pair, margin = (torch.cat(column) for column in zip(*outputs, strict=True))
         return {
-            "loss": value.item(),
-            "accuracy": (margins > 0).float().mean().item(),
-            "margin": margins.mean().item(),
+            "loss": self._objective.aggregate(per_pair).item(),
+            "accuracy": (margin > 0).float().mean().item(),
+            "margin": margin.mean().item(),
         }
 
-    def _robust_weights(self, micro_batches: Sequence[Sequence[int]]) -> list[Tensor] | None:
-        """d Dr.DPO / d l_i = softmax(-l / beta')_i over the whole batch, which no micro-batch knows: one more forward pass finds it."""
-        if self.loss.aggregation == "mean":
+    def _whole_batch(self, micro_batches: Sequence[Sequence[int]]) -> losses.WholeBatch | None:
+        """What Dr.DPO's micro-batches must know of one another; one more forward pass over the batch finds it."""
+        if len(micro_batches) == 1 or not self._objective.needs_whole_batch:
             return None
         random = _RandomState(self._device)
         with torch.no_grad():
-            per_pair = torch.cat([self._pair_losses(micro)[0] for micro in micro_batches])
+            per_pair = [self._forward(micro, None).per_pair for micro in micro_batches]
         random.restore()
-        weights = torch.softmax(-per_pair.double() / self.loss.beta_prime, 0).to(per_pair.dtype)
-        return list(weights.split([len(micro) for micro in micro_batches]))
+        return self._objective.whole_batch(per_pair)
 
-    def _robust(self, per_pair: Tensor) -> Tensor:
-        return losses.drdpo(per_pair, beta_prime=self.loss.beta_prime)
-
-    def _pair_losses(self, micro: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _forward(self, micro: Sequence[int], whole: losses.WholeBatch | None) -> losses.PreferenceOutput:
         policy = batch_logps(self.model, self.data.batch(micro, self._device), bf16=self.loop.bf16)
-        reference = None if self.reference is None else self.reference[micro].to(self._device)
+        reference = None if self.reference is None else self.reference[micro]
         rewards = None if self.rewards is None else self.rewards[micro]
-        margin = policy.chosen.detach() - policy.rejected.detach()
-        if reference is not None:
-            margin = margin - (reference.chosen - reference.rejected)
-        return pair_losses(self.loss, policy, reference, rewards), margin
+        return self._objective(make_batch(policy, reference, rewards), whole=whole)
 
 
 @dataclass
