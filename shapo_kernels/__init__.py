@@ -3,7 +3,8 @@
 ShaPO (arXiv:2602.07340) minimises a preference loss at weights that are moved along its gradient, inside a small
 alignment-critical subspace only:  min L(theta + eps),  eps = rho * g_S / (||g_S||_2 + eta).
 
-This package needs torch alone. The method around it (probe, selection, training, evaluation, command line) is ``shapo``.
+This package needs torch alone. The method around it (probe, selection, training, evaluation, command line) is
+``shapo``.
 """
 
 from . import backends, losses, ops

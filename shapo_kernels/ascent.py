@@ -1,8 +1,8 @@
 """The ascent (pass 1): where the perturbation's direction comes from.
 
-``SelectiveAscent`` differentiates the loss with respect to the selected neurons only: no weight gradients are computed, no
-``.grad`` is touched, and the backward pass ends at the lowest selected layer. ``GradAscent`` takes the direction from the
-``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
+``SelectiveAscent`` differentiates the loss with respect to the selected neurons only: no weight gradients are
+computed, no ``.grad`` is touched, and the backward pass ends at the lowest selected layer. ``GradAscent`` takes the
+direction from the ``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .binding import Target
 
 
 class Ascent(Protocol):
-    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` where one has failed."""
+    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` where one failed."""
 
     def begin(self) -> None: ...
 

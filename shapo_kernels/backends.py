@@ -1,10 +1,10 @@
 """Who serves which device: the choice between the reference, the C++ CPU kernels, Triton and CUDA C++.
 
 A backend is a namespace of functions with the names and positional arguments of the schemas in ``csrc/register.cpp``.
-``reference`` (plain PyTorch) serves every device; ``cpu`` and ``cuda`` are the compiled libraries; ``triton`` is compiled
-at run time. By default CPU tensors go to ``cpu`` and CUDA tensors to ``cuda``, else ``triton``, else ``reference``.
-``SHAPO_BACKEND`` or :func:`use` name one instead; a backend that cannot serve a tensor's device is then an error, never a
-silent substitute.
+``reference`` (plain PyTorch) serves every device; ``cpu`` and ``cuda`` are the compiled libraries; ``triton`` is
+compiled at run time. By default CPU tensors go to ``cpu`` and CUDA tensors to ``cuda``, else ``triton``, else
+``reference``. ``SHAPO_BACKEND`` or :func:`use` name one instead; a backend that cannot serve a tensor's device is then
+an error, never a silent substitute.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"
 
 native.load()
 
-# A plain global and no context variable: autograd runs CUDA backward passes on threads of its own, which must see it too.
+# Filled before anything runs: torch.compile traces the lookup, and can trace neither an import nor a cache being
+# filled.
+_functions: dict[str, dict[str, Callable[..., Any]]] = {}
+
+# A plain global and no context variable: autograd runs CUDA backward passes on threads of its own, which must see it
+# too.
 _override: str | None = None
 
 
@@ -62,16 +67,7 @@ def function(device: torch.device, name: str) -> Callable[..., Any]:
 
     What a backend leaves to PyTorch (the compiled CPU library has no neuron update of its own) the reference serves.
     """
-    return _function(serving(device.type), name)
-
-
-@functools.cache
-def _function(backend: str, name: str) -> Callable[..., Any]:
-    namespace = (
-        torch.ops.shapo_kernels if backend in ("cpu", "cuda") else importlib.import_module(f"{__package__}.{backend}")
-    )
-    found = getattr(namespace, name, None)
-    return found if found is not None else getattr(reference, name)
+    return _functions[serving(device.type)][name]
 
 
 @contextlib.contextmanager
@@ -94,7 +90,9 @@ def _check_usable(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     reason = _unavailable(name)
-    if reason is not None:
+    if reason is None:
+        _fill(name)
+    else:
         raise ValueError(f"backend {name!r} is not available: {reason}; available here: {', '.join(available())}")
 
 
@@ -129,3 +127,15 @@ def _interpreting() -> bool:
 @functools.cache
 def _importable(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _fill(backend: str) -> None:
+    if backend in _functions:
+        return
+    compiled = backend in ("cpu", "cuda")
+    own = torch.ops.shapo_kernels if compiled else importlib.import_module(f"{__package__}.{backend}")
+    _functions[backend] = {name: getattr(own, name, getattr(reference, name)) for name in reference.__all__}
+
+
+for _name in available():
+    _fill(_name)

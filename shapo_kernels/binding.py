@@ -78,7 +78,7 @@ class Target:
         return compute_dtype_of(self.parameter.dtype)
 
     def weight(self) -> Tensor:
-        """The weight as the 2-D tensor that the operators write to: a view, made anew because storage may have moved."""
+        """The weight as the 2-D tensor that the operators write to: a view, made anew as storage may have moved."""
         return self.parameter.detach().view(self._matrix)
 
     def gradient(self) -> Tensor | None:
@@ -152,7 +152,7 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
         partial = parameter.dim() > 0 and index.numel() < parameter.shape[axis]
         if delta and not linear:
             raise SubspaceError(
-                f"{names[0]!r} belongs to no nn.Linear or Conv1D alone: perturbation='delta' cannot move it; use 'in_place'"
+                f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
             )
         targets.append(Target(tuple(names), parameter, index, axis, modules, tapped=linear and (partial or delta)))
     return targets

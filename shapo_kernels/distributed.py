@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,4 +28,5 @@ def average(values: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Forward and backward passes that leave the wrapper's gradient buckets alone."""
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
+    return no_sync()

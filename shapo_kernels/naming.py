@@ -1,4 +1,4 @@
-"""Names of the unwrapped model: what DDP, torch.compile, FSDP, checkpointing and PEFT put before or into them is seen through."""
+"""Names of the unwrapped model: what DDP, torch.compile, FSDP, checkpointing and PEFT add to them is seen through."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ class ShaPOOptimizer(Optimizer):
     .. math:: \min_\theta L(\theta + \epsilon), \qquad
               \epsilon = \rho \, \frac{g_S}{\|g_S\|_2 + \eta}, \qquad g_S = \nabla_\theta L(\theta) \text{ on } S
 
-    (ShaPO, arXiv:2602.07340; with every parameter selected it is SAM, arXiv:2010.01412.) An update takes two passes over
-    the batch: the *ascent* finds eps, the *descent* takes the gradient at theta + eps, with which the base optimizer then
-    updates theta::
+    (ShaPO, arXiv:2602.07340; with every parameter selected it is SAM, arXiv:2010.01412.) An update takes two passes
+    over the batch: the *ascent* finds eps, the *descent* takes the gradient at theta + eps, with which the base
+    optimizer then updates theta::
 
         opt = ShaPOOptimizer(torch.optim.AdamW(model.parameters()), model, subspace, rho=0.05)
         for batch in batches:
@@ -47,23 +47,24 @@ class ShaPOOptimizer(Optimizer):
             opt.step()
             opt.zero_grad()
 
-    ``opt.step(closure)`` runs the whole update by itself; ``perturb``/``restore`` (or ``first_step``/``second_step``) drive
-    it by hand from ``.grad``, as SAM implementations do.
+    ``opt.step(closure)`` runs the whole update by itself; ``perturb``/``restore`` (or ``first_step``/``second_step``)
+    drive it by hand from ``.grad``, as SAM implementations do.
 
     Args:
         base_optimizer: an *instance* of a torch optimizer; its param groups and state stay its own.
         model: the model whose weights the subspace names, wrapped or not.
         subspace: the selected neurons; names are the unwrapped model's.
-        rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its own
-            ``"rho"`` (``"shapo_rho"`` around Adadelta, which has a ``"rho"`` of another meaning). With ``norm="none"`` the factor on the raw gradient, or a ``(low, high)`` range to draw it from at
-            every ShaPO update. ``opt.rho`` may be set at any time: a schedule, a plain warm start.
+        rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its
+            own ``"rho"`` (``"shapo_rho"`` around Adadelta, which has a ``"rho"`` of another meaning). With
+            ``norm="none"`` it is the factor on the raw gradient, or a ``(low, high)`` range to draw that from at every
+            ShaPO update. ``opt.rho`` may be set at any time: a schedule, a plain warm start.
         relative: the radius is ``rho * ||W_S||``, taken on the device.
         interval: every ``interval``-th update is a ShaPO update, the others are plain ones.
         ascent: "selective" differentiates the selected neurons only; "grad" takes an ordinary backward pass.
-        perturbation: "in_place" writes the selected neurons and restores their bits; "delta" adds eps in the forward pass
-            and writes nothing (the one that survives low precision); "auto" is in_place where weights and computation are
-            float32 or float64, else delta where every selected weight is a linear layer's.
-        norm: "global" normalises by the norm over all selected neurons, "layer" by each weight's own, "none" not at all.
+        perturbation: "in_place" writes the selected neurons and restores their bits; "delta" adds eps in the forward
+            pass and writes nothing (the one that survives low precision); "auto" is in_place where weights and
+            computation are float32 or float64, else delta where every selected weight is a linear layer's.
+        norm: "global" normalises by the norm over all selected neurons, "layer" by each weight's own, "none" not.
         sync: average the direction over data-parallel ranks; otherwise each rank perturbs along its own.
         eta: added to the norm.
         seed: of the draws from a ``rho`` range.
@@ -120,7 +121,7 @@ class ShaPOOptimizer(Optimizer):
         self._direction: tuple[list[Target], list[Tensor]] | None = None
         attach(self._targets)
 
-    # -- an optimizer like its base --------------------------------------------------------------------------------------
+    # -- an optimizer like its base
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -138,7 +139,7 @@ class ShaPOOptimizer(Optimizer):
         return self.base.defaults
 
     def __getattr__(self, name: str) -> Any:
-        # Hooks and whatever else belongs to the base: registered here, they run inside its step, once and in torch's order.
+        # Hooks and whatever else is the base's: registered here, they run inside its step, once and in torch's order.
         if name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -157,7 +158,7 @@ class ShaPOOptimizer(Optimizer):
             f"perturbation={self._perturbation_kind!r}, norm={self.norm!r}, {self.subspace!r}, base={self.base!r})"
         )
 
-    # -- what this update is ---------------------------------------------------------------------------------------------
+    # -- what this update is
 
     @property
     def rho(self) -> Rho:
@@ -183,19 +184,19 @@ class ShaPOOptimizer(Optimizer):
         """The last perturbation in numbers; reading it waits for the device.
 
         ``grad_norm`` ||g_S||, ``epsilon_norm`` ||eps||, ``weight_norm`` ||W_S||, ``relative_radius`` ||eps|| / ||W_S||,
-        ``realised_norm`` and ``realised_cosine`` of what reaches the forward pass in the dtype it computes in (NaN where
-        eps is zero), ``skipped`` perturbations since the start because the norm was not finite.
+        ``realised_norm`` and ``realised_cosine`` of what reaches the forward pass in the dtype it computes in (NaN
+        where eps is zero), ``skipped`` perturbations since the start because the norm was not finite.
         """
         return self._stats.read()
 
-    # -- the update, pass by pass ----------------------------------------------------------------------------------------
+    # -- the update, pass by pass
 
     @contextlib.contextmanager
     def ascent(self) -> Iterator[None]:
         """Pass 1: forward passes inside belong to the ascent; hand their losses to :meth:`ascend`.
 
-        In an update that is not due everything inside is ordinary and ``ascend`` does nothing: ask ``due`` first to save
-        the forward pass.
+        In an update that is not due everything inside is ordinary and ``ascend`` does nothing: ask ``due`` first to
+        save the forward pass.
 
         Raises:
             RuntimeError: inside another ascent, or while perturbed.
@@ -257,28 +258,29 @@ class ShaPOOptimizer(Optimizer):
             self._direction = None
             self.restore()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The base optimizer's step, which ends the update.
 
-        With a closure (it clears gradients, computes the loss, calls ``backward`` and returns the loss) the whole update is
-        run: the closure twice where the update is due, once otherwise. Returns the first pass's loss.
+        With a closure (it clears gradients, computes the loss, calls ``backward`` and returns the loss) the whole
+        update is run: the closure twice where the update is due, once otherwise. Returns the first pass's loss.
 
         Raises:
             RuntimeError: while perturbed; or the update is due, has a learning rate above 0 and there was no ascent.
         """
         self._require_unperturbed("step")
         if closure is not None and self.due:
-            loss = self.base.step(lambda: self._two_passes(closure))
+            loss: Any = self.base.step(lambda: self._two_passes(closure))
+        elif closure is not None:
+            loss = self.base.step(closure)
         else:
-            if closure is None:
-                self._require_ascent()
-            loss = self.base.step() if closure is None else self.base.step(closure)
+            self._require_ascent()
+            loss = self.base.step()
         self._updates += 1
         self._ascended = False
         self._direction = None
         return loss
 
-    # -- by hand ---------------------------------------------------------------------------------------------------------
+    # -- by hand
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -319,15 +321,15 @@ class ShaPOOptimizer(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    # -- life cycle ------------------------------------------------------------------------------------------------------
+    # -- life cycle
 
     def detach(self) -> None:
-        """Leave the model as it was found: restored, without hooks. The wrapper is then of no further use; the base is."""
+        """Leave the model as it was found: restored, without hooks. The wrapper is of no further use; the base is."""
         self.restore()
         detach(self._targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict and, under ``"shapo"``, what resuming needs besides. Clean while perturbed too."""
+        """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
         state = self.base.state_dict()
         state["shapo"] = {
             "version": _STATE_VERSION,
@@ -374,7 +376,7 @@ class ShaPOOptimizer(Optimizer):
         self.__dict__.update(state)
         self._bind()
 
-    # -- inside ----------------------------------------------------------------------------------------------------------
+    # -- inside
 
     def _new_ascent(self) -> Ascent:
         if self._ascent_kind == "selective":
@@ -447,7 +449,8 @@ class ShaPOOptimizer(Optimizer):
     def _require_unperturbed(self, what: str) -> None:
         if self._active is not None:
             raise RuntimeError(
-                f"cannot {what} while the weights are perturbed: leave `with opt.perturbed():` or call opt.restore() first"
+                f"cannot {what} while the weights are perturbed: "
+                "leave `with opt.perturbed():` or call opt.restore() first"
             )
 
     def _require_ascent(self) -> None:
@@ -456,8 +459,8 @@ class ShaPOOptimizer(Optimizer):
         if all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group):
             return  # nothing is updated: loading a distributed checkpoint makes such a step to create its state
         raise RuntimeError(
-            "this update is due and had no ascent: call `with opt.ascent(): opt.ascend(loss)` and `with opt.perturbed():` "
-            "before opt.step(), or pass a closure"
+            "this update is due and had no ascent: use `with opt.ascent(): opt.ascend(loss)` and "
+            "`with opt.perturbed(): …` before opt.step(), or pass a closure"
         )
 
 

@@ -1,8 +1,8 @@
 """The perturbation: holding a model at theta + eps, and giving it back as it was.
 
 ``InPlace`` writes the selected neurons and keeps their old bits; ``Delta`` writes nothing and lets the taps add the
-direction in the forward pass. Both take unscaled compact gradients and one scale for each layer, and report how much of eps
-reaches the forward pass in the dtype it computes in.
+direction in the forward pass. Both take unscaled compact gradients and one scale for each layer, and report how much
+of eps reaches the forward pass in the dtype it computes in.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class InPlace:
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         weights = [target.weight() for target in targets]
         backups = [torch.empty_like(value, dtype=w.dtype) for value, w in zip(values, weights, strict=True)]
-        # An interrupt is delivered when the operator returns, before its caller can note that it ran. The mark tells then:
-        # it is gone once the backups are filled.
+        # An interrupt is delivered when the operator returns, before its caller can note that it ran. The mark tells
+        # then: it is gone once the backups are filled.
         backups[0].view(-1)[:1].fill_(torch.nan)
         self._targets, self._backups, self._written = targets, backups, False
         for target in targets:

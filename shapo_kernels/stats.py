@@ -59,7 +59,8 @@ class UpdateStats:
         if sums.device.type == "cpu":
             self._warn_if_lost(sums)
         elif sums.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            # Copied beside the computation and looked at when it has long arrived: warning must not cost a synchronisation.
+            # Copied beside the computation and looked at when it has long arrived: warning must not cost a
+            # synchronisation.
             if self._pending is not None and self._pending[1].query():
                 self._warn_if_lost(self._pending[0])
                 self._pending = None

@@ -28,9 +28,11 @@ class Subspace(Mapping[str, Tensor]):
     """A set of neurons: parameter name -> sorted int64 indices along that parameter's neuron axis.
 
     Args:
-        indices: name of a weight in the unwrapped model -> indices of its selected neurons (tensor or sequence of ints).
-        axis: the axis that neurons lie on: 1 for the columns of an ``nn.Linear`` down-projection ``[hidden, intermediate]``,
-            0 for the rows of a ``Conv1D`` weight ``[intermediate, hidden]``; or a mapping name -> 0 | 1.
+        indices: name of a weight in the unwrapped model -> indices of its selected neurons (tensor or sequence of
+            ints).
+        axis: the axis that neurons lie on: 1 for the columns of an ``nn.Linear`` down-projection ``[hidden,
+            intermediate]``, 0 for the rows of a ``Conv1D`` weight ``[intermediate, hidden]``; or a mapping name -> 0 |
+            1.
         metadata: strings to keep beside the indices, saved with them; not compared by ``==``.
 
     Raises:
@@ -53,7 +55,8 @@ class Subspace(Mapping[str, Tensor]):
             raise SubspaceError(f"axis names {sorted(extra)[0]!r}, which has no indices: name selected weights only")
         self.metadata: dict[str, str] = dict(metadata or {})
 
-    # -- what it holds ---------------------------------------------------------------------------------------------------
+    # -- what it holds
+    # ---------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
@@ -88,7 +91,8 @@ class Subspace(Mapping[str, Tensor]):
         """The neuron axis of a weight."""
         return self._axes[name]
 
-    # -- how it is made --------------------------------------------------------------------------------------------------
+    # -- how it is made
+    # --------------------------------------------------------------------------------------------------
 
     @classmethod
     def top(
@@ -180,7 +184,8 @@ class Subspace(Mapping[str, Tensor]):
                 indices[name] = torch.arange(parameter.shape[0] if parameter.dim() else 1)
         return cls(indices, axis=0, metadata={"method": "full"})
 
-    # -- how it is kept --------------------------------------------------------------------------------------------------
+    # -- how it is kept
+    # --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: the indices as int64 tensors, axes and metadata in its header. Atomic."""
@@ -219,7 +224,7 @@ class Subspace(Mapping[str, Tensor]):
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise SubspaceError(f"cannot read a subspace from {os.fspath(path)!r}: {error}") from error
         if header.get("format") != FORMAT:
@@ -233,7 +238,8 @@ class Subspace(Mapping[str, Tensor]):
         except (KeyError, ValueError) as error:
             raise SubspaceError(f"{os.fspath(path)!r} is a damaged subspace file: {error}") from error
 
-    # -- how it meets a model --------------------------------------------------------------------------------------------
+    # -- how it meets a model
+    # --------------------------------------------------------------------------------------------
 
     def validate(self, model: nn.Module) -> None:
         """Check that every name, axis and index fits the model.
@@ -272,7 +278,7 @@ class Subspace(Mapping[str, Tensor]):
         if (largest := int(index[-1])) >= shape[axis]:
             raise SubspaceError(
                 f"{name!r} has {shape[axis]} neurons on axis {axis} of {list(shape)}, "
-                f"but the subspace selects neuron {largest}: was it made for another model, or is the axis the other one?"
+                f"but the subspace selects neuron {largest}: is it for another model, or is the axis the other one?"
             )
 
 

@@ -1,8 +1,9 @@
-"""Taps: forward hooks on the layers whose neurons are selected. They let a direction's gradient out, or add a direction in.
+"""Taps: forward hooks on the layers whose neurons are selected. They let a direction's gradient out, or add a
+direction in.
 
-A tap changes a layer's output only inside an ascent or, for the ``delta`` perturbation, a descent; otherwise it notes the
-dtype that the layer computed in and passes the output on. It stays attached from the optimizer's making to ``detach()``, so
-that a model compiled in between keeps it.
+A tap changes a layer's output only inside an ascent or, for the ``delta`` perturbation, a descent; otherwise it notes
+the dtype that the layer computed in and passes the output on. It stays attached from the optimizer's making to
+``detach()``, so that a model compiled in between keeps it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Tap:
         axis: the weight's neuron axis.
         index: selected neurons, ``None`` for all of them.
 
-    Neurons on the input side of the layer (value vectors) contribute ``x[..., S] D^T`` to all outputs; neurons on the output
-    side contribute ``x D^T`` to the outputs S.
+    Neurons on the input side of the layer (value vectors) contribute ``x[..., S] D^T`` to all outputs; neurons on the
+    output side contribute ``x D^T`` to the outputs S.
     """
 
     def __init__(self, *, features_first: bool, axis: int, index: Tensor | None) -> None:
@@ -92,7 +93,7 @@ def _copied_tap(features_first: bool, axis: int, index: Tensor | None) -> Tap:
 
 
 def stores_features_first(module: nn.Module) -> bool | None:
-    """Whether a layer's weight is ``[in, out]`` (GPT-2's ``Conv1D``) or ``[out, in]`` (``nn.Linear``); ``None`` for other layers."""
+    """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers."""
     if isinstance(module, nn.Linear):
         return False
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

@@ -36,7 +36,11 @@ def test_a_backend_is_put_back_after_an_exception():
 def test_the_environment_names_a_backend(value, expected):
     code = "import shapo_kernels as sk\ntry: print(sk.backends.serving('cpu'))\nexcept ValueError as e: print(e)"
     printed = subprocess.run(
-        [sys.executable, "-c", code], env={"SHAPO_BACKEND": value, "PATH": ""}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={"SHAPO_BACKEND": value, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert expected in printed
 

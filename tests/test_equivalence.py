@@ -52,9 +52,7 @@ WAYS = {"context": by_context, "closure": by_closure, "hand": hand_driven}
 def test_with_everything_selected_twenty_steps_equal_pytorch_optimizers_sam(toy, batch, loss, base, ascent, way):
     kind, options = BASES[base]
     ours, theirs = toy(), toy()
-    opt = sk.ShaPOOptimizer(
-        kind(ours.parameters(), **options), ours, sk.Subspace.full(ours), rho=0.1, ascent=ascent
-    )
+    opt = sk.ShaPOOptimizer(kind(ours.parameters(), **options), ours, sk.Subspace.full(ours), rho=0.1, ascent=ascent)
     sam = pytorch_optimizer.SAM(theirs.parameters(), kind, rho=0.1, **options)
     for step in range(20):
         WAYS[way](opt, ours, batch(step), loss)
@@ -181,7 +179,7 @@ def test_delta_equals_in_place_on_both_axes_of_both_layers(batch, loss, layer, a
     results = []
     for perturbation, ascent in itertools.product(["in_place", "delta"], ["selective", "grad"]):
         model = build()
-        s = sk.Subspace({"1.weight": list(range(0, count))}, axis=axis)
+        s = sk.Subspace({"1.weight": list(range(count))}, axis=axis)
         opt = sk.ShaPOOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.1), model, s, rho=0.5, ascent=ascent, perturbation=perturbation
         )

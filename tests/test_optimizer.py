@@ -98,12 +98,12 @@ def test_an_exception_in_either_pass_leaves_the_weights_as_they_were(
     data = batch(dtype=torch.float32)
     opt = wrap(model, subspace, ascent=ascent, perturbation=perturbation)
     before, output = bits(model), model(data[0]).detach().clone()
-    with pytest.raises(error), opt.ascent():
+    with pytest.raises(error), opt.ascent():  # noqa: PT012
         opt.ascend(loss(model, data))
         raise error
     with opt.ascent():
         opt.ascend(loss(model, data))
-    with pytest.raises(error), opt.perturbed():
+    with pytest.raises(error), opt.perturbed():  # noqa: PT012
         assert not torch.equal(model(data[0]), output)
         raise error
     assert same_bits(model, before)
@@ -272,7 +272,7 @@ def test_forgetting_the_ascent_is_an_error_that_says_what_to_do(toy, batch, loss
         opt.step()
     with opt.ascent(), pytest.raises(RuntimeError, match="depends on no selected neuron"):
         opt.ascend((model.head.weight**2).sum())
-    with pytest.raises(RuntimeError, match="inside `with opt.ascent"):
+    with pytest.raises(RuntimeError, match=r"inside `with opt.ascent"):
         opt.ascend(loss(model, batch()))
     with opt.ascent(), pytest.raises(RuntimeError, match="does not require grad"):
         opt.ascend(loss(model, batch()).detach())
@@ -320,7 +320,9 @@ def test_an_update_that_is_not_due_is_plain_in_every_form(toy, batch, loss, subs
 def test_groups_carry_their_own_rho_and_zero_perturbs_nothing(toy, batch, loss, subspace):
     model = toy()
     first, second = model.layers[0].parameters(), model.layers[1].parameters()
-    base = torch.optim.SGD([{"params": first, "rho": 0.0}, {"params": second}, {"params": model.head.parameters()}], lr=0.1)
+    base = torch.optim.SGD(
+        [{"params": first, "rho": 0.0}, {"params": second}, {"params": model.head.parameters()}], lr=0.1
+    )
     opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.3)
     before = [layer.down_proj.weight.detach().clone() for layer in model.layers]
     with opt.ascent():
@@ -329,7 +331,7 @@ def test_groups_carry_their_own_rho_and_zero_perturbs_nothing(toy, batch, loss, 
         assert torch.equal(model.layers[0].down_proj.weight, before[0])
         assert not torch.equal(model.layers[1].down_proj.weight, before[1])
     base.param_groups[0]["rho"] = -1.0
-    with pytest.raises(ValueError, match="rho is -1.0"):
+    with pytest.raises(ValueError, match=r"rho is -1.0"):
         _ = opt.due
 
 
@@ -365,9 +367,7 @@ def test_raw_factors_are_drawn_from_their_range_and_resume(toy, batch, loss, sub
 
 def test_maximize_moves_the_weights_up(toy, batch, loss, subspace):
     model = toy()
-    opt = sk.ShaPOOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.05, maximize=True), model, subspace, rho=0.01
-    )
+    opt = sk.ShaPOOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, maximize=True), model, subspace, rho=0.01)
     start = loss(model, batch()).item()
     for _ in range(3):
         update(opt, model, batch(), loss)
@@ -493,8 +493,7 @@ def test_extra_memory_is_a_few_times_the_selected_elements(loss):
     opt = wrap(model, s, perturbation="in_place")
     selected = s.count * 512 * 4
     held = lambda: sum(  # noqa: E731
-        tensor.untyped_storage().nbytes()
-        for tensor in [*opt._active._backups, *(opt._direction or ([], []))[1]]
+        tensor.untyped_storage().nbytes() for tensor in [*opt._active._backups, *(opt._direction or ([], []))[1]]
     )
     x = torch.randn(4, 512)
     with opt.ascent():

@@ -19,7 +19,8 @@ def column_cosine(weight: Tensor, direction: Tensor, *, axis: int = 1) -> Tensor
     A neuron of norm zero, or a direction of norm zero, gives 0; a NaN or an infinity in a neuron gives NaN.
 
     Args:
-        weight: ``[hidden, neurons]`` for axis 1 (``nn.Linear``), ``[neurons, hidden]`` for axis 0 (``Conv1D``); any stride.
+        weight: ``[hidden, neurons]`` for axis 1 (``nn.Linear``), ``[neurons, hidden]`` for axis 0 (``Conv1D``); any
+            stride.
         direction: ``[hidden]``, floating point.
         axis: the axis that the neurons lie on.
 
@@ -27,7 +28,8 @@ def column_cosine(weight: Tensor, direction: Tensor, *, axis: int = 1) -> Tensor
         ``[neurons]`` in float32, float64 for a float64 weight.
 
     Raises:
-        TypeError: a tensor that is not floating point. ValueError: shapes that do not fit, several devices, another axis.
+        TypeError: a tensor that is not floating point. ValueError: shapes that do not fit, several devices, another
+            axis.
     """
     check_floating("weight", [weight])
     check_floating("direction", [direction])

@@ -2,9 +2,9 @@ r"""Perturbing a layer's selected neurons without writing its weight, and the gr
 
     y' = y + x[..., S] D^T            dL/dD = dy^T x[..., S]            (tokens flattened)
 
-The first is the forward of a layer whose weight is ``W + D`` on the neurons S: exact to undo, because nothing was changed.
-The second is the gradient of the loss on those neurons, at about |S| / intermediate_size of the price of a full weight
-gradient.
+The first is the forward of a layer whose weight is ``W + D`` on the neurons S: exact to undo, because nothing was
+changed. The second is the gradient of the loss on those neurons, at about |S| / intermediate_size of the price of a
+full weight gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
     Args:
         output: ``[..., out_features]``, the layer's output with its weight as it is.
         input: ``[..., in_features]``, the layer's input.
-        direction: ``[out_features, k]``, any stride, any floating-point dtype; rounded to the output's dtype for the product.
+        direction: ``[out_features, k]``, any stride, any floating-point dtype; rounded to the output's dtype for the
+            product.
         index: int64 ``[k]``, the selected input features; ``None`` for all of them.
 
     Returns:
@@ -37,7 +38,8 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
 
 
 def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None = None) -> Tensor:
-    r"""``grad_output.T @ input[..., index]`` over all tokens: ``[out_features, k]``, accumulated in float32 (float64 for float64).
+    r"""``grad_output.T @ input[..., index]`` over all tokens: ``[out_features, k]``, accumulated in float32 (float64
+    for float64).
 
     Args:
         grad_output: ``[..., out_features]``, gradient of the loss on the layer's output.

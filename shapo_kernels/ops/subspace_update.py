@@ -2,11 +2,11 @@ r"""The subspace update: gather the selected gradient and its norm, scale, pertu
 
     eps = rho * g_S / (||g_S||_2 + eta),      W[S] <- W[S] + eps,      W[S] <- the bits it had
 
-(Foret et al., arXiv:2010.01412, eq. 2, restricted to a subspace S as in ShaPO, arXiv:2602.07340.) Each function takes every
-layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on; its
+(Foret et al., arXiv:2010.01412, eq. 2, restricted to a subspace S as in ShaPO, arXiv:2602.07340.) Each function takes
+every layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on; its
 *compact* form is what ``index_select(axis, index)`` gives: ``[rows, k]`` for axis 1, ``[k, columns]`` for axis 0. The
-compute dtype is float64 where the layer is float64, else float32; squared norms, radii and scales are float64 tensors on
-the layers' device, so that nothing here waits for the device.
+compute dtype is float64 where the layer is float64, else float32; squared norms, radii and scales are float64 tensors
+on the layers' device, so that nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def gather(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[
         axes: n times 0 (neurons are rows) or 1 (neurons are columns).
 
     Returns:
-        n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in an
-        order that does not depend on the number of threads.
+        n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in
+        an order that does not depend on the number of threads.
 
     Raises:
         TypeError: a tensor that is not floating point, an index that is not int64.
-        ValueError: lists of different lengths, tensors that are not 2-D or lie on several devices, an axis other than 0, 1.
+        ValueError: lists of different lengths, tensors that are not 2-D or lie on several devices, an axis other than
+            0, 1.
     """
     _check_layers("sources", sources, indices, axes)
     if not sources:
@@ -93,9 +94,9 @@ def perturbation_scale(
     .. math:: s_l = \frac{\rho_l}{N_l + \eta}, \qquad N_l = \sqrt{\textstyle\sum_m n_m} \text{ (global)}, \;
               \sqrt{n_l} \text{ (layer)}; \qquad s_l = \rho_l \text{ (none)}
 
-    With ``weight_squared_norms`` the radius is relative: rho_l is multiplied by the norm of the weights, over all layers
-    for "global", of the layer itself for "layer". Where the norm is zero or not finite the scale is 0, so that the weights
-    stay as they are: no decision is taken on the host.
+    With ``weight_squared_norms`` the radius is relative: rho_l is multiplied by the norm of the weights, over all
+    layers for "global", of the layer itself for "layer". Where the norm is zero or not finite the scale is 0, so that
+    the weights stay as they are: no decision is taken on the host.
 
     Args:
         squared_norms: n_l, float64 ``[n]``.
@@ -146,9 +147,9 @@ def perturb_(
 
     .. math:: b_l = W_l[S_l], \qquad W_l[S_l] \leftarrow \mathrm{round}(W_l[S_l] + s_l d_l)
 
-    Only the selected neurons are read and written. A layer whose scale is 0 is not written at all, whatever its direction
-    holds. In low precision much of a small perturbation rounds away; the returned sums say how much reached the weights:
-    with realised = c(W_new) - c(W_old), where c rounds to ``compute_dtype``,
+    Only the selected neurons are read and written. A layer whose scale is 0 is not written at all, whatever its
+    direction holds. In low precision much of a small perturbation rounds away; the returned sums say how much reached
+    the weights: with realised = c(W_new) - c(W_old), where c rounds to ``compute_dtype``,
 
         column 0: ||realised||^2     column 1: <realised, s_l d_l>     column 2: ||W_old[S_l]||^2
 
@@ -178,7 +179,8 @@ def perturb_(
     realised = backends.function(weights[0].device, "perturb_")(
         list(weights), list(indices), list(axes), list(directions), scale, list(backups), compute_dtype
     )
-    # Custom operators do not bump version counters by themselves; without it autograd would use changed weights silently.
+    # Custom operators do not bump version counters by themselves; without it autograd would use changed weights
+    # silently.
     torch.autograd.graph.increment_version([*weights, *backups])
     return realised
 

@@ -1,4 +1,4 @@
-"""The cosine of every neuron with one direction in plain PyTorch; documented in :mod:`shapo_kernels.ops.column_cosine`."""
+"""Every neuron's cosine with one direction in plain PyTorch; documented in :mod:`shapo_kernels.ops.column_cosine`."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_scales_follow_their_formula():
     close(ops.perturbation_scale(squares, rho, norm="none"), [0.5, 1.0])
     weights = torch.tensor([4.0, 12.0], dtype=F64)
     close(ops.perturbation_scale(squares, rho, weight_squared_norms=weights, eta=0.0), [0.4, 0.8])
-    close(ops.perturbation_scale(squares, rho, weight_squared_norms=weights, norm="layer", eta=0.0), [1 / 3, 12**0.5 / 4])
+    close(
+        ops.perturbation_scale(squares, rho, weight_squared_norms=weights, norm="layer", eta=0.0), [1 / 3, 12**0.5 / 4]
+    )
 
 
 @pytest.mark.parametrize("norm", ["global", "layer", "none"])
