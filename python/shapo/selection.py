@@ -121,8 +121,11 @@ def gradient_scores(
     config = LossConfig(name=loss, beta=beta) if isinstance(loss, str) else loss
     if config.aggregation != "mean":
         raise UserError(f"neurons are ranked by the gradient of the mean loss; the aggregation is {config.aggregation}")
-    if config.uses_rewards and rewards is None:
-        raise UserError("the reward level needs the reward model's scores of the selection split")
+    if config.uses_rewards != (rewards is not None):
+        needs = "needs" if config.uses_rewards else "does not use"
+        raise UserError(f"the loss {config.name} {needs} a reward model's scores of the selection split")
+    if reference is not None and not config.uses_reference:
+        raise UserError(f"the loss {config.name} does not use a reference; leave it out")
     data = TokenizedPairs(pairs, encoder)
     vectors = value_vectors(model)
     weights = _plain_weights(vectors)
@@ -137,7 +140,9 @@ def gradient_scores(
         for start in range(0, len(data), batch_size):
             indices = list(range(start, min(start + batch_size, len(data))))
             policy = batch_logps(model, data.batch(indices, device), bf16=bf16)
-            compared = _detached(policy) if reference is None else reference[indices].to(device)
+            compared = None
+            if config.uses_reference:
+                compared = _detached(policy) if reference is None else reference[indices].to(device)
             scores = rewards[indices] if rewards is not None else None
             total = pair_losses(config, policy, compared, scores).sum() / len(data)
             for accumulated, gradient in zip(sums, torch.autograd.grad(total, list(weights.values())), strict=True):

@@ -161,10 +161,9 @@ def parse_transcript(prompt: str) -> list[dict[str, str]]:
     matches = list(_ANY_MARKER.finditer(prompt))
     head = prompt[: matches[0].start()] if matches else prompt
     messages = [{"role": "user", "content": head.strip()}] if head.strip() or not matches else []
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
-        content = prompt[match.end() : following.start() if following else len(prompt)].strip()
-        role = _ROLE_OF[match.group()]
-        if following is None and role == "assistant" and not content:
-            break
-        messages.append({"role": role, "content": content})
+    ends = [match.start() for match in matches[1:]] + [len(prompt)]
+    for match, end in zip(matches, ends, strict=False):
+        messages.append({"role": _ROLE_OF[match.group()], "content": prompt[match.end() : end].strip()})
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
     return messages

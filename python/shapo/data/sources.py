@@ -151,7 +151,7 @@ def _csv_rows(path: Path) -> Iterator[Any]:
                     )
                 yield row
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+            raise UserError(f"{path}: broken CSV after line {reader.line_num} ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

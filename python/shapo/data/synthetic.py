@@ -33,7 +33,7 @@ _OWN_PHRASE = 0.3
 
 
 def generate(
-    seed: int, *, sft: int = 5000, train: int = 600, selection: int = 400, test: int = 400, test_unseen: int = 400
+    seed: int, *, sft: int = 5000, train: int = 300, selection: int = 400, test: int = 400, test_unseen: int = 400
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows in the PKU-SafeRLHF schema, the same for the same arguments on every machine.
 
