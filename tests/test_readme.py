@@ -1,0 +1,23 @@
+"""The README's example is run as it stands, and what it says of files is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_usage_example_runs_and_trains(capsys):
+    pytest.importorskip("transformers")
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    namespace: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert "realised_cosine" in capsys.readouterr().out
+    assert namespace["opt"].updates == 3
+    assert namespace["loss"]().item() < 0.6931
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README.read_text()):
+        assert (README.parent / link).exists(), link
