@@ -65,14 +65,14 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_labels(labels: Tensor, name: str, inputs: Tensor, *, ignore_index: int, vocabulary: int) -> None:
-    """Integer labels ``[B, T]`` beside ``inputs [B, T, ...]``, each ``ignore_index`` or in ``[0, vocabulary)``; waits for the device."""
+    """Integers ``[B, T]``, each ``ignore_index`` or in ``[0, vocabulary)``; waits for the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: expected a tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels is {labels.dtype}: expected an integer tensor, int64 by custom")
     if labels.shape != inputs.shape[:2]:
         raise ValueError(
-            f"labels has the shape {list(labels.shape)}: expected {list(inputs.shape[:2])}, one for each position of {name}"
+            f"labels has the shape {list(labels.shape)}: expected {list(inputs.shape[:2])}, one beside each of {name}"
         )
     check_device("labels", labels, name, inputs)
     outside = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]

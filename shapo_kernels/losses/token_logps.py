@@ -140,7 +140,7 @@ class _LinearTokenLogps(torch.autograd.Function):
                 logits = _project(inputs, weight, bias, head, buffer)
                 # d cap(x) / dx = 1 - tanh(x / softcap)^2
                 bend = None if head.softcap is None else logits.div(head.softcap).square_().neg_().add_(1)
-                slope = _slope_(logits, targets[where], normalizers[:, part], grad[where]).mul_(head.scale)
+                slope = _slope_(logits, targets[where], normalizers[:, part], grad[where] * head.scale)
                 if bend is not None:
                     slope.mul_(bend)
                 if grad_hidden is not None:

@@ -139,7 +139,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
 
 
 def test_rewards_and_references_are_never_ignored():
-    """Soft labels are defined for the reward level alone; a reference model that was run for SimPO was run for nothing."""
+    """Soft labels are defined for the reward level alone; SimPO has no use for a reference model that was run."""
     for name, spec in losses.PAIRWISE.items():
         fields = make_fields(name)
         for field, used in (

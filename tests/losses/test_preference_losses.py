@@ -249,7 +249,7 @@ ONES = [torch.ones(3)] * 4
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
 def test_beta_must_be_finite_and_above_zero(beta):
     for loss in (losses.dpo, losses.ipo, losses.hinge):
-        with pytest.raises(ValueError, match="beta is .*above 0"):
+        with pytest.raises(ValueError, match=r"beta is .*above 0"):
             loss(*ONES, beta=beta)
     with pytest.raises(ValueError, match="beta_reward is"):
         reward_level(ONES, ONES[0], ONES[0], beta=0.1, beta_reward=beta)
@@ -264,14 +264,14 @@ def test_flip_rates_of_one_half_and_more_are_refused(epsilon):
 
 @pytest.mark.parametrize("beta", [torch.tensor(0.1), "0.1", None, True])
 def test_parameters_must_be_numbers(beta):
-    with pytest.raises(TypeError, match="beta is a .*expected a Python number"):
+    with pytest.raises(TypeError, match=r"beta is a .*expected a Python number"):
         losses.dpo(*ONES, beta=beta)
 
 
 def test_integer_tensors_are_refused():
-    with pytest.raises(TypeError, match="ref_chosen is torch.int64"):
+    with pytest.raises(TypeError, match=r"ref_chosen is torch.int64"):
         losses.dpo(ONES[0], ONES[0], torch.ones(3, dtype=torch.int64), ONES[0], beta=0.1)
-    with pytest.raises(TypeError, match="q is torch.int64"):
+    with pytest.raises(TypeError, match=r"q is torch.int64"):
         losses.soft_preference(ONES[0], torch.ones(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="policy_chosen is a list"):
         losses.dpo([1.0], ONES[0], ONES[0], ONES[0], beta=0.1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses, from logits and from hidden states: exact, chunked, and never [tokens, vocabulary] (L5)."""
+"""Log-probabilities of responses, from logits or hidden states: exact, in chunks, never [tokens, vocabulary] (L5)."""
 
 import pytest
 import torch
@@ -210,7 +210,7 @@ def test_the_soft_cap_comes_after_the_scale_as_in_gemma_2():
 
 
 def test_16_bit_heads_have_the_error_of_their_inputs_only():
-    """bf16 logits under an fp32 log-sum-exp are off by 0.1 and more over 256 tokens; fp32 logits of bf16 inputs are not."""
+    """bf16 logits under an fp32 log-sum-exp are off by 0.1 over 256 tokens; fp32 logits of bf16 inputs are not."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 257, 64).bfloat16(), torch.randn(300, 64).bfloat16()
     labels = torch.randint(0, 300, (2, 257))
