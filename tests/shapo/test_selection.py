@@ -14,7 +14,7 @@ from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.rewards import PairRewards
-from shapo.training.config import LossConfig
+from shapo.training.config import LOSSES, LossConfig
 from shapo.training.logps import PairLogps
 from torch import Tensor, nn
 
@@ -213,12 +213,13 @@ def test_flags_come_back_when_the_loss_cannot_be_computed(
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 
 
-@pytest.mark.parametrize("name", ["ipo", "simpo", "hinge", "reward"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_pairwise_loss_can_rank(
     name: str, tiny_llama: LlamaForCausalLM, tiny_encoder: PairEncoder, pairs: list[PreferencePair]
 ) -> None:
-    rewards = PairRewards(torch.arange(7.0), torch.zeros(7)) if name == "reward" else None
-    arguments: dict[str, Any] = {"loss": LossConfig(name), "rewards": rewards, "progress": False}
+    loss = LossConfig(name)
+    rewards = PairRewards(torch.arange(7.0), torch.zeros(7)) if loss.uses_rewards else None
+    arguments: dict[str, Any] = {"loss": loss, "rewards": rewards, "progress": False}
     scores = selection.gradient_scores(tiny_llama, tiny_encoder, pairs, **arguments)
     assert all(values.isfinite().all() and values.max() > 0 for values in scores.values())
 
@@ -266,7 +267,7 @@ def test_a_percentage_out_of_range_is_refused_before_any_work(
         lambda: selection.select_by_gradient(tiny_llama, tiny_encoder, [], percent),
         lambda: selection.random_subspace(tiny_llama, percent, seed=0),
     ):
-        with pytest.raises(UserError, match="percent is .*; expected a number above 0, up to 100"):
+        with pytest.raises(UserError, match=r"percent is .*; expected a number above 0, up to 100"):
             select()
 
 
@@ -291,7 +292,9 @@ def test_bad_gradient_selections_are_refused(
     for arguments, message in (
         ({"loss": "nll"}, "loss"),
         ({"loss": LossConfig(aggregation="drdpo")}, "gradient of the mean loss; the aggregation is drdpo"),
-        ({"loss": "reward"}, "needs the reward model's scores"),
+        ({"loss": "reward_level"}, "reward_level needs a reward model's scores"),
+        ({"rewards": PairRewards(torch.zeros(7), torch.zeros(7))}, "dpo does not use a reward model's scores"),
+        ({"loss": "simpo", "reference": some_reference(7)}, "simpo does not use a reference"),
     ):
         with pytest.raises(UserError, match=message):
             selection.gradient_scores(tiny_llama, tiny_encoder, pairs, progress=False, **arguments)
