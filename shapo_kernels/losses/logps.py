@@ -80,7 +80,7 @@ def linear_sequence_logps(
         softcap: above 0, or ``None``.
         scale: above 0.
         chunk_size: tokens whose logits are held at once. By default as many as make the chunk's logits no larger than
-            the hidden states, at least 256, and at most a quarter of the labelled tokens.
+            the hidden states, at least 512, but at most a quarter of the labelled tokens.
         ignore_index: the label of positions that do not count.
 
     Returns:

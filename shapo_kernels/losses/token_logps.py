@@ -21,7 +21,7 @@ from ._checks import check_first_order, result_dtype
 # 64 MiB in fp32: large enough to keep a GPU busy, small beside the logits of a batch.
 CHUNK_ELEMENTS = 1 << 24
 # Fewer rows than this make the head's matrix products wait for memory: every chunk reads the whole weight.
-MIN_CHUNK_TOKENS = 256
+MIN_CHUNK_TOKENS = 512
 # Elements of a 16-bit weight that are widened at once: 16 MiB in fp32.
 WIDENED_ELEMENTS = 1 << 22
 
