@@ -1,0 +1,31 @@
+"""Every operator in Triton: compiled for the GPU at hand when first launched; in Triton's interpreter on the CPU, for tests.
+
+The functions carry the names and positional arguments of the schemas in ``csrc/register.cpp``; what they compute is
+documented once, at the public functions of :mod:`shapo_kernels.ops`. Configurations are chosen from shapes and dtypes in
+plain Python and never by timing, so that a result does not depend on what was measured.
+"""
+
+from .column_cosine import column_cosine
+from .neuron_update import neuron_gradient, neuron_update
+from .subspace_update import (
+    gather_into,
+    norms_and_scale,
+    perturb_,
+    perturbation_scale,
+    restore_,
+    selected_squared_norms,
+    squared_norms,
+)
+
+__all__ = [
+    "column_cosine",
+    "gather_into",
+    "neuron_gradient",
+    "neuron_update",
+    "norms_and_scale",
+    "perturb_",
+    "perturbation_scale",
+    "restore_",
+    "selected_squared_norms",
+    "squared_norms",
+]

@@ -1,0 +1,244 @@
+"""The neuron update and its gradient in Triton; documented in :mod:`shapo_kernels.ops.neuron_update`.
+
+Both read the selected columns of the input where they lie: x[..., S] is never written. A scattered column costs a 32-byte
+sector for every token, so that a program gathers it once and meets as many output features as it can with it. Sums are
+float32. float64, which no tensor core of this kind serves, is left to the reference.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+
+# Neurons that a program holds at once; more are taken in turns.
+MAX_TILE_K = 128
+#: Tokens that one program of the gradient adds up; the split depends on the shapes alone, so that a sum has one order.
+TOKENS_IN_PART = 512
+ADD_BLOCK = 1024
+
+
+@triton.jit
+def _selected(x, token, k, tokens, neurons, x_stride, index, FEATURES: tl.constexpr, UPCAST: tl.constexpr, LIKE):
+    """x[token, index[k]] in the dtype of the layer's output; 0 outside."""
+    column = tl.load(index + k, mask=k < neurons, other=0) if FEATURES else k.to(tl.int64)
+    there = (token < tokens)[:, None] & (k < neurons)[None, :]
+    value = tl.load(x + token[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(LIKE)
+    return value.to(tl.float32) if UPCAST else value
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "neurons", "groups"],
+    do_not_specialize_on_alignment=["x", "index"],
+)
+def update_kernel(
+    result,
+    output,
+    x,
+    direction,
+    index,
+    tokens,
+    features,
+    neurons,
+    x_stride,
+    direction_stride,
+    groups,
+    INDEXED: tl.constexpr,
+    ONCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_F: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """result[t, f] = output[t, f] + sum_k x[t, index[k]] direction[f, k].
+
+    A program holds one tile of tokens and every ``groups``-th tile of output features. ``ONCE``: all neurons fit into one
+    tile, which is then gathered once for all of them. ``UPCAST``: for the interpreter, which must not compute in bfloat16.
+    """
+    dtype = result.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    lanes = tl.arange(0, TILE_K)
+    if ONCE:
+        held = _selected(x, token, lanes, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+    for tile in range(tl.program_id(1), tl.cdiv(features, TILE_F), groups):
+        f = tl.cast(tile, tl.int64) * TILE_F + tl.arange(0, TILE_F)
+        total = tl.zeros([TILE_T, TILE_F], tl.float32)
+        for start in range(0, neurons, TILE_K):
+            k = start + lanes
+            if not ONCE:
+                held = _selected(x, token, k, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+            there = (k < neurons)[:, None] & (f < features)[None, :]
+            d = tl.load(direction + f[None, :] * direction_stride + k[:, None], mask=there, other=0.0)
+            d = d.to(tl.float32) if UPCAST else d
+            total = tl.dot(held, d, total, input_precision=PRECISION)
+        at = token[:, None] * features + f[None, :]
+        there = (token < tokens)[:, None] & (f < features)[None, :]
+        y = tl.load(output + at, mask=there, other=0.0)
+        # The product is rounded to the output's dtype before it is added, as eager PyTorch does.
+        total = total.to(dtype).to(tl.float32) + y.to(tl.float32)
+        tl.store(result + at, total.to(dtype), mask=there)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "neurons"],
+    do_not_specialize_on_alignment=["x", "index"],
+)
+def gradient_kernel(
+    partials,
+    grad,
+    x,
+    index,
+    tokens,
+    features,
+    neurons,
+    x_stride,
+    INDEXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PART: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_F: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """partials[part, f, k] = sum over the part's tokens of grad[t, f] x[t, index[k]]."""
+    dtype = grad.dtype.element_ty
+    part = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1).to(tl.int64) * TILE_F + tl.arange(0, TILE_F)
+    k = tl.program_id(2) * TILE_K + tl.arange(0, TILE_K)
+    total = tl.zeros([TILE_F, TILE_K], tl.float32)
+    for start in range(0, PART, TILE_T):
+        token = part * PART + start + tl.arange(0, TILE_T)
+        there = (token < tokens)[:, None] & (f < features)[None, :]
+        g = tl.load(grad + token[:, None] * features + f[None, :], mask=there, other=0.0)
+        g = g.to(tl.float32) if UPCAST else g
+        selected = _selected(x, token, k, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+        total = tl.dot(tl.trans(g), selected, total, input_precision=PRECISION)
+    at = (part * features + f[:, None]) * neurons + k[None, :]
+    tl.store(partials + at, total, mask=(f < features)[:, None] & (k < neurons)[None, :])
+
+
+@triton.jit(do_not_specialize=["elements", "parts"])
+def add_parts_kernel(partials, sums, elements, parts, BLOCK: tl.constexpr):
+    """sums[i] = the sum over parts of partials[part, i], in their order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        total += tl.load(partials + tl.cast(part, tl.int64) * elements + i, mask=i < elements, other=0.0)
+    tl.store(sums + i, total, mask=i < elements)
+
+
+def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
+    neurons = direction.shape[1]
+    if output.dtype == torch.float64 or input.dtype == torch.float64 or not (output.numel() and neurons):
+        return reference.neuron_update(output, input, direction, index)
+    features = output.shape[-1]
+    flat, x = output.reshape(-1, features).contiguous(), _rows(input)
+    direction = direction.to(output.dtype)
+    if direction.stride(1) != 1:
+        direction = direction.contiguous()
+    config = update_configuration(output.dtype, neurons)
+    with torch.cuda.device_of(output):
+        result = torch.empty_like(flat)
+        groups = update_groups(flat.shape[0], features, config)
+        update_kernel[(triton.cdiv(flat.shape[0], config["TILE_T"]), groups)](
+            result,
+            flat,
+            x,
+            direction,
+            direction if index is None else index.contiguous(),
+            flat.shape[0],
+            features,
+            neurons,
+            x.stride(0),
+            direction.stride(0),
+            groups,
+            INDEXED=index is not None,
+            PRECISION=precision(output.dtype),
+            UPCAST=output.device.type == "cpu",
+            **config,
+        )
+    return result.view(output.shape)
+
+
+def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None) -> Tensor:
+    neurons = input.shape[-1] if index is None else index.numel()
+    if torch.float64 in (grad_output.dtype, input.dtype) or not (grad_output.numel() and neurons):
+        return reference.neuron_gradient(grad_output, input, index)
+    features = grad_output.shape[-1]
+    grad, x = grad_output.reshape(-1, features).contiguous(), _rows(input)
+    config = gradient_configuration(grad.dtype, neurons, indexed=index is not None)
+    parts = triton.cdiv(grad.shape[0], TOKENS_IN_PART)
+    with torch.cuda.device_of(grad):
+        partials = torch.empty(parts, features, neurons, dtype=torch.float32, device=grad.device)
+        gradient_kernel[(parts, triton.cdiv(features, config["TILE_F"]), triton.cdiv(neurons, config["TILE_K"]))](
+            partials,
+            grad,
+            x,
+            grad if index is None else index.contiguous(),
+            grad.shape[0],
+            features,
+            neurons,
+            x.stride(0),
+            INDEXED=index is not None,
+            PRECISION=precision(grad.dtype),
+            UPCAST=grad.device.type == "cpu",
+            PART=TOKENS_IN_PART,
+            **config,
+        )
+        if parts == 1:
+            return partials[0]
+        sums = torch.empty_like(partials[0])
+        add_parts_kernel[(triton.cdiv(sums.numel(), ADD_BLOCK),)](
+            partials, sums, sums.numel(), parts, BLOCK=ADD_BLOCK, num_warps=4
+        )
+    return sums
+
+
+def update_configuration(dtype: torch.dtype, neurons: int) -> dict[str, Any]:
+    tile_k = _tile_k(neurons)
+    wide = dtype == torch.float32
+    return {
+        "ONCE": neurons <= tile_k,
+        "TILE_T": 32 if wide else 64,
+        "TILE_F": 64 if wide else 128,
+        "TILE_K": min(tile_k, 64) if wide and neurons > tile_k else tile_k,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def update_groups(tokens: int, features: int, config: dict[str, Any]) -> int:
+    """Programs that share a tile of tokens: enough to fill a large GPU where there are few tokens, else few."""
+    wanted = triton.cdiv(512, triton.cdiv(tokens, config["TILE_T"]))
+    return max(1, min(wanted, triton.cdiv(features, config["TILE_F"])))
+
+
+def gradient_configuration(dtype: torch.dtype, neurons: int, *, indexed: bool) -> dict[str, Any]:
+    wide = dtype == torch.float32
+    return {
+        "TILE_T": 32,
+        "TILE_F": 64 if wide else 128,
+        "TILE_K": min(_tile_k(neurons), 64 if wide else MAX_TILE_K),
+        "num_warps": 4 if wide else 8,
+        "num_stages": 2,
+    }
+
+
+def _tile_k(neurons: int) -> int:
+    return 32 if neurons <= 32 else 64 if neurons <= 64 else MAX_TILE_K
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 factors are multiplied: as PyTorch's own matrix products are set to."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[tokens, features] with features side by side; a view where that can be."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
