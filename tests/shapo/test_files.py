@@ -1,0 +1,61 @@
+"""Artefacts appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from shapo.errors import UserError
+from shapo.files import atomic_file, atomic_folder, require_writable, write_json
+
+
+def test_a_file_is_replaced_in_one_step_and_an_exception_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a" / "file"
+    with atomic_file(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    with pytest.raises(RuntimeError, match="half-way"), atomic_file(path) as temporary:
+        temporary.write_text("tw")
+        raise RuntimeError("half-way")
+    assert path.read_text() == "one"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_is_replaced_whole_and_an_exception_leaves_the_old_one(tmp_path):
+    path = tmp_path / "model"
+    for text in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            (temporary / text).write_text(text)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
+        (temporary / "three").write_text("thr")
+        raise KeyboardInterrupt
+    assert [entry.name for entry in path.iterdir()] == ["two"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_operating_system_errors_become_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"), atomic_file(tmp_path / "file" / "below"):
+        pass
+    with pytest.raises(UserError, match="is a file"), atomic_folder(tmp_path / "file"):
+        pass
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"nan": math.nan, "nested": [{"inf": -math.inf}], "tuple": (1.5, "é")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "nan": None,
+        "nested": [{"inf": None}],
+        "tuple": [1.5, "é"],
+    }
+
+
+def test_writability_is_found_out_without_leaving_anything(tmp_path):
+    require_writable(tmp_path / "new" / "deep", folder=True)
+    require_writable(tmp_path / "new" / "file.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for path, folder in ((tmp_path / "file", True), (tmp_path, False), (tmp_path / "file" / "x", False)):
+        with pytest.raises(UserError, match="cannot write"):
+            require_writable(path, folder=folder)

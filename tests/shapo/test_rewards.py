@@ -1,0 +1,122 @@
+"""The reward model is asked in its own words, once, and a cost is turned round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapo.data.formats import load_pairs
+from shapo.errors import UserError
+from shapo.rewards import PairRewards, RewardScorer, load_reward_scorer, train_reward_model
+
+
+@pytest.fixture
+def reward_model(tiny_tokenizer):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.fixture
+def plain_tokenizer(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture
+def pairs(synthetic_rows):
+    return load_pairs(synthetic_rows["train"]).pairs
+
+
+def test_a_cost_enters_negated(reward_model, tiny_tokenizer, pairs):
+    reward = RewardScorer(reward_model, tiny_tokenizer, sign="reward").score_pairs(pairs[:6], progress=False)
+    cost = RewardScorer(reward_model, tiny_tokenizer, sign="cost").score_pairs(pairs[:6], progress=False)
+    assert torch.equal(cost.chosen, -reward.chosen)
+    assert torch.equal(cost.rejected, -reward.rejected)
+
+
+def test_a_score_is_the_models_own_for_that_text_alone(reward_model, plain_tokenizer, pairs):
+    scorer = RewardScorer(reward_model.eval(), plain_tokenizer, batch_size=4)
+    scores = scorer.score([pair.prompt for pair in pairs[:9]], [pair.chosen for pair in pairs[:9]], progress=False)
+    for pair, score in zip(pairs, scores, strict=False):
+        ids = plain_tokenizer(pair.prompt + pair.chosen, return_tensors="pt")["input_ids"]
+        ids = torch.cat([ids, torch.tensor([[plain_tokenizer.eos_token_id]])], dim=1)
+        with torch.no_grad():
+            assert score.item() == pytest.approx(reward_model(input_ids=ids).logits.item(), abs=1e-5)
+
+
+def test_the_reward_models_chat_template_is_used_where_it_has_one(reward_model, plain_tokenizer, pairs):
+    plain_tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    scorer = RewardScorer(reward_model, plain_tokenizer)
+    question = pairs[0].prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+    text = f"<user>{question}<assistant>{pairs[0].chosen.strip()}"
+    assert (
+        scorer.encode(pairs[0].prompt, pairs[0].chosen) == plain_tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_long_texts_keep_the_response(reward_model, plain_tokenizer, pairs):
+    scorer = RewardScorer(reward_model, plain_tokenizer, max_length=5)
+    assert (
+        scorer.encode(pairs[0].prompt, pairs[0].chosen)
+        == RewardScorer(reward_model, plain_tokenizer).encode(pairs[0].prompt, pairs[0].chosen)[-5:]
+    )
+
+
+def test_cached_scores_are_not_asked_for_again_until_something_changes(reward_model, tiny_tokenizer, pairs, tmp_path):
+    asked = []
+    reward_model.register_forward_hook(lambda module, inputs, output: asked.append(len(output.logits)))
+    scorer = RewardScorer(reward_model, tiny_tokenizer)
+    path = tmp_path / "rewards.safetensors"
+    first = scorer.cached_pairs(path, pairs[:5], progress=False)
+    assert sum(asked) == 10
+    again = scorer.cached_pairs(path, pairs[:5], progress=False)
+    assert sum(asked) == 10
+    assert torch.equal(first.chosen, again.chosen)
+    assert first.digest() == again.digest()
+    RewardScorer(reward_model, tiny_tokenizer, sign="cost").cached_pairs(path, pairs[:5], progress=False)
+    assert sum(asked) == 20
+    with torch.no_grad():
+        reward_model.score.weight.add_(1.0)
+    RewardScorer(reward_model, tiny_tokenizer, sign="cost").cached_pairs(path, pairs[:5], progress=False)
+    assert sum(asked) == 30
+
+
+def test_bradley_terry_learns_the_labels_it_is_given(reward_model, tiny_tokenizer, pairs):
+    scorer = RewardScorer(reward_model, tiny_tokenizer)
+    train_reward_model(scorer, pairs[:16], updates=60, lr=5e-3, progress=False)
+    assert scorer.score_pairs(pairs[:16], progress=False).agreement() > 0.9
+
+
+def test_agreement_counts_a_tie_as_half():
+    assert PairRewards(torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 2.0, 1.0])).agreement() == 0.375
+
+
+def test_a_model_with_several_labels_is_no_reward_model(reward_model, tiny_tokenizer):
+    reward_model.config.num_labels = 2
+    with pytest.raises(UserError, match="gives 2 scores"):
+        RewardScorer(reward_model, tiny_tokenizer)
+
+
+def test_a_tokenizer_without_padding_is_told(reward_model, plain_tokenizer):
+    reward_model.config.pad_token_id = plain_tokenizer.pad_token = None
+    with pytest.raises(UserError, match="padding token"):
+        RewardScorer(reward_model, plain_tokenizer)
+
+
+def test_a_missing_reward_model_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot load the reward model") as error:
+        load_reward_scorer(str(tmp_path / "nothing"), sign="reward", device=torch.device("cpu"))
+    assert "\n" not in str(error.value)
