@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from . import ops
+from .distributed import local_rows, sum_over_shards, why_unsupported
 from .naming import owners
 from .ops.subspace_update import compute_dtype_of
 from .subspace import Subspace, SubspaceError
@@ -81,6 +83,16 @@ class Target:
         """The weight as the 2-D tensor that the operators write to: a view, made anew as storage may have moved."""
         return self.parameter.detach().view(self._matrix)
 
+    def local_neurons(self) -> tuple[Tensor, Tensor]:
+        """This rank's part of the weight as a matrix, and the selected neurons in it; all where it is not sharded."""
+        if not isinstance(self.parameter, DTensor):
+            return self.weight(), self.index
+        rows, first = local_rows(self.parameter)
+        if self.axis == 1:
+            return rows, self.index
+        here = (self.index >= first) & (self.index < first + rows.shape[0])
+        return rows, self.index[here] - first
+
     def gradient(self) -> Tensor | None:
         """The parameter's ``.grad`` as such a tensor.
 
@@ -135,8 +147,8 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
     targets = []
     for names in grouped.values():
         parameter = resolved[names[0]]
-        if isinstance(parameter, DTensor):
-            raise SubspaceError(f"{names[0]!r} is sharded (DTensor): wrap the optimizer of an unsharded or DDP model")
+        if (reason := why_unsupported(model, parameter)) is not None:
+            raise SubspaceError(f"{names[0]!r} cannot be perturbed: {reason}")
         axis = subspace.axis(names[0])
         if any(subspace.axis(name) != axis for name in names):
             raise SubspaceError(f"{' and '.join(map(repr, names))} are one tied weight, selected on different axes")
@@ -150,12 +162,28 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
             attribute == "weight" and stores_features_first(module) is not None for module, attribute in modules
         )
         partial = parameter.dim() > 0 and index.numel() < parameter.shape[axis]
+        sharded = isinstance(parameter, DTensor)
+        if sharded and not linear:
+            raise SubspaceError(
+                f"{names[0]!r} is sharded and no nn.Linear's or Conv1D's alone: only linear layers' weights can be both"
+            )
         if delta and not linear:
             raise SubspaceError(
                 f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
             )
-        targets.append(Target(tuple(names), parameter, index, axis, modules, tapped=linear and (partial or delta)))
+        targets.append(
+            Target(tuple(names), parameter, index, axis, modules, tapped=linear and (partial or delta or sharded))
+        )
     return targets
+
+
+def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
+    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight where ranks hold parts of it (a collective)."""
+    parts = [target.local_neurons() for target in targets]
+    squares = ops.selected_squared_norms(
+        [rows for rows, _ in parts], [index for _, index in parts], [target.axis for target in targets]
+    )
+    return sum_over_shards(squares, [target.parameter for target in targets])
 
 
 def attach(targets: Iterable[Target]) -> None:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from . import ops
 from .ascent import Ascent, GradAscent, SelectiveAscent, clear_gradients
-from .binding import Target, attach, bind, detach
-from .distributed import average, data_parallel_ranks, without_reduction
+from .binding import Target, attach, bind, detach, selected_weight_squared_norms
+from .distributed import average, data_parallel_groups, without_reduction
 from .ops.subspace_update import NORMS
-from .perturbation import Delta, InPlace, Perturbation, suits_delta, suits_in_place
+from .perturbation import Delta, InPlace, Perturbation, any_sharded, suits_delta, suits_in_place
 from .radius import Radii, Rho, checked_rho
 from .stats import UpdateStats
 from .subspace import Subspace
@@ -116,6 +116,10 @@ class ShaPOOptimizer(Optimizer):
 
     def _bind(self) -> None:
         self._targets = bind(self.model, self.subspace, delta=self._perturbation_kind == "delta")
+        if any_sharded(self._targets) and (self._perturbation_kind == "in_place" or self._ascent_kind == "grad"):
+            raise ValueError(
+                "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+            )
         self._active: Perturbation | None = None
         self._ascending: Ascent | None = None
         self._direction: tuple[list[Target], list[Tensor]] | None = None
@@ -295,6 +299,10 @@ class ShaPOOptimizer(Optimizer):
         direction = self._direction
         if direction is None:
             if self.due:
+                if any_sharded(self._targets):
+                    raise RuntimeError(
+                        "the selected weights are sharded: use `with opt.ascent():` or a closure instead"
+                    )
                 taker = GradAscent(self._targets, [])
                 direction = self._agreed(*taker.finish(), average_over_ranks=False)
                 self._ascended = True
@@ -407,14 +415,15 @@ class ShaPOOptimizer(Optimizer):
         self, targets: list[Target], values: list[Tensor], *, average_over_ranks: bool
     ) -> tuple[list[Target], list[Tensor]]:
         """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not."""
-        if not (self.sync and average_over_ranks) or data_parallel_ranks(self.model) == 1:
+        groups = data_parallel_groups(self.model) if self.sync and average_over_ranks else []
+        if not groups:
             return targets, values
         held = dict(zip(targets, values, strict=True))
         complete = [
             held.get(t, torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device))
             for t in self._targets
         ]
-        return list(self._targets), average(complete, self.model)
+        return list(self._targets), average(complete, groups)
 
     @torch.no_grad()
     def _apply(self, targets: list[Target], values: list[Tensor]) -> None:
@@ -423,9 +432,7 @@ class ShaPOOptimizer(Optimizer):
         squares = ops.squared_norms(values)
         weight_squares = None
         if self.relative:
-            weight_squares = ops.selected_squared_norms(
-                [t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets]
-            )
+            weight_squares = selected_weight_squared_norms(targets)
         scale = ops.perturbation_scale(
             squares, self._radii.of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
         )

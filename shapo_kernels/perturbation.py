@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import ops
-from .binding import Target
+from .binding import Target, selected_weight_squared_norms
 
 
 class Perturbation(Protocol):
@@ -82,9 +83,7 @@ class Delta:
         self._targets: list[Target] = []
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
-        weight_squares = ops.selected_squared_norms(
-            [t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets]
-        )
+        weight_squares = selected_weight_squared_norms(targets)
         self._targets = targets
         rows = []
         for target, value, s in zip(targets, values, scale, strict=True):
@@ -104,9 +103,15 @@ class Delta:
 
 
 def suits_in_place(targets: Sequence[Target]) -> bool:
-    """Whether weights and computation are wide enough for eps to survive being added to them: the rule of ``auto``."""
+    """Whether weights are whole, and they and computation wide enough for eps to survive: the rule of ``auto``."""
     wide = (torch.float32, torch.float64)
-    return all(target.parameter.dtype in wide and _compute_dtype(target) in wide for target in targets)
+    return not any_sharded(targets) and all(
+        target.parameter.dtype in wide and _compute_dtype(target) in wide for target in targets
+    )
+
+
+def any_sharded(targets: Sequence[Target]) -> bool:
+    return any(isinstance(target.parameter, DTensor) for target in targets)
 
 
 def suits_delta(targets: Sequence[Target]) -> bool:

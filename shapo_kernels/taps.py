@@ -96,6 +96,7 @@ def stores_features_first(module: nn.Module) -> bool | None:
     """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers."""
     if isinstance(module, nn.Linear):
         return False
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    # By name, not to import transformers; of any base, as fully_shard makes a class of its own.
+    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
         return True
     return None
