@@ -74,7 +74,7 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def sum_over_shards(sums: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Sums over each rank's rows -> sums over whole weights; those of weights that ranks hold whole stay as they are."""
+    """Sums over each rank's rows -> sums over whole weights; those of weights held whole stay as they are."""
     sharded = [isinstance(parameter, DTensor) for parameter in parameters]
     if not any(sharded):
         return sums

@@ -1,4 +1,4 @@
-"""Loss scaling and autocast: a scaled update equals the unscaled one, and an overflow in either pass skips exactly it (S8)."""
+"""Loss scaling and autocast: a scaled update equals the plain one; an overflow in either pass skips exactly it (S8)."""
 
 import pytest
 import torch
