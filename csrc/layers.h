@@ -47,7 +47,9 @@ inline ScalarType compute_dtype_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+inline int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
 
 // A contiguous tensor of any shape as a layer with all of it selected: [1, numel].
 inline Layer whole(const Tensor& tensor) {
@@ -65,76 +67,67 @@ inline std::string describe_shape(const Tensor& tensor) {
 }
 
 inline void check_same_device(const char* name, size_t position, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(
-      tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
-          tensor.get_device_index() == like.get_device_index(),
-      name, "[", position, "] lies on another device than the first layer: expected all tensors on one device");
+  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
+                      tensor.get_device_index() == like.get_device_index(),
+                  name, "[", position,
+                  "] lies on another device than the first layer: expected all tensors on one device");
 }
 
 inline void check_float64_vector(const char* name, const Tensor& tensor, size_t layers) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
-          tensor.size(0) == static_cast<int64_t>(layers) && tensor.is_contiguous(),
-      name, " is ", tensor.scalar_type(), " ", describe_shape(tensor), ": expected a contiguous float64 [", layers,
-      "], one for each layer");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
+                      tensor.size(0) == static_cast<int64_t>(layers) && tensor.is_contiguous(),
+                  name, " is ", tensor.scalar_type(), " ", describe_shape(tensor), ": expected a contiguous float64 [",
+                  layers, "], one for each layer");
 }
 
-inline std::vector<Layer> describe_layers(
-    const char* name,
-    const std::vector<Tensor>& tensors,
-    const std::vector<Tensor>& indices,
-    const std::vector<int64_t>& axes) {
-  STD_TORCH_CHECK(
-      tensors.size() == indices.size() && tensors.size() == axes.size(), "got ", tensors.size(), " ", name, ", ",
-      indices.size(), " indices and ", axes.size(), " axes: expected as many of each");
+inline std::vector<Layer> describe_layers(const char* name, const std::vector<Tensor>& tensors,
+                                          const std::vector<Tensor>& indices, const std::vector<int64_t>& axes) {
+  STD_TORCH_CHECK(tensors.size() == indices.size() && tensors.size() == axes.size(), "got ", tensors.size(), " ", name,
+                  ", ", indices.size(), " indices and ", axes.size(), " axes: expected as many of each");
   std::vector<Layer> layers;
   layers.reserve(tensors.size());
   for (size_t l = 0; l < tensors.size(); ++l) {
     const Tensor& tensor = tensors[l];
     const Tensor& index = indices[l];
     const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(
-        is_floating(dtype), name, "[", l, "] is ", dtype, ": expected float32, bfloat16, float16 or float64");
-    STD_TORCH_CHECK(
-        tensor.dim() == 2, name, "[", l, "] has shape ", describe_shape(tensor), ": expected [rows, columns]");
-    STD_TORCH_CHECK(
-        index.scalar_type() == ScalarType::Long && index.dim() == 1, "indices[", l, "] is ", index.scalar_type(), " ",
-        describe_shape(index), ": expected int64 [neurons]");
-    STD_TORCH_CHECK(
-        axes[l] == 0 || axes[l] == 1, "axes[", l, "] is ", axes[l], ": expected 0 (neurons are rows) or 1 (columns)");
+    STD_TORCH_CHECK(is_floating(dtype), name, "[", l, "] is ", dtype,
+                    ": expected float32, bfloat16, float16 or float64");
+    STD_TORCH_CHECK(tensor.dim() == 2, name, "[", l, "] has shape ", describe_shape(tensor),
+                    ": expected [rows, columns]");
+    STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1, "indices[", l, "] is ",
+                    index.scalar_type(), " ", describe_shape(index), ": expected int64 [neurons]");
+    STD_TORCH_CHECK(axes[l] == 0 || axes[l] == 1, "axes[", l, "] is ", axes[l],
+                    ": expected 0 (neurons are rows) or 1 (columns)");
     check_same_device(name, l, tensor, tensors[0]);
     check_same_device("indices", l, index, tensors[0]);
-    layers.push_back(Layer{
-        tensor.data_ptr(), dtype, static_cast<int>(axes[l]), tensor.size(0), tensor.size(1), tensor.stride(0),
-        tensor.stride(1), static_cast<const int64_t*>(index.data_ptr()), index.stride(0), index.size(0)});
+    layers.push_back(Layer{tensor.data_ptr(), dtype, static_cast<int>(axes[l]), tensor.size(0), tensor.size(1),
+                           tensor.stride(0), tensor.stride(1), static_cast<const int64_t*>(index.data_ptr()),
+                           index.stride(0), index.size(0)});
   }
   return layers;
 }
 
 // Checks compact companions of the layers (values, directions, backups) and returns their data pointers.
 // `compute`: they are in the compute dtype of their layer, else in its own.
-inline std::vector<void*> describe_compact(
-    const char* name, const std::vector<Tensor>& tensors, const std::vector<Layer>& layers, bool compute) {
-  STD_TORCH_CHECK(
-      tensors.size() == layers.size(), "got ", tensors.size(), " ", name, " for ", layers.size(),
-      " layers: expected as many of each");
+inline std::vector<void*> describe_compact(const char* name, const std::vector<Tensor>& tensors,
+                                           const std::vector<Layer>& layers, bool compute) {
+  STD_TORCH_CHECK(tensors.size() == layers.size(), "got ", tensors.size(), " ", name, " for ", layers.size(),
+                  " layers: expected as many of each");
   std::vector<void*> data;
   data.reserve(tensors.size());
   for (size_t l = 0; l < tensors.size(); ++l) {
     const Tensor& tensor = tensors[l];
     const ScalarType expected = compute ? compute_dtype_of(layers[l].dtype) : layers[l].dtype;
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == expected, name, "[", l, "] is ", tensor.scalar_type(), ": expected ", expected,
-        " for a layer of ", layers[l].dtype);
-    STD_TORCH_CHECK(
-        tensor.dim() == 2 && tensor.size(0) == layers[l].outer() && tensor.size(1) == layers[l].inner() &&
-            tensor.is_contiguous(),
-        name, "[", l, "] has shape ", describe_shape(tensor), ": expected a contiguous [", layers[l].outer(), ", ",
-        layers[l].inner(), "]");
+    STD_TORCH_CHECK(tensor.scalar_type() == expected, name, "[", l, "] is ", tensor.scalar_type(), ": expected ",
+                    expected, " for a layer of ", layers[l].dtype);
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == layers[l].outer() && tensor.size(1) == layers[l].inner() &&
+                        tensor.is_contiguous(),
+                    name, "[", l, "] has shape ", describe_shape(tensor), ": expected a contiguous [",
+                    layers[l].outer(), ", ", layers[l].inner(), "]");
     check_same_device(name, l, tensor, tensors[0]);
     data.push_back(tensor.data_ptr());
   }
   return data;
 }
 
-} // namespace shapo
+}  // namespace shapo

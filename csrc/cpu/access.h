@@ -1,8 +1,8 @@
 // Moves a layer's selected elements to and from compact memory: bits only, whatever the dtype.
 //
 // With scattered columns this is where the time goes: a row's selected elements lie in different cache lines, which the
-// hardware's prefetchers cannot foresee. So the lines of the rows ahead are asked for while a row is moved. Without that
-// the passes of an update take 1.27 times what the touched lines need at copy bandwidth, with it 1.0 (28 layers of
+// hardware's prefetchers cannot foresee. So the lines of the rows ahead are asked for while a row is moved. Without
+// that the passes of an update take 1.27 times what the touched lines need at copy bandwidth, with it 1.0 (28 layers of
 // 3072 x 2048 float32, 1 % random columns, two Zen 5 cores; any distance from 2 to 32 rows does equally well).
 
 #pragma once
@@ -33,9 +33,8 @@ class Access {
     bool consecutive = true;
     for (int64_t i = 0; i < layer.selected; ++i) {
       const int64_t neuron = layer.index[i * layer.index_stride];
-      STD_TORCH_CHECK(
-          neuron >= 0 && neuron < neurons, "indices[", position, "] holds ", neuron, ": expected 0 <= neuron < ",
-          neurons, ", the neurons of ", name, "[", position, "]");
+      STD_TORCH_CHECK(neuron >= 0 && neuron < neurons, "indices[", position, "] holds ", neuron,
+                      ": expected 0 <= neuron < ", neurons, ", the neurons of ", name, "[", position, "]");
       offsets_.push_back(neuron * neuron_bytes);
       consecutive = consecutive && offsets_[i] == offsets_[0] + i * element_bytes_;
     }
@@ -46,8 +45,10 @@ class Access {
     } else {
       outer_bytes_ = row_bytes;
       order_ = consecutive ? Order::RUN : Order::SCATTERED;
-      if (order_ == Order::SCATTERED) find_lines();
-      else if (layer.selected > 0) data_ += offsets_[0];
+      if (order_ == Order::SCATTERED)
+        find_lines();
+      else if (layer.selected > 0)
+        data_ += offsets_[0];
     }
   }
 
@@ -57,7 +58,8 @@ class Access {
   void load(const Block& part, int64_t limit, void* compact) const {
     with_bits([&](auto bits) {
       using U = decltype(bits);
-      each_row<U>(part, limit, static_cast<U*>(compact), [](U* at, U* kept, int64_t n) { std::memcpy(kept, at, n * sizeof(U)); });
+      each_row<U>(part, limit, static_cast<U*>(compact),
+                  [](U* at, U* kept, int64_t n) { std::memcpy(kept, at, n * sizeof(U)); });
     });
   }
 
@@ -65,7 +67,8 @@ class Access {
   void store(const Block& part, int64_t limit, const void* compact) const {
     with_bits([&](auto bits) {
       using U = decltype(bits);
-      each_row<U>(part, limit, const_cast<U*>(static_cast<const U*>(compact)), [](U* at, U* kept, int64_t n) { std::memcpy(at, kept, n * sizeof(U)); });
+      each_row<U>(part, limit, const_cast<U*>(static_cast<const U*>(compact)),
+                  [](U* at, U* kept, int64_t n) { std::memcpy(at, kept, n * sizeof(U)); });
     });
   }
 
@@ -79,9 +82,12 @@ class Access {
 
   template <class F>
   void with_bits(const F& use) const {
-    if (element_bytes_ == 2) use(uint16_t{});
-    else if (element_bytes_ == 4) use(uint32_t{});
-    else use(uint64_t{});
+    if (element_bytes_ == 2)
+      use(uint16_t{});
+    else if (element_bytes_ == 4)
+      use(uint32_t{});
+    else
+      use(uint64_t{});
   }
 
   char* row(int64_t a) const { return data_ + (rows_selected_ ? offsets_[a] : a * outer_bytes_); }
@@ -109,8 +115,8 @@ class Access {
     for (int64_t offset : lines_) __builtin_prefetch(ahead + offset);
   }
 
-  // One offset for each cache line that a row touches. Where rows differ in alignment this is approximate, which costs a
-  // prefetch too many or too few and nothing else.
+  // One offset for each cache line that a row touches. Where rows differ in alignment this is approximate, which costs
+  // a prefetch too many or too few and nothing else.
   void find_lines() {
     const auto start = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data_) % CACHE_LINE);
     int64_t last = -1;
@@ -140,4 +146,4 @@ inline std::vector<Access> describe_access(const char* name, const std::vector<L
   return accesses;
 }
 
-} // namespace shapo::cpu
+}  // namespace shapo::cpu

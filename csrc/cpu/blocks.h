@@ -1,7 +1,7 @@
 // How the work of an operator is cut into blocks and shared among threads.
 //
-// Blocks depend on shapes alone and threads take them as they come; what a block sums is stored under the block's number
-// and added in that order, so that results depend neither on the number of threads nor on their timing.
+// Blocks depend on shapes alone and threads take them as they come; what a block sums is stored under the block's
+// number and added in that order, so that results depend neither on the number of threads nor on their timing.
 
 #pragma once
 
@@ -69,18 +69,13 @@ class Blocks {
   int64_t end(size_t layer) const { return layer + 1 < cuts_.size() ? cuts_[layer + 1].first : total_; }
 
   Block operator[](int64_t number) const {
-    const auto after = std::upper_bound(
-        cuts_.begin(), cuts_.end(), number, [](int64_t wanted, const Cut& cut) { return wanted < cut.first; });
+    const auto after = std::upper_bound(cuts_.begin(), cuts_.end(), number,
+                                        [](int64_t wanted, const Cut& cut) { return wanted < cut.first; });
     const Cut& cut = *(after - 1);
     const int64_t local = number - cut.first;
     const int64_t outer = local / cut.across * cut.outer_step, inner = local % cut.across * cut.inner_step;
-    return Block{
-        static_cast<size_t>(after - cuts_.begin()) - 1,
-        number,
-        outer,
-        std::min(outer + cut.outer_step, cut.outer),
-        inner,
-        std::min(inner + cut.inner_step, cut.inner)};
+    return Block{static_cast<size_t>(after - cuts_.begin()) - 1, number, outer,
+                 std::min(outer + cut.outer_step, cut.outer),    inner,  std::min(inner + cut.inner_step, cut.inner)};
   }
 
   // Calls work(block) for every block.
@@ -101,4 +96,4 @@ class Blocks {
   int64_t elements_ = 0;
 };
 
-} // namespace shapo::cpu
+}  // namespace shapo::cpu

@@ -2,9 +2,9 @@
 //
 //     cosine_i = <W_i, v> / (||W_i|| ||v||),   0 where a norm is zero
 //
-// Dot products and squared norms are formed together, in float64. Neurons that lie next to one another in memory (columns
-// of a contiguous weight) share a walk down the rows, eight rows at a time; neurons that are contiguous themselves are
-// walked one by one; any other stride is first packed row by row.
+// Dot products and squared norms are formed together, in float64. Neurons that lie next to one another in memory
+// (columns of a contiguous weight) share a walk down the rows, eight rows at a time; neurons that are contiguous
+// themselves are walked one by one; any other stride is first packed row by row.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,18 +27,20 @@ constexpr int64_t ROWS_IN_PART = 128;
 constexpr int64_t MAX_PARTS = 32;
 constexpr int64_t PANEL = 2048;
 constexpr int64_t NEURONS_IN_BLOCK = 16;
+constexpr int64_t BYTES_AHEAD = 4096;
 
-// dots[i] += sum_r rows[r][i] * v[r] and squares[i] += sum_r rows[r][i]^2 for n neighbouring neurons; both sums are padded
-// to a multiple of LANES.
+// dots[i] += sum_r rows[r][i] * v[r] and squares[i] += sum_r rows[r][i]^2 for n neighbouring neurons; both sums are
+// padded to a multiple of LANES.
 template <class T>
-SHAPO_INLINE void add_rows(
-    const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n, double* dots, double* squares) {
+SHAPO_INLINE void add_rows(const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n,
+                           double* dots, double* squares) {
   const T* weight = static_cast<const T*>(first);
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     Double8 dot = load_bits<Double8>(dots + i);
     Double8 square = load_bits<Double8>(squares + i);
     for (int64_t r = 0; r < rows; ++r) {
+      __builtin_prefetch(weight + (r + rows) * row_elements + i);
       const Double8 x = to_double(Numeric<T>::load(weight + r * row_elements + i));
       dot += x * v[r];
       square += x * x;
@@ -57,11 +59,10 @@ SHAPO_INLINE void add_rows(
   store_bits(dots + i, dot);
   store_bits(squares + i, square);
 }
-SHAPO_VERSIONS(
-    add_rows,
-    void,
-    (const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n, double* dots, double* squares),
-    (first, row_elements, rows, v, n, dots, squares))
+SHAPO_VERSIONS(add_rows, void,
+               (const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n, double* dots,
+                double* squares),
+               (first, row_elements, rows, v, n, dots, squares))
 
 // sums = <w, v> and <w, w> for one contiguous neuron of n elements. Two sums of eight lanes each: one would wait for
 // itself at every addition.
@@ -71,6 +72,7 @@ SHAPO_INLINE void add_neuron(const void* neuron, const double* v, int64_t n, dou
   Double8 dots[2] = {}, squares[2] = {};
   int64_t i = 0;
   for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + BYTES_AHEAD);
     for (int64_t half = 0; half < 2; ++half) {
       const Double8 x = to_double(Numeric<T>::load(w + i + half * LANES));
       dots[half] += x * load_bits<Double8>(v + i + half * LANES);
@@ -86,11 +88,8 @@ SHAPO_INLINE void add_neuron(const void* neuron, const double* v, int64_t n, dou
   *dot = add_lanes(dots[0] + dots[1]);
   *square = add_lanes(squares[0] + squares[1]);
 }
-SHAPO_VERSIONS(
-    add_neuron,
-    void,
-    (const void* neuron, const double* v, int64_t n, double* dot, double* square),
-    (neuron, v, n, dot, square))
+SHAPO_VERSIONS(add_neuron, void, (const void* neuron, const double* v, int64_t n, double* dot, double* square),
+               (neuron, v, n, dot, square))
 
 using AddRows = void (*)(const void*, int64_t, int64_t, const double*, int64_t, double*, double*);
 using AddNeuron = void (*)(const void*, const double*, int64_t, double*, double*);
@@ -98,9 +97,9 @@ using AddNeuron = void (*)(const void*, const double*, int64_t, double*, double*
 struct Weight {
   const char* data;
   ScalarType dtype;
-  int64_t bytes; // of an element
+  int64_t bytes;  // of an element
   int64_t neurons, components;
-  int64_t neuron_stride, component_stride; // in elements
+  int64_t neuron_stride, component_stride;  // in elements
 };
 
 struct Cosines {
@@ -110,7 +109,8 @@ struct Cosines {
 // Sums for neurons that are not contiguous: parts of the components and panels of neurons are shared among threads, the
 // parts' sums are added in order.
 Cosines sum_rows(const Weight& weight, const std::vector<double>& v) {
-  const AddRows add = with_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
+  const AddRows add =
+      with_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
   const int64_t parts = std::clamp<int64_t>(ceil_div(weight.components, ROWS_IN_PART), 1, MAX_PARTS);
   const int64_t panels = ceil_div(weight.neurons, PANEL), padded = panels * PANEL;
   const int64_t rows_in_part = ceil_div(weight.components, parts);
@@ -144,7 +144,8 @@ Cosines sum_rows(const Weight& weight, const std::vector<double>& v) {
 }
 
 Cosines sum_neurons(const Weight& weight, const std::vector<double>& v) {
-  const AddNeuron add = with_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
+  const AddNeuron add =
+      with_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
   Cosines sums{std::vector<double>(weight.neurons), std::vector<double>(weight.neurons)};
   share(ceil_div(weight.neurons, NEURONS_IN_BLOCK), weight.neurons * weight.components, [&](int64_t block) {
     const int64_t end = std::min((block + 1) * NEURONS_IN_BLOCK, weight.neurons);
@@ -157,16 +158,18 @@ Cosines sum_neurons(const Weight& weight, const std::vector<double>& v) {
 
 Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   STD_TORCH_CHECK(axis == 0 || axis == 1, "axis is ", axis, ": expected 0 (neurons are rows) or 1 (columns)");
-  STD_TORCH_CHECK(
-      weight.dim() == 2 && is_floating(weight.scalar_type()), "weight is ", weight.scalar_type(), " ",
-      describe_shape(weight), ": expected two dimensions of a floating-point dtype");
-  const Weight w{
-      static_cast<const char*>(weight.data_ptr()), weight.scalar_type(), bytes_of(weight.scalar_type()),
-      weight.size(axis), weight.size(1 - axis), weight.stride(axis), weight.stride(1 - axis)};
-  STD_TORCH_CHECK(
-      direction.dim() == 1 && direction.size(0) == w.components && is_floating(direction.scalar_type()),
-      "direction is ", direction.scalar_type(), " ", describe_shape(direction), ": expected a floating-point [",
-      w.components, "]");
+  STD_TORCH_CHECK(weight.dim() == 2 && is_floating(weight.scalar_type()), "weight is ", weight.scalar_type(), " ",
+                  describe_shape(weight), ": expected two dimensions of a floating-point dtype");
+  const Weight w{static_cast<const char*>(weight.data_ptr()),
+                 weight.scalar_type(),
+                 bytes_of(weight.scalar_type()),
+                 weight.size(axis),
+                 weight.size(1 - axis),
+                 weight.stride(axis),
+                 weight.stride(1 - axis)};
+  STD_TORCH_CHECK(direction.dim() == 1 && direction.size(0) == w.components && is_floating(direction.scalar_type()),
+                  "direction is ", direction.scalar_type(), " ", describe_shape(direction),
+                  ": expected a floating-point [", w.components, "]");
   check_same_device("direction", 0, direction, weight);
 
   std::vector<double> v(w.components);
@@ -186,16 +189,16 @@ Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   for (int64_t i = 0; i < w.neurons; ++i) {
     const double norms = std::sqrt(sums.squares[i]) * std::sqrt(v_square);
     const double cosine = norms == 0.0 ? 0.0 : sums.dots[i] / norms;
-    if (dtype == ScalarType::Double) static_cast<double*>(result.data_ptr())[i] = cosine;
-    else static_cast<float*>(result.data_ptr())[i] = static_cast<float>(cosine);
+    if (dtype == ScalarType::Double)
+      static_cast<double*>(result.data_ptr())[i] = cosine;
+    else
+      static_cast<float*>(result.data_ptr())[i] = static_cast<float>(cosine);
   }
   return result;
 }
 
-} // namespace
+}  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
-  m.impl("column_cosine", TORCH_BOX(&column_cosine));
-}
+STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) { m.impl("column_cosine", TORCH_BOX(&column_cosine)); }
 
-} // namespace shapo::cpu
+}  // namespace shapo::cpu

@@ -1,8 +1,8 @@
 // The subspace update on the CPU: gather with squared norms, scale, perturb in place, restore.
 //
-// Each operator takes every layer in one call. A block of a layer (blocks.h) is moved between the layer and compact memory
-// as bits (access.h) in spans that stay in the first-level cache, and the arithmetic runs over the contiguous span
-// (vectors.h): what is scattered is never computed on, what is computed on is never scattered.
+// Each operator takes every layer in one call. A block of a layer (blocks.h) is moved between the layer and compact
+// memory as bits (access.h), a span at a time through a buffer in the first-level cache, and the arithmetic runs over
+// that buffer (vectors.h): what is scattered is never computed on, what is computed on is never scattered.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,10 +26,12 @@ namespace shapo::cpu {
 namespace {
 
 constexpr int64_t SPAN = 512;
-constexpr int64_t ROWS_IN_SPAN = 4; // the same column of more rows would evict itself: their lines share a cache set
+// With rows a power of two apart the same column of different rows competes for one set of the first-level cache: more
+// rows evict one another before they are written. With fewer, arithmetic waits for the stores in front of it.
+constexpr int64_t ROWS_IN_SPAN = 12;
 
-// Calls use(part, offset) for the parts of a block that are contiguous in compact memory and at most SPAN elements long;
-// `offset` is the first element's place in the compact form.
+// Calls use(part, offset) for the parts of a block that are contiguous in compact memory and at most SPAN elements
+// long; `offset` is the first element's place in the compact form.
 template <class F>
 void each_span(const Block& block, int64_t inner, const F& use) {
   const int64_t width = block.inner_end - block.inner_begin;
@@ -54,7 +56,7 @@ int64_t elements_of(const Block& part) {
 template <class T>
 using ComputeOf = typename Numeric<T>::Compute;
 
-// sums += the squares of n values, which are also written to `to` in the compute dtype (from and to may be one).
+// sums += the squares of n values, which are also written to `to` in the compute dtype.
 template <class T, class Write>
 SHAPO_INLINE void widen_and_square(const void* from, void* to, int64_t n, double* sums) {
   const T* in = static_cast<const T*>(from);
@@ -75,11 +77,11 @@ SHAPO_INLINE void widen_and_square(const void* from, void* to, int64_t n, double
 }
 SHAPO_VERSIONS(widen_and_square, void, (const void* from, void* to, int64_t n, double* sums), (from, to, n, sums))
 
-// fresh = round(old + scale * direction); sums += ||realised||^2, <realised, step>, ||old||^2 in three times eight lanes.
-// The product and the sum are rounded one by one to the compute dtype, then the result once to T.
+// fresh = round(old + scale * direction); sums += ||realised||^2, <realised, step>, ||old||^2 in three times eight
+// lanes. The product and the sum are rounded one by one to the compute dtype, then the result once to T.
 template <class T, class R>
-SHAPO_INLINE void step_span(
-    const void* old, const void* direction, double scale, void* fresh, int64_t n, double* sums) {
+SHAPO_INLINE void step_span(const void* old, const void* direction, double scale, void* fresh, int64_t n,
+                            double* sums) {
   using C = ComputeOf<T>;
   using Vector = typename Numeric<T>::Vector;
   const T* w = static_cast<const T*>(old);
@@ -115,11 +117,9 @@ SHAPO_INLINE void step_span(
   store_bits(sums + LANES, moved_steps);
   store_bits(sums + 2 * LANES, old_squares);
 }
-SHAPO_VERSIONS(
-    step_span,
-    void,
-    (const void* old, const void* direction, double scale, void* fresh, int64_t n, double* sums),
-    (old, direction, scale, fresh, n, sums))
+SHAPO_VERSIONS(step_span, void,
+               (const void* old, const void* direction, double scale, void* fresh, int64_t n, double* sums),
+               (old, direction, scale, fresh, n, sums))
 
 using WidenAndSquare = void (*)(const void*, void*, int64_t, double*);
 using StepSpan = void (*)(const void*, const void*, double, void*, int64_t, double*);
@@ -152,8 +152,10 @@ void add_blocks(const Blocks& blocks, size_t layers, const std::vector<double>& 
       for (int64_t c = 0; c < columns; ++c) to[l * columns + c] += partial[number * columns + c];
 }
 
-// Squares of the selected elements of each layer, added into squares[l]; the elements go to values[l] unless that is null.
-void square_selected(const char* name, const std::vector<Layer>& layers, const std::vector<void*>* values, double* squares) {
+// Squares of the selected elements of each layer, added into squares[l]; the elements go to values[l] unless that is
+// null.
+void square_selected(const char* name, const std::vector<Layer>& layers, const std::vector<void*>* values,
+                     double* squares) {
   const std::vector<Access> accesses = describe_access(name, layers);
   const Blocks blocks(layers);
   std::vector<double> partial(blocks.count());
@@ -161,16 +163,14 @@ void square_selected(const char* name, const std::vector<Layer>& layers, const s
     const Layer& layer = layers[block.layer];
     const Access& access = accesses[block.layer];
     const int64_t value_bytes = layer.dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
-    const bool widen = values && access.element_bytes() != value_bytes;
-    const WidenAndSquare kernel = widen_and_square_for(layer.dtype, widen);
+    const WidenAndSquare kernel = widen_and_square_for(layer.dtype, values != nullptr);
     alignas(CACHE_LINE) double staged[SPAN];
     alignas(CACHE_LINE) double sums[LANES] = {};
     access.prefetch_first(block);
     each_span(block, layer.inner(), [&](const Block& part, int64_t offset) {
       void* value = values ? static_cast<char*>((*values)[block.layer]) + offset * value_bytes : nullptr;
-      void* raw = values && !widen ? value : staged;
-      access.load(part, block.outer_end, raw);
-      kernel(raw, value, elements_of(part), sums);
+      access.load(part, block.outer_end, staged);
+      kernel(staged, value, elements_of(part), sums);
     });
     partial[block.number] = total(sums);
   });
@@ -183,12 +183,8 @@ Tensor new_sums(const Tensor& like, std::initializer_list<int64_t> shape) {
 
 double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
 
-void gather_into(
-    std::vector<Tensor> sources,
-    std::vector<Tensor> indices,
-    std::vector<int64_t> axes,
-    std::vector<Tensor> values,
-    Tensor squared_norms) {
+void gather_into(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vector<int64_t> axes,
+                 std::vector<Tensor> values, Tensor squared_norms) {
   const std::vector<Layer> layers = describe_layers("sources", sources, indices, axes);
   const std::vector<void*> compact = describe_compact("values", values, layers, true);
   check_float64_vector("squared_norms", squared_norms, layers.size());
@@ -225,11 +221,10 @@ Tensor squared_norms(std::vector<Tensor> values) {
   return result;
 }
 
-Tensor perturbation_scale(
-    Tensor squared_norms, Tensor rho, std::optional<Tensor> weight_squared_norms, std::string norm, double eta) {
-  STD_TORCH_CHECK(
-      norm == "global" || norm == "layer" || norm == "none", "norm is \"", norm,
-      "\": expected \"global\", \"layer\" or \"none\"");
+Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor> weight_squared_norms,
+                          std::string norm, double eta) {
+  STD_TORCH_CHECK(norm == "global" || norm == "layer" || norm == "none", "norm is \"", norm,
+                  "\": expected \"global\", \"layer\" or \"none\"");
   const int64_t n = squared_norms.numel();
   check_float64_vector("squared_norms", squared_norms, n);
   check_float64_vector("rho", rho, n);
@@ -254,21 +249,15 @@ Tensor perturbation_scale(
   return scale;
 }
 
-Tensor perturb_(
-    std::vector<Tensor> weights,
-    std::vector<Tensor> indices,
-    std::vector<int64_t> axes,
-    std::vector<Tensor> directions,
-    Tensor scale,
-    std::vector<Tensor> backups,
-    std::optional<ScalarType> compute_dtype) {
+Tensor perturb_(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes,
+                std::vector<Tensor> directions, Tensor scale, std::vector<Tensor> backups,
+                std::optional<ScalarType> compute_dtype) {
   const std::vector<Layer> layers = describe_layers("weights", weights, indices, axes);
   const std::vector<void*> steps = describe_compact("directions", directions, layers, true);
   const std::vector<void*> kept = describe_compact("backups", backups, layers, false);
   check_float64_vector("scale", scale, layers.size());
-  STD_TORCH_CHECK(
-      !compute_dtype || is_floating(*compute_dtype), "compute_dtype is ", *compute_dtype,
-      ": expected float32, bfloat16, float16 or float64");
+  STD_TORCH_CHECK(!compute_dtype || is_floating(*compute_dtype), "compute_dtype is ", *compute_dtype,
+                  ": expected float32, bfloat16, float16 or float64");
   const std::vector<Access> accesses = describe_access("weights", layers);
   const Blocks blocks(layers);
   std::vector<double> partial(3 * blocks.count());
@@ -279,18 +268,18 @@ Tensor perturb_(
     const StepSpan step = step_span_for(layer.dtype, compute_dtype.value_or(layer.dtype));
     const WidenAndSquare square = widen_and_square_for(layer.dtype, false);
     const int64_t weight_bytes = access.element_bytes(), step_bytes = bytes_of(compute_dtype_of(layer.dtype));
-    alignas(CACHE_LINE) double fresh[SPAN];
+    alignas(CACHE_LINE) double old[SPAN], fresh[SPAN];
     alignas(CACHE_LINE) double sums[3 * LANES] = {};
     access.prefetch_first(block);
     each_span(block, layer.inner(), [&](const Block& part, int64_t offset) {
-      void* old = static_cast<char*>(kept[block.layer]) + offset * weight_bytes;
       access.load(part, block.outer_end, old);
-      if (s == 0.0) { // the weights keep every bit, whatever the direction holds
+      std::memcpy(static_cast<char*>(kept[block.layer]) + offset * weight_bytes, old, elements_of(part) * weight_bytes);
+      if (s == 0.0) {  // the weights keep every bit, whatever the direction holds
         square(old, nullptr, elements_of(part), sums + 2 * LANES);
         return;
       }
       step(old, static_cast<char*>(steps[block.layer]) + offset * step_bytes, s, fresh, elements_of(part), sums);
-      access.store(part, block.outer_begin, fresh);
+      access.store(part, block.outer_begin, fresh);  // nothing to ask for ahead: the load has just touched these lines
     });
     for (int64_t c = 0; c < 3; ++c) partial[3 * block.number + c] = total(sums + c * LANES);
   });
@@ -299,8 +288,8 @@ Tensor perturb_(
   return result;
 }
 
-void restore_(
-    std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes, std::vector<Tensor> backups) {
+void restore_(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes,
+              std::vector<Tensor> backups) {
   const std::vector<Layer> layers = describe_layers("weights", weights, indices, axes);
   const std::vector<void*> kept = describe_compact("backups", backups, layers, false);
   const std::vector<Access> accesses = describe_access("weights", layers);
@@ -314,7 +303,7 @@ void restore_(
   });
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
   m.impl("gather_into", TORCH_BOX(&gather_into));
@@ -325,4 +314,4 @@ STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
   m.impl("restore_", TORCH_BOX(&restore_));
 }
 
-} // namespace shapo::cpu
+}  // namespace shapo::cpu

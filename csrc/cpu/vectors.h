@@ -1,7 +1,7 @@
 // Eight lanes of arithmetic that give the same bits on every instruction set, and how a kernel is compiled for several.
 //
-// Compiler vectors of a fixed width become one AVX-512 register, two of AVX2 or four of SSE2 or NEON; lane i always sums
-// the elements i, i + 8, ... in float64, so that a sum does not depend on the machine. Sources are compiled with
+// Compiler vectors of a fixed width become one AVX-512 register, two of AVX2 or four of SSE2 or NEON; lane i always
+// sums the elements i, i + 8, ... in float64, so that a sum does not depend on the machine. Sources are compiled with
 // -ffp-contract=off: a product is rounded before it is added, as in the PyTorch reference.
 
 #pragma once
@@ -9,7 +9,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 namespace shapo::cpu {
 
@@ -77,9 +79,7 @@ template <>
 struct Numeric<BFloat16> {
   using Compute = float;
   using Vector = Float8;
-  static SHAPO_INLINE Float8 widen(Short8 bits) {
-    return bit_cast<Float8>(__builtin_convertvector(bits, Word8) << 16);
-  }
+  static SHAPO_INLINE Float8 widen(Short8 bits) { return bit_cast<Float8>(__builtin_convertvector(bits, Word8) << 16); }
   static SHAPO_INLINE Short8 narrow(Float8 x) {
     const Word8 bits = bit_cast<Word8>(x);
     const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -100,7 +100,7 @@ struct Numeric<Half> {
     const Word8 magnitude = bits & 0x7fffu;
     const Word8 rebias = Word8{} + (112u << 23);
     const Word8 normal = (magnitude << 13) + rebias;
-    const Word8 special = normal + rebias; // infinity and NaN: the exponent becomes 255
+    const Word8 special = normal + rebias;  // infinity and NaN: the exponent becomes 255
     // A subnormal is a multiple of 2^-24, exact in float.
     const Word8 subnormal = bit_cast<Word8>(__builtin_convertvector(magnitude, Float8) * 0x1p-24f);
     const Word8 finite = magnitude < 0x400u ? subnormal : normal;
@@ -144,9 +144,7 @@ SHAPO_INLINE Double8 rounded_to<double>(Double8 x) {
   return x;
 }
 
-SHAPO_INLINE double add_lanes(Double8 x) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
+SHAPO_INLINE double add_lanes(Double8 x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // The first `count` of eight elements, zeros behind them: how the end of an array enters eight lanes.
 template <class T>
@@ -184,18 +182,25 @@ auto with_type(torch::headeronly::ScalarType dtype, const F& use) {
 }
 
 // SHAPO_VERSIONS(name, (parameters), (arguments)) defines name_for_cpu(), which returns name<Args...> compiled for the
-// best instruction set of this machine. `name` must be a SHAPO_INLINE function template: it is inlined into each version.
+// best instruction set of this machine. `name` must be a SHAPO_INLINE function template: it is inlined into each
+// version.
 enum class Isa { BASELINE, AVX2, AVX512 };
 
+// SHAPO_CPU_CAPABILITY=baseline|avx2 keeps to less than the machine has, so that one machine can test every version.
 inline Isa detect_isa() {
 #if defined(__x86_64__)
+  const char* wanted = std::getenv("SHAPO_CPU_CAPABILITY");
+  const std::string_view most = wanted ? wanted : "";
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Isa::AVX512;
-  if (__builtin_cpu_supports("avx2")) return Isa::AVX2;
-#endif
+  if (most == "baseline" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::BASELINE;
+  if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::AVX2;
+  }
+  return Isa::AVX512;
+#else
   return Isa::BASELINE;
+#endif
 }
 
 inline Isa isa() {
@@ -204,22 +209,22 @@ inline Isa isa() {
 }
 
 #if defined(__x86_64__)
-#define SHAPO_VERSIONS(name, result, parameters, arguments)                                              \
-  template <class... Args>                                                                               \
-  static result name##_baseline parameters {                                                             \
-    return name<Args...> arguments;                                                                      \
-  }                                                                                                      \
-  template <class... Args>                                                                               \
-  [[gnu::target("avx2")]] static result name##_avx2 parameters {                                         \
-    return name<Args...> arguments;                                                                      \
-  }                                                                                                      \
-  template <class... Args>                                                                               \
-  [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl")]] static result name##_avx512 parameters {         \
-    return name<Args...> arguments;                                                                      \
-  }                                                                                                      \
-  template <class... Args>                                                                               \
-  static auto name##_for_cpu() {                                                                         \
-    return isa() == Isa::AVX512 ? &name##_avx512<Args...>                                                \
+#define SHAPO_VERSIONS(name, result, parameters, arguments)                                                 \
+  template <class... Args>                                                                                  \
+  static result name##_baseline parameters {                                                                \
+    return name<Args...> arguments;                                                                         \
+  }                                                                                                         \
+  template <class... Args>                                                                                  \
+  [[gnu::target("avx2,fma")]] static result name##_avx2 parameters {                                        \
+    return name<Args...> arguments;                                                                         \
+  }                                                                                                         \
+  template <class... Args>                                                                                  \
+  [[gnu::target("fma,avx512f,avx512bw,avx512dq,avx512vl")]] static result name##_avx512 parameters {        \
+    return name<Args...> arguments;                                                                         \
+  }                                                                                                         \
+  template <class... Args>                                                                                  \
+  static auto name##_for_cpu() {                                                                            \
+    return isa() == Isa::AVX512 ? &name##_avx512<Args...>                                                   \
                                 : (isa() == Isa::AVX2 ? &name##_avx2<Args...> : &name##_baseline<Args...>); \
   }
 #else
@@ -234,4 +239,4 @@ inline Isa isa() {
   }
 #endif
 
-} // namespace shapo::cpu
+}  // namespace shapo::cpu
