@@ -467,7 +467,8 @@ class ShaPOOptimizer(Optimizer):
             return  # nothing is updated: loading a distributed checkpoint makes such a step to create its state
         raise RuntimeError(
             "this update is due and had no ascent: use `with opt.ascent(): opt.ascend(loss)` and "
-            "`with opt.perturbed(): …` before opt.step(), or pass a closure"
+            "`with opt.perturbed(): …` before opt.step(), or pass a closure; "
+            "in a transformers or trl trainer, use shapo.integrations.ShaPOTrainerMixin"
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
+from shapo.random_state import RandomState
 from shapo.rewards import PairRewards
 from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.training.fingerprint import digest_model, digest_rows, digest_tensors
@@ -65,8 +66,8 @@ def train_preferences(
         evaluation: Clean pairs.
 
     Returns:
-        A summary: `updates`, `seconds_per_update` (median), `final` (last evaluation), `rho_over_weight_norm` (median
-        over the ShaPO updates, or None), `flipped` (number of flipped labels).
+        A summary: `updates`, `seconds_per_update` and `cpu_seconds_per_update` (medians), `final` (last evaluation),
+        `rho_over_weight_norm` (median over the ShaPO updates, or None), `flipped` (number of flipped labels).
 
     Raises:
         UserError: Options that do not belong together, a loss that is no longer finite, or see `Loop.train`.
@@ -142,15 +143,13 @@ class _Update:
     def __call__(self, indices: list[int]) -> dict[str, Any]:
         ascent: dict[str, float] | None = None
         perturbed: Any = nullcontext()
-        random = _RandomState(self._device)
+        random = RandomState(self._device)
         if self.shapo is not None:
             self.optimizer.rho = self.shapo.rho if self.optimizer.updates >= self.shapo.plain_updates else 0.0
             if self.optimizer.due:
                 part = indices[: math.ceil(self.shapo.ascent_fraction * len(indices))]
                 with self.optimizer.ascent():
                     ascent = self._pass(part, self.optimizer.ascend)
-                # Both passes see the same dropout masks; otherwise eps would climb another function than the one it
-                # perturbs.
                 random.restore()
             perturbed = self.optimizer.perturbed()
         with perturbed:
@@ -187,7 +186,7 @@ class _Update:
         """What Dr.DPO's micro-batches must know of one another; one more forward pass over the batch finds it."""
         if len(micro_batches) == 1 or not self._objective.needs_whole_batch:
             return None
-        random = _RandomState(self._device)
+        random = RandomState(self._device)
         with torch.no_grad():
             per_pair = [self._forward(micro, None).per_pair for micro in micro_batches]
         random.restore()
@@ -236,20 +235,6 @@ class _Evaluation:
         return compute_logps(self.model, data, batch_size=2 * size, bf16=self.loop.bf16, progress=False)
 
 
-class _RandomState:
-    """The random state of the CPU and of one device, to come back to."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
 def _digest_subspace(subspace: Subspace) -> str:
     return digest_rows([digest_tensors(subspace), *([name, subspace.axis(name)] for name in sorted(subspace.names))])
 
@@ -265,6 +250,7 @@ def _summary(path: Path, flipped: int) -> dict[str, Any]:
     return {
         "updates": len(updates),
         "seconds_per_update": median(row["seconds"] for row in updates),
+        "cpu_seconds_per_update": median(row["cpu_seconds"] for row in updates),
         "rho_over_weight_norm": median(radii) if radii else None,
         "flipped": flipped,
         "final": final,
