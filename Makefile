@@ -1,0 +1,41 @@
+# make demo, make test: each makes its own .venv and installs what it needs. PYTHON=python3.12 chooses another Python,
+# TORCH='torch==2.11.0' another torch (an index that serves CPU builds saves gigabytes where there is no GPU).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	$(BIN)/shapo demo --output runs/demo
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.[ch]*' -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+install: $(STAMP)
+
+# Torch first and by name: everything after it then finds one and fetches no other.
+$(STAMP): pyproject.toml setup.py $(wildcard tools/*.py) $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf build dist runs *.egg-info python/*.egg-info shapo_kernels/*.so shapo_kernels/cuda_architectures.txt
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
