@@ -39,10 +39,10 @@ def plot_training(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapp
         for axis, key in zip(axes, ("accuracy", "flips_fitted"), strict=False):
             points = [(row["update"], 100 * row[key]["value"]) for row in rows if row.get(key)]
             axis.plot(*zip(*points, strict=True), line, color=color, label=name, linewidth=1.6)
-    _label(axes[0], "update", "preference accuracy, clean test pairs (%)")
+    _label(axes[0], "updates", "preference accuracy, clean test pairs (%)")
     axes[0].axhline(50, color="0.6", linewidth=0.8, linestyle=":")
     if has_flips:
-        _label(axes[1], "update", "flipped training labels fitted (%)")
+        _label(axes[1], "updates", "flipped training labels fitted (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
@@ -66,9 +66,12 @@ def plot_sharpness(path: str | os.PathLike[str], result: Sharpness, *, title: st
                 [getattr(point, x) for point in points], ys, label=curve.name, markersize=4, linewidth=1.4, **style
             )
         axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=1e-3) if y == "increase" else axis.set_ylim(
-            bottom=min(0.0, axis.get_ylim()[0])
-        )
+        if y == "share":
+            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        elif min(min(line.get_ydata()) for line in axis.lines) > 0:
+            axis.set_yscale("log")
+        else:
+            axis.set_yscale("symlog", linthresh=1e-3)
         _label(
             axis, "radius rho (weight units)" if x == "rho" else "radius relative to the weights, rho / ||W_S||", label
         )

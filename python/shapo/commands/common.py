@@ -188,16 +188,22 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     device = device_of(arguments)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
     return model.to(device).eval()
+
+
+def quiet_transformers() -> None:
+    """No bars and no remarks of transformers between ours; its errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_tokenizer(name: str) -> Any:

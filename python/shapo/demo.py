@@ -1,0 +1,464 @@
+"""The whole method on generated data, on a CPU in minutes: SFT, probe, selection, and DPO beside ShaPO under flipped
+labels.
+
+What comes out are measurements of one small model on one seed; `report` says what they do not show.  Every step is one
+that the other commands offer too, and everything they need is left in the output folder.
+
+Methods are trained side by side in worker processes of one thread each: small matrices gain little from a second
+thread, and with one thread the numbers do not depend on how many cores a machine has.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shapo import report, selection
+from shapo.commands.common import quiet_transformers, save_model, versions
+from shapo.data import synthetic
+from shapo.data.formats import load_pairs
+from shapo.data.noise import flip_labels
+from shapo.data.pairs import PreferencePair
+from shapo.data.tokens import PairEncoder
+from shapo.evaluation import preference_metrics
+from shapo.files import atomic_folder, write_json, write_text
+from shapo.plots import plot_probe, plot_sharpness, plot_training
+from shapo.probe import extract_features, probe_examples, train_probe
+from shapo.rewards import PairRewards, RewardScorer, train_reward_model
+from shapo.sharpness import PairLoss, loss_increase, measure
+from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
+from shapo.training.logps import TokenizedPairs, compute_logps, load_cached, save_cached
+from shapo.training.loop import METRICS
+from shapo.training.metrics import read_metrics
+from shapo.training.preference import train_preferences
+from shapo.training.sft import train_sft
+from shapo_kernels import Subspace
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is; see `SIZES`.  `percent` is of all neurons, radii are in weight units."""
+
+    rows: dict[str, int]
+    vocabulary: int = 1024
+    hidden: int = 64
+    intermediate: int = 256
+    layers: int = 4
+    sft_updates: int = 300
+    probe_rows: int = 2000
+    reward_updates: int = 150
+    epochs: int = 6
+    curve_pairs: int = 150
+    sharpness_pairs: int = 100
+    percent: float = 5.0
+
+
+SIZES = {
+    "full": Size({"sft": 5000, "train": 320, "selection": 300, "test": 400, "test_unseen": 300}),
+    "small": Size(
+        {"sft": 240, "train": 32, "selection": 32, "test": 32, "test_unseen": 32},
+        vocabulary=400,
+        hidden=32,
+        intermediate=64,
+        layers=2,
+        sft_updates=20,
+        probe_rows=100,
+        reward_updates=10,
+        epochs=2,
+        curve_pairs=16,
+        sharpness_pairs=8,
+        percent=10.0,
+    ),
+}
+
+NOISE = 0.3
+BETA = 0.1
+BETA_REWARD = 1.0
+BATCH = 16
+LR, SMALL_LR = 1e-3, 1e-4
+RHO_NEURONS, RHO_UNIFORM = 2.0, 0.2
+YARDSTICK_RHO = 0.1
+RHOS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_REWARDS_KEY = {"split": "train"}
+RATIOS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: `subspace` is a file name under subspaces/, "all" for every parameter, or None for plain
+    training.
+    """
+
+    name: str
+    slug: str
+    reward_level: bool = False
+    subspace: str | None = None
+    rho: float = 0.0
+    lr: float = LR
+
+
+def methods() -> list[Method]:
+    """DPO first: the sharpness curves are drawn at its end."""
+    chosen = [
+        ("critical by probe", "probe", RHO_NEURONS),
+        ("critical by gradient", "gradient", RHO_NEURONS),
+        ("random", "random", RHO_NEURONS),
+        ("uniform", "all", RHO_UNIFORM),
+    ]
+    token = [Method(f"ShaPO, {name}", f"shapo-{key}", False, key, rho) for name, key, rho in chosen]
+    reward = [replace(m, name=f"{m.name}, reward level", slug=f"{m.slug}-reward", reward_level=True) for m in token]
+    return [
+        Method("DPO", "dpo"),
+        Method("DPO, smaller lr", "dpo-small-lr", lr=SMALL_LR),
+        *token,
+        Method("plain, reward level", "plain-reward", reward_level=True),
+        *reward,
+    ]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker process is told: everything else is read from the output folder."""
+
+    output: str
+    size: Size
+    seed: int
+    device: str
+    method: Method | None = None
+
+
+def run_demo(
+    output: Path, *, size: str = "full", seed: int = 0, jobs: int = 1, device: str = "cpu", progress: bool = True
+) -> dict[str, Any]:
+    """Runs everything, prints the table and writes `output`; returns what report.json holds.
+
+    Args:
+        output: Folder; what an earlier demo left there is replaced.
+        size: A key of `SIZES`.
+        seed: Of data, weights, order, flips and random subspaces.
+        jobs: Worker processes; 1 works in this process.
+        device: "cpu" or a CUDA device.
+    """
+    started = time.perf_counter()
+    task = _Task(str(output), SIZES[size], seed, device)
+    quiet_transformers()
+    with _threads(1):
+        _prepare(task, progress)
+        with _workers(jobs) as spread:
+            probe, rewards = spread([(_prepare_subspaces, task), (_prepare_rewards, task)])
+            if progress:
+                print(
+                    f"probe: validation accuracy {100 * probe['accuracy']:.1f} %; "
+                    f"reward model: test accuracy {100 * rewards['test_accuracy']:.1f} %",
+                    flush=True,
+                )
+            rows = _train_all(spread, task, progress)
+        results = {
+            "size": size,
+            "seed": seed,
+            "settings": _settings(task.size),
+            "versions": versions(),
+            "sft": read_metrics(output / "sft" / METRICS, "evaluation")[-1],
+            "probe": probe,
+            "rewards": rewards,
+            "methods": [{key: value for key, value in row.items() if key != "sharpness"} for row in rows],
+            "sharpness": rows[0]["sharpness"],
+            "seconds": time.perf_counter() - started,
+        }
+    _write(output, results)
+    return results
+
+
+_Job = tuple[Callable[[_Task], dict[str, Any]], _Task]
+_Spread = Callable[[Sequence[_Job]], Iterator[dict[str, Any]]]
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[_Spread]:
+    """Something that runs jobs in processes (or here) and gives their results in order."""
+    if jobs == 1:
+        yield lambda work: map(_call, work)
+        return
+    # Spawned, not forked: a fork after OpenMP or CUDA has started may hang.
+    with multiprocessing.get_context("spawn").Pool(jobs, _start_worker) as pool:
+        yield lambda work: pool.imap(_call, work)
+        # In good order, so that they clear up after themselves; after an exception the pool terminates them.
+        pool.close()
+        pool.join()
+
+
+def _start_worker() -> None:
+    # Ctrl-C is for the parent, which ends its workers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    torch.set_num_threads(1)
+
+
+def _call(job: _Job) -> dict[str, Any]:
+    quiet_transformers()
+    function, task = job
+    return function(task)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train_all(spread: _Spread, task: _Task, progress: bool) -> list[dict[str, Any]]:
+    work: list[_Job] = [(_train, replace(task, method=method)) for method in methods()]
+    rows = []
+    with tqdm(total=len(work), desc="methods", unit="method", disable=not progress) as bar:
+        for row in spread(work):
+            rows.append(row)
+            bar.update()
+            if not progress:
+                continue
+            bar.write(
+                f"{row['name']}: accuracy {100 * row['test']['accuracy']['value']:.1f} %, "
+                f"flips fitted {100 * row['flips_fitted']:.1f} %, {1e3 * row['seconds_per_update']:.0f} ms an update"
+            )
+    return rows
+
+
+def _prepare(task: _Task, progress: bool) -> None:
+    """Data, tokenizer, a model of random weights, and SFT on both styles of answer, which leaves no preference."""
+    output, size = Path(task.output), task.size
+    synthetic.write(output / "data", task.seed, **size.rows)
+    rows = synthetic.generate(task.seed, **size.rows)["sft"]
+    examples = synthetic.sft_examples(rows, seed=task.seed)
+    tokenizer = synthetic.train_tokenizer((prompt + response for prompt, response in examples), size.vocabulary)
+    torch.manual_seed(task.seed)
+    model = _new_model(size, tokenizer).to(task.device)
+    held_out = len(examples) // 25
+    train_sft(
+        model,
+        _encoder(tokenizer),
+        examples[held_out:],
+        config=LoopConfig(
+            updates=size.sft_updates, batch_size=32, lr=3e-3, warmup=20, schedule="cosine", seed=task.seed
+        ),
+        output=output / "sft",
+        held_out=examples[:held_out],
+        progress=progress,
+    )
+    save_model(output / "sft" / "model", model, tokenizer)
+
+
+def _prepare_subspaces(task: _Task) -> dict[str, Any]:
+    """Probe and selections from the SFT model; nothing here sees a training or test pair."""
+    output, size = Path(task.output), task.size
+    model, encoder = _load(output / "sft" / "model", task)
+    pairs = _pairs(output, "sft")[: size.probe_rows]
+    examples = probe_examples(pairs)
+    features = extract_features(model, encoder, examples, batch_size=32, progress=False)
+    labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
+    probe = train_probe(features, labels, groups, lr=0.3, epochs=60, seed=task.seed)
+    probe.save(output / "probe" / "probe.safetensors")
+    curve = [epoch.validation_accuracy for epoch in probe.curve]
+    plot_probe(output / "probe.png", curve, baseline=probe.majority, title="safety probe on the SFT model")
+    held_out = _pairs(output, "selection")
+    spaces = {
+        "probe": selection.select_by_probe(model, probe.direction, size.percent),
+        "gradient": selection.select_by_gradient(
+            model, encoder, held_out, size.percent, beta=BETA, batch_size=32, progress=False
+        ),
+        "random": selection.random_subspace(model, size.percent, seed=task.seed),
+    }
+    spaces["random-like-probe"] = selection.random_like(model, spaces["probe"], seed=task.seed)
+    (output / "subspaces").mkdir(exist_ok=True)
+    for name, space in spaces.items():
+        space.save(output / "subspaces" / f"{name}.safetensors")
+    return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
+
+
+def _prepare_rewards(task: _Task) -> dict[str, Any]:
+    """A small reward model, trained on clean labels of the selection split, and its scores of the training pairs."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    output = Path(task.output)
+    torch.manual_seed(task.seed)
+    folder = output / "sft" / "model"
+    # The backbone is the SFT model's; its language-model head is dropped and a score head made, which transformers
+    # tells.
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(task.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scorer = RewardScorer(model, tokenizer, batch_size=64)
+    held_out, noisy = _pairs(output, "selection"), _noisy_pairs(task)
+    updates = task.size.reward_updates
+    train_reward_model(scorer, held_out, updates=updates, lr=5e-4, seed=task.seed, progress=False)
+    save_model(output / "reward_model", model, tokenizer)
+    rewards = scorer.score_pairs(noisy, progress=False)
+    save_cached(output / "rewards.safetensors", _REWARDS_KEY, {"chosen": rewards.chosen, "rejected": rewards.rejected})
+    test = scorer.score_pairs(_pairs(output, "test"), progress=False)
+    return {"pairs": len(held_out), "test_accuracy": test.agreement(), "training_label_agreement": rewards.agreement()}
+
+
+def _train(task: _Task) -> dict[str, Any]:
+    """Trains one method and measures its end."""
+    method, output, size = task.method, Path(task.output), task.size
+    if method is None:
+        raise ValueError("the task names no method")
+    folder = output / "methods" / method.slug
+    model, encoder = _load(output / "sft" / "model", task)
+    reference, _ = _load(output / "sft" / "model", task)
+    data = TokenizedPairs(_noisy_pairs(task), encoder)
+    test = TokenizedPairs(_pairs(output, "test"), encoder)
+    space = _subspace(output, method, model)
+    updates_an_epoch = -(-len(data) // BATCH)
+    summary = train_preferences(
+        model,
+        data,
+        loss=_loss(method),
+        loop=LoopConfig(
+            epochs=size.epochs, batch_size=BATCH, lr=method.lr, seed=task.seed, eval_every=updates_an_epoch
+        ),
+        shapo=ShaPOConfig(rho=method.rho) if space else None,
+        subspace=space,
+        rewards=_rewards(output) if method.reward_level else None,
+        evaluation=test.subset(range(min(size.curve_pairs, len(test)))),
+        output=folder,
+        progress=False,
+    )
+    save_model(folder / "model", model, encoder.tokenizer)
+    return {
+        **asdict(method),
+        "flips_fitted": summary["final"]["flips_fitted"],
+        "rho_over_weight_norm": summary["rho_over_weight_norm"],
+        # One thread a process: the processor's time is an update's cost, whatever else the machine does.
+        "seconds_per_update": summary["seconds_per_update" if task.device != "cpu" else "cpu_seconds_per_update"],
+        "updates": summary["updates"],
+        **_measure(task, model, reference, encoder, test),
+    }
+
+
+def _measure(task: _Task, model: Any, reference: Any, encoder: PairEncoder, test: TokenizedPairs) -> dict[str, Any]:
+    output, size = Path(task.output), task.size
+    unseen = TokenizedPairs(_pairs(output, "test_unseen"), encoder)
+    result: dict[str, Any] = {}
+    for name, data in (("test", test), ("unseen", unseen)):
+        policy, base = (compute_logps(m, data, batch_size=32, progress=False) for m in (model, reference))
+        result[name] = preference_metrics(policy, base, data.pairs, beta=BETA, by_category=False)
+        if name == "test":
+            part = range(min(size.sharpness_pairs, len(data)))
+            loss = PairLoss(model, data.subset(part), base[part], beta=BETA)
+    result["increase"] = loss_increase(loss, Subspace.full(model), YARDSTICK_RHO)
+    if task.method and task.method.slug == "dpo":
+        spaces = {
+            "critical by probe": _load_subspace(output, "probe"),
+            "critical by gradient": _load_subspace(output, "gradient"),
+            "random": _load_subspace(output, "random"),
+            "random, layers as probe": _load_subspace(output, "random-like-probe"),
+            "all neurons": selection.full_neurons(model),
+        }
+        curves = measure(loss, spaces, rhos=RHOS, ratios=RATIOS, progress=False)
+        plot_sharpness(
+            output / "sharpness.png", curves, title=f"sharpness of the DPO model, {len(loss)} clean test pairs"
+        )
+        result["sharpness"] = curves.as_dict()
+    return result
+
+
+def _write(output: Path, results: dict[str, Any]) -> None:
+    """The plots over training, the JSON and the report, and the model that everything was for."""
+    runs = {
+        row["name"]: read_metrics(output / "methods" / row["slug"] / METRICS, "evaluation")
+        for row in results["methods"]
+    }
+    plot_training(
+        output / "training.png",
+        runs,
+        title=f"{100 * NOISE:.0f} % of {results['settings']['train']} training labels flipped, seed {results['seed']}",
+    )
+    write_json(output / "report.json", results)
+    write_text(output / "report.md", report.render(results, output))
+    with atomic_folder(output / "model") as folder:
+        shutil.copytree(output / "methods" / report.FINAL_MODEL / "model", folder, dirs_exist_ok=True)
+
+
+def _settings(size: Size) -> dict[str, Any]:
+    return {
+        **size.rows,
+        **{key: value for key, value in asdict(size).items() if key != "rows"},
+        "noise": NOISE,
+        "beta": BETA,
+        "beta_reward": BETA_REWARD,
+        "batch": BATCH,
+        "yardstick_rho": YARDSTICK_RHO,
+        "updates_an_epoch": -(-size.rows["train"] // BATCH),
+    }
+
+
+def _new_model(size: Size, tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _encoder(tokenizer: Any) -> PairEncoder:
+    return PairEncoder(tokenizer, max_length=128, max_prompt_length=64)
+
+
+def _load(folder: Path, task: _Task) -> tuple[Any, PairEncoder]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.to(task.device).eval(), _encoder(AutoTokenizer.from_pretrained(folder))
+
+
+def _pairs(output: Path, split: str) -> list[PreferencePair]:
+    return load_pairs(output / "data" / f"{split}.jsonl").pairs
+
+
+def _noisy_pairs(task: _Task) -> list[PreferencePair]:
+    return flip_labels(_pairs(Path(task.output), "train"), NOISE, seed=task.seed)
+
+
+def _loss(method: Method) -> LossConfig:
+    if method.reward_level:
+        return LossConfig("reward_level", beta=BETA, beta_reward=BETA_REWARD)
+    return LossConfig("dpo", beta=BETA)
+
+
+def _rewards(output: Path) -> PairRewards:
+    found = load_cached(output / "rewards.safetensors", _REWARDS_KEY)
+    if found is None:
+        raise RuntimeError(f"{output / 'rewards.safetensors'} has gone while the demo was running")
+    return PairRewards(**found)
+
+
+def _subspace(output: Path, method: Method, model: Any) -> Subspace | None:
+    if method.subspace is None:
+        return None
+    return Subspace.full(model) if method.subspace == "all" else _load_subspace(output, method.subspace)
+
+
+def _load_subspace(output: Path, name: str) -> Subspace:
+    return Subspace.load(output / "subspaces" / f"{name}.safetensors")
