@@ -15,8 +15,13 @@ STABLE_TORCH_LIBRARY(shapo_kernels, m) {
       "perturbation_scale(Tensor squared_norms, Tensor rho, Tensor? weight_squared_norms, str norm, float eta) "
       "-> Tensor");
   m.def(
+      "norms_and_scale(Tensor[] values, Tensor rho, Tensor? weight_squared_norms, str norm, float eta) "
+      "-> (Tensor, Tensor)");
+  m.def(
       "perturb_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] directions, Tensor scale, "
       "Tensor(b!)[] backups, ScalarType? compute_dtype) -> Tensor");
   m.def("restore_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] backups) -> ()");
   m.def("column_cosine(Tensor weight, Tensor direction, int axis) -> Tensor");
+  m.def("neuron_update(Tensor output, Tensor input, Tensor direction, Tensor? index) -> Tensor");
+  m.def("neuron_gradient(Tensor grad_output, Tensor input, Tensor? index) -> Tensor");
 }

@@ -134,7 +134,13 @@ def _fill(backend: str) -> None:
         return
     compiled = backend in ("cpu", "cuda")
     own = torch.ops.shapo_kernels if compiled else importlib.import_module(f"{__package__}.{backend}")
-    _functions[backend] = {name: getattr(own, name, getattr(reference, name)) for name in reference.__all__}
+    _functions[backend] = {
+        # Every schema is registered once, for both libraries: whether one has the operator, its kernel tells.
+        name: getattr(own, name, getattr(reference, name))
+        if not compiled or torch._C._dispatch_has_kernel_for_dispatch_key(f"shapo_kernels::{name}", backend.upper())
+        else getattr(reference, name)
+        for name in reference.__all__
+    }
 
 
 for _name in available():

@@ -14,6 +14,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -249,6 +250,13 @@ Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor
   return scale;
 }
 
+std::tuple<Tensor, Tensor> norms_and_scale(std::vector<Tensor> values, Tensor rho,
+                                           std::optional<Tensor> weight_squared_norms, std::string norm, double eta) {
+  Tensor squares = squared_norms(values);
+  Tensor scale = perturbation_scale(squares, rho, weight_squared_norms, norm, eta);
+  return {squares, scale};
+}
+
 Tensor perturb_(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes,
                 std::vector<Tensor> directions, Tensor scale, std::vector<Tensor> backups,
                 std::optional<ScalarType> compute_dtype) {
@@ -310,6 +318,7 @@ STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
   m.impl("squared_norms", TORCH_BOX(&squared_norms));
   m.impl("selected_squared_norms", TORCH_BOX(&selected_squared_norms));
   m.impl("perturbation_scale", TORCH_BOX(&perturbation_scale));
+  m.impl("norms_and_scale", TORCH_BOX(&norms_and_scale));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
 }

@@ -9,6 +9,7 @@ from .column_cosine import column_cosine
 from .neuron_update import neuron_gradient, neuron_tap, neuron_update
 from .subspace_update import (
     gather,
+    norms_and_scale,
     perturb_,
     perturbation_scale,
     restore_,
@@ -22,6 +23,7 @@ __all__ = [
     "neuron_gradient",
     "neuron_tap",
     "neuron_update",
+    "norms_and_scale",
     "perturb_",
     "perturbation_scale",
     "restore_",

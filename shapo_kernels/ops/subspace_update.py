@@ -109,28 +109,38 @@ def perturbation_scale(
         TypeError: tensors that are not float64.
         ValueError: an unknown norm, shapes that differ, a relative radius with norm "none".
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
-    if norm == "none" and weight_squared_norms is not None:
-        raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
-    for name, tensor in (
-        ("squared_norms", squared_norms),
-        ("rho", rho),
-        ("weight_squared_norms", weight_squared_norms),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float64:
-            raise TypeError(f"{name} is {tensor.dtype}: expected torch.float64")
-        if tensor.dim() != 1 or tensor.shape != squared_norms.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: expected {[squared_norms.numel()]}, one for each layer"
-            )
+    _check_scale({"squared_norms": squared_norms, "rho": rho}, weight_squared_norms, norm, squared_norms.numel())
     if not squared_norms.numel():
         return torch.empty_like(rho)
     return backends.function(squared_norms.device, "perturbation_scale")(
         squared_norms, rho, weight_squared_norms, norm, eta
     )
+
+
+def norms_and_scale(
+    values: Sequence[Tensor],
+    rho: Tensor,
+    *,
+    weight_squared_norms: Tensor | None = None,
+    norm: str = "global",
+    eta: float = 1e-12,
+) -> tuple[Tensor, Tensor]:
+    """:func:`squared_norms` of the directions and their :func:`perturbation_scale`, which together save a launch.
+
+    For norms that no collective changes in between.
+
+    Returns:
+        The squared norms and the scale, float64 ``[n]`` each.
+
+    Raises:
+        TypeError, ValueError: as those two.
+    """
+    check_floating("values", values)
+    check_same_device("values", values)
+    _check_scale({"rho": rho}, weight_squared_norms, norm, len(values))
+    if not values:
+        return torch.empty_like(rho), torch.empty_like(rho)
+    return backends.function(values[0].device, "norms_and_scale")(list(values), rho, weight_squared_norms, norm, eta)
 
 
 def perturb_(
@@ -201,6 +211,20 @@ def restore_(
     torch.autograd.graph.increment_version(list(weights))
 
 
+def _check_scale(tensors: dict[str, Tensor], weight_squared_norms: Tensor | None, norm: str, layers: int) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+    if weight_squared_norms is not None:
+        if norm == "none":
+            raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
+        tensors = {**tensors, "weight_squared_norms": weight_squared_norms}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float64:
+            raise TypeError(f"{name} is {tensor.dtype}: expected torch.float64")
+        if tensor.dim() != 1 or tensor.numel() != layers:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {[layers]}, one for each layer")
+
+
 def _compact_shape(tensor: Tensor, index: Tensor, axis: int) -> tuple[int, int]:
     return (tensor.shape[0], index.numel()) if axis == 1 else (index.numel(), tensor.shape[1])
 
@@ -264,6 +288,12 @@ if native.has_cpu or native.has_cuda:
         squared_norms: Tensor, rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
     ) -> Tensor:
         return torch.empty_like(squared_norms)
+
+    @torch.library.register_fake("shapo_kernels::norms_and_scale")
+    def _norms_and_scale_fake(
+        values: list[Tensor], rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(rho), torch.empty_like(rho)
 
     @torch.library.register_fake("shapo_kernels::perturb_")
     def _perturb_fake(

@@ -8,6 +8,7 @@ from .column_cosine import column_cosine
 from .neuron_update import neuron_gradient, neuron_update
 from .subspace_update import (
     gather_into,
+    norms_and_scale,
     perturb_,
     perturbation_scale,
     restore_,
@@ -20,6 +21,7 @@ __all__ = [
     "gather_into",
     "neuron_gradient",
     "neuron_update",
+    "norms_and_scale",
     "perturb_",
     "perturbation_scale",
     "restore_",

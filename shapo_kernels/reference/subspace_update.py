@@ -42,6 +42,13 @@ def perturbation_scale(
     return torch.where(usable, radius / (squares.sqrt() + eta), 0.0)
 
 
+def norms_and_scale(
+    values: list[Tensor], rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
+) -> tuple[Tensor, Tensor]:
+    squares = squared_norms(values)
+    return squares, perturbation_scale(squares, rho, weight_squared_norms, norm, eta)
+
+
 def perturb_(
     weights: list[Tensor],
     indices: list[Tensor],

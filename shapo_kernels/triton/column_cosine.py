@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 #: (components, neurons) of a tile and tiles in a part, by whether neighbours in memory are neurons or components.
-NEURONS_SIDE_BY_SIDE = {"TILE_C": 8, "TILE_N": 128, "STEPS": 16}
+NEURONS_SIDE_BY_SIDE = {"TILE_C": 8, "TILE_N": 256, "STEPS": 16}
 COMPONENTS_SIDE_BY_SIDE = {"TILE_C": 256, "TILE_N": 4, "STEPS": 8}
 FINISH = 128
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 CHUNK = 256
 
 
@@ -106,7 +107,7 @@ def column_cosine(weight: Tensor, direction: Tensor, axis: int) -> Tensor:
             weight.stride(1 - axis),
             direction.stride(0),
             **config,
-            num_warps=4,
+            **OPTIONS,
         )
         finish_kernel[(triton.cdiv(neurons, FINISH),)](
             direction,
@@ -119,7 +120,7 @@ def column_cosine(weight: Tensor, direction: Tensor, axis: int) -> Tensor:
             parts,
             FINISH=FINISH,
             CHUNK=CHUNK,
-            num_warps=4,
+            **OPTIONS,
         )
     return cosines
 

@@ -19,20 +19,22 @@ MAX_TILE_K = 128
 #: Tokens that one program of the gradient adds up; the split depends on the shapes alone, so that a sum has one order.
 TOKENS_IN_PART = 512
 ADD_BLOCK = 1024
+ADD_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _selected(x, token, k, tokens, neurons, x_stride, index, FEATURES: tl.constexpr, UPCAST: tl.constexpr, LIKE):
-    """x[token, index[k]] in the dtype of the layer's output; 0 outside."""
-    column = tl.load(index + k, mask=k < neurons, other=0) if FEATURES else k.to(tl.int64)
-    there = (token < tokens)[:, None] & (k < neurons)[None, :]
-    value = tl.load(x + token[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(LIKE)
+def _selected(x, tokens, k, neurons, x_stride, index, INDEXED: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr, DTYPE):
+    """x[t, index[k]] for the first ``tokens`` of ``TILE_T`` rows, in the dtype of the layer's output; 0 outside."""
+    t = tl.arange(0, TILE_T)
+    column = tl.load(index + k, mask=k < neurons, other=0).to(tl.int32) if INDEXED else k
+    there = (t < tokens)[:, None] & (k < neurons)[None, :]
+    value = tl.load(x + t[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(DTYPE)
     return value.to(tl.float32) if UPCAST else value
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "neurons", "groups"],
-    do_not_specialize_on_alignment=["x", "index"],
+    do_not_specialize=["tokens", "features", "neurons", "x_stride", "direction_stride", "groups"],
+    do_not_specialize_on_alignment=["direction", "index"],
 )
 def update_kernel(
     result,
@@ -47,6 +49,7 @@ def update_kernel(
     direction_stride,
     groups,
     INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ONCE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -57,26 +60,34 @@ def update_kernel(
     """result[t, f] = output[t, f] + sum_k x[t, index[k]] direction[f, k].
 
     A program holds one tile of tokens and every ``groups``-th tile of output features. ``ONCE``: all neurons fit into one
-    tile, which is then gathered once for all of them. ``UPCAST``: for the interpreter, which must not compute in bfloat16.
+    tile, which is then gathered once for all of them. ``ALIGNED``: rows are whole multiples of 16 elements. ``UPCAST``:
+    for the interpreter, which must not compute in bfloat16. Positions inside a tile have 32 bits, a tile's own 64.
     """
     dtype = result.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    if ALIGNED:  # said in a way that the compiler takes in
+        features, x_stride = features // 16 * 16, x_stride // 16 * 16
+    first = tl.program_id(0).to(tl.int64) * TILE_T
+    left = (tokens - first).to(tl.int32)
+    output += first * features
+    result += first * features
+    x += first * x_stride
+    t = tl.arange(0, TILE_T)
     lanes = tl.arange(0, TILE_K)
     if ONCE:
-        held = _selected(x, token, lanes, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+        held = _selected(x, left, lanes, neurons, x_stride, index, INDEXED, UPCAST, TILE_T, dtype)
     for tile in range(tl.program_id(1), tl.cdiv(features, TILE_F), groups):
-        f = tl.cast(tile, tl.int64) * TILE_F + tl.arange(0, TILE_F)
+        f = tile * TILE_F + tl.arange(0, TILE_F)
         total = tl.zeros([TILE_T, TILE_F], tl.float32)
         for start in range(0, neurons, TILE_K):
             k = start + lanes
             if not ONCE:
-                held = _selected(x, token, k, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+                held = _selected(x, left, k, neurons, x_stride, index, INDEXED, UPCAST, TILE_T, dtype)
             there = (k < neurons)[:, None] & (f < features)[None, :]
             d = tl.load(direction + f[None, :] * direction_stride + k[:, None], mask=there, other=0.0)
             d = d.to(tl.float32) if UPCAST else d
             total = tl.dot(held, d, total, input_precision=PRECISION)
-        at = token[:, None] * features + f[None, :]
-        there = (token < tokens)[:, None] & (f < features)[None, :]
+        at = t[:, None] * features + f[None, :]
+        there = (t < left)[:, None] & (f < features)[None, :]
         y = tl.load(output + at, mask=there, other=0.0)
         # The product is rounded to the output's dtype before it is added, as eager PyTorch does.
         total = total.to(dtype).to(tl.float32) + y.to(tl.float32)
@@ -84,8 +95,8 @@ def update_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "neurons"],
-    do_not_specialize_on_alignment=["x", "index"],
+    do_not_specialize=["tokens", "features", "neurons", "x_stride"],
+    do_not_specialize_on_alignment=["partials", "index"],
 )
 def gradient_kernel(
     partials,
@@ -97,6 +108,7 @@ def gradient_kernel(
     neurons,
     x_stride,
     INDEXED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     PART: tl.constexpr,
@@ -106,17 +118,25 @@ def gradient_kernel(
 ):
     """partials[part, f, k] = sum over the part's tokens of grad[t, f] x[t, index[k]]."""
     dtype = grad.dtype.element_ty
+    if ALIGNED:
+        features, x_stride = features // 16 * 16, x_stride // 16 * 16
     part = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1).to(tl.int64) * TILE_F + tl.arange(0, TILE_F)
+    grad += part * PART * features
+    x += part * PART * x_stride
+    left = (tokens - part * PART).to(tl.int32)
+    t = tl.arange(0, TILE_T)
+    f = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
     k = tl.program_id(2) * TILE_K + tl.arange(0, TILE_K)
     total = tl.zeros([TILE_F, TILE_K], tl.float32)
-    for start in range(0, PART, TILE_T):
-        token = part * PART + start + tl.arange(0, TILE_T)
-        there = (token < tokens)[:, None] & (f < features)[None, :]
-        g = tl.load(grad + token[:, None] * features + f[None, :], mask=there, other=0.0)
+    for _ in range(PART // TILE_T):
+        there = (t < left)[:, None] & (f < features)[None, :]
+        g = tl.load(grad + t[:, None] * features + f[None, :], mask=there, other=0.0)
         g = g.to(tl.float32) if UPCAST else g
-        selected = _selected(x, token, k, tokens, neurons, x_stride, index, INDEXED, UPCAST, dtype)
+        selected = _selected(x, left, k, neurons, x_stride, index, INDEXED, UPCAST, TILE_T, dtype)
         total = tl.dot(tl.trans(g), selected, total, input_precision=PRECISION)
+        left -= TILE_T
+        grad += TILE_T * tl.cast(features, tl.int64)
+        x += TILE_T * tl.cast(x_stride, tl.int64)
     at = (part * features + f[:, None]) * neurons + k[None, :]
     tl.store(partials + at, total, mask=(f < features)[:, None] & (k < neurons)[None, :])
 
@@ -133,7 +153,7 @@ def add_parts_kernel(partials, sums, elements, parts, BLOCK: tl.constexpr):
 
 def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
     neurons = direction.shape[1]
-    if output.dtype == torch.float64 or input.dtype == torch.float64 or not (output.numel() and neurons):
+    if not (output.numel() and neurons) or not _served(output, input) or direction.numel() >= 2**31:
         return reference.neuron_update(output, input, direction, index)
     features = output.shape[-1]
     flat, x = output.reshape(-1, features).contiguous(), _rows(input)
@@ -141,6 +161,9 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
     if direction.stride(1) != 1:
         direction = direction.contiguous()
     config = update_configuration(output.dtype, neurons)
+    aligned = _aligned(flat, x)
+    if index is None and not aligned:
+        index = torch.arange(neurons, device=x.device)  # any layout can be gathered from
     with torch.cuda.device_of(output):
         result = torch.empty_like(flat)
         groups = update_groups(flat.shape[0], features, config)
@@ -157,6 +180,7 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
             direction.stride(0),
             groups,
             INDEXED=index is not None,
+            ALIGNED=aligned,
             PRECISION=precision(output.dtype),
             UPCAST=output.device.type == "cpu",
             **config,
@@ -166,12 +190,15 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
 
 def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None) -> Tensor:
     neurons = input.shape[-1] if index is None else index.numel()
-    if torch.float64 in (grad_output.dtype, input.dtype) or not (grad_output.numel() and neurons):
+    if not (grad_output.numel() and neurons) or not _served(grad_output, input):
         return reference.neuron_gradient(grad_output, input, index)
     features = grad_output.shape[-1]
     grad, x = grad_output.reshape(-1, features).contiguous(), _rows(input)
-    config = gradient_configuration(grad.dtype, neurons, indexed=index is not None)
+    config = gradient_configuration(grad.dtype, neurons)
     parts = triton.cdiv(grad.shape[0], TOKENS_IN_PART)
+    aligned = _aligned(grad, x)
+    if index is None and not aligned:
+        index = torch.arange(neurons, device=x.device)
     with torch.cuda.device_of(grad):
         partials = torch.empty(parts, features, neurons, dtype=torch.float32, device=grad.device)
         gradient_kernel[(parts, triton.cdiv(features, config["TILE_F"]), triton.cdiv(neurons, config["TILE_K"]))](
@@ -184,6 +211,7 @@ def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None) ->
             neurons,
             x.stride(0),
             INDEXED=index is not None,
+            ALIGNED=aligned,
             PRECISION=precision(grad.dtype),
             UPCAST=grad.device.type == "cpu",
             PART=TOKENS_IN_PART,
@@ -193,21 +221,22 @@ def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None) ->
             return partials[0]
         sums = torch.empty_like(partials[0])
         add_parts_kernel[(triton.cdiv(sums.numel(), ADD_BLOCK),)](
-            partials, sums, sums.numel(), parts, BLOCK=ADD_BLOCK, num_warps=4
+            partials, sums, sums.numel(), parts, BLOCK=ADD_BLOCK, **ADD_OPTIONS
         )
     return sums
 
 
 def update_configuration(dtype: torch.dtype, neurons: int) -> dict[str, Any]:
-    tile_k = _tile_k(neurons)
     wide = dtype == torch.float32
+    once = neurons <= MAX_TILE_K
     return {
-        "ONCE": neurons <= tile_k,
+        "ONCE": once,
         "TILE_T": 32 if wide else 64,
-        "TILE_F": 64 if wide else 128,
-        "TILE_K": min(tile_k, 64) if wide and neurons > tile_k else tile_k,
-        "num_warps": 4,
+        "TILE_F": 32 if wide else 64,
+        "TILE_K": _tile_k(neurons) if once else 32,
+        "num_warps": 4 if wide else 8,
         "num_stages": 2,
+        "enable_fp_fusion": True,
     }
 
 
@@ -217,19 +246,20 @@ def update_groups(tokens: int, features: int, config: dict[str, Any]) -> int:
     return max(1, min(wanted, triton.cdiv(features, config["TILE_F"])))
 
 
-def gradient_configuration(dtype: torch.dtype, neurons: int, *, indexed: bool) -> dict[str, Any]:
+def gradient_configuration(dtype: torch.dtype, neurons: int) -> dict[str, Any]:
     wide = dtype == torch.float32
     return {
-        "TILE_T": 32,
+        "TILE_T": 16 if wide else 32,
         "TILE_F": 64 if wide else 128,
-        "TILE_K": min(_tile_k(neurons), 64 if wide else MAX_TILE_K),
+        "TILE_K": min(_tile_k(neurons), 64) if wide else _tile_k(neurons),
         "num_warps": 4 if wide else 8,
-        "num_stages": 2,
+        "num_stages": 2 if wide else 3,
+        "enable_fp_fusion": True,
     }
 
 
 def _tile_k(neurons: int) -> int:
-    return 32 if neurons <= 32 else 64 if neurons <= 64 else MAX_TILE_K
+    return 64 if neurons <= 64 else MAX_TILE_K
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -238,7 +268,17 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
+def _served(rows: Tensor, x: Tensor) -> bool:
+    """Whether there is a kernel for these dtypes, and a tile of tokens spans less than 2**31 elements."""
+    return torch.float64 not in (rows.dtype, x.dtype) and max(rows.shape[-1], x.shape[-1]) < 2**24
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """[tokens, features] with features side by side; a view where that can be."""
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def _aligned(rows: Tensor, x: Tensor) -> bool:
+    """Whether every row of both begins on 16 elements, so that neighbours can be moved 16 bytes at a time."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in (rows, x))

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 
 from .tables import FIELDS as _FIELDS
+from .tables import MIXED as _MIXED
 from .tables import ROWS as _ROWS
 from .tables import WHOLE as _WHOLE
 
 FIELDS = tl.constexpr(_FIELDS)
 ROWS = tl.constexpr(_ROWS)
 WHOLE = tl.constexpr(_WHOLE)
-# What weights are rounded to before they are compared: nothing, or the dtype of that number in tables.DTYPES.
-KEEP = tl.constexpr(-1)
+MIXED = tl.constexpr(_MIXED)
 
 
 @triton.jit
@@ -98,59 +98,55 @@ def _widen(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _gather(row, block, PATH: tl.constexpr, DTYPE: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _gather(row, block, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     compact, place, there, inside = _elements(row, block, PATH, BLOCK)
-    x = _widen(tl.load(_pointer(row, 0, DTYPE, PATH) + place, mask=inside, other=float("nan")), DTYPE)
-    if WRITE:
-        tl.store(_pointer(row, 3, 3 if DTYPE == 3 else 0, PATH) + compact, x, mask=there)
-    wide = tl.where(there, x, 0.0).to(tl.float64)
+    source = _pointer(row, 0, DTYPE, PATH) + place
+    if PATH == WHOLE:
+        if (block + 1) * BLOCK <= tl.load(row + 8):  # without a mask, whose end is on no 16 bytes, loads are wide
+            x = tl.load(source)
+        else:
+            x = tl.load(source, mask=there, other=0.0)
+        x = _widen(x, DTYPE)
+    else:
+        x = _widen(tl.load(source, mask=inside, other=float("nan")), DTYPE)
+        if tl.load(row + 3) != 0:
+            tl.store(_pointer(row, 3, 3 if DTYPE == 3 else 0, PATH) + compact, x, mask=there)
+        x = tl.where(there, x, 0.0)
+    wide = x.to(tl.float64)
     return tl.sum(wide * wide, 0)
 
 
 @triton.jit(do_not_specialize=["layers"])
 def gather_kernel(
-    table,
-    layer_of_block,
-    layers,
-    partials,
-    PATH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    WRITE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, layer_of_block, layers, partials, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """partials[block] = the block's sum of squares; the values go to the compact form if ``WRITE``."""
+    """partials[block] = the block's sum of squares; values go to the compact form where the layer has one."""
     _, row, block = _layer_of(table, layer_of_block, layers)
-    if DTYPE < 4:
-        square = _gather(row, block, PATH, DTYPE, WRITE, BLOCK)
+    if DTYPE != MIXED:
+        square = _gather(row, block, PATH, DTYPE, BLOCK)
     else:
         code = tl.load(row + 11)
         if code == 0:
-            square = _gather(row, block, PATH, 0, WRITE, BLOCK)
+            square = _gather(row, block, PATH, 0, BLOCK)
         elif code == 1:
-            square = _gather(row, block, PATH, 1, WRITE, BLOCK)
+            square = _gather(row, block, PATH, 1, BLOCK)
         elif code == 2:
-            square = _gather(row, block, PATH, 2, WRITE, BLOCK)
+            square = _gather(row, block, PATH, 2, BLOCK)
         else:
-            square = _gather(row, block, PATH, 3, WRITE, BLOCK)
+            square = _gather(row, block, PATH, 3, BLOCK)
     tl.store(partials + tl.program_id(0), square)
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, ROUND: tl.constexpr):
-    """x in float64 after rounding to the compute dtype."""
-    if ROUND == 0:
-        x = x.to(tl.float32)
-    elif ROUND == 1:
-        x = x.to(tl.bfloat16).to(tl.float32)
-    elif ROUND == 2:
-        x = x.to(tl.float16).to(tl.float32)
-    return x.to(tl.float64)
+def _rounded(x, rounding):
+    """x in float64 after rounding to the dtype of that number in tables.DTYPES, or as it is."""
+    half = tl.where(rounding == 1, x.to(tl.bfloat16).to(tl.float32), x.to(tl.float16).to(tl.float32))
+    narrow = tl.where(rounding == 0, x.to(tl.float32), half)
+    return tl.where(rounding < 0, x.to(tl.float64), narrow.to(tl.float64))
 
 
 @triton.jit
-def _perturb(
-    row, block, scale, PATH: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
-):
+def _perturb(row, block, scale, rounding, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     COMPUTE: tl.constexpr = 3 if DTYPE == 3 else 0
     compact, place, there, inside = _elements(row, block, PATH, BLOCK)
     weight = _pointer(row, 0, DTYPE, PATH) + place
@@ -164,43 +160,43 @@ def _perturb(
     if scale != 0.0:  # else the weights keep every bit, whatever the direction holds
         direction = tl.load(_pointer(row, 3, COMPUTE, PATH) + compact, mask=inside, other=0.0)
         # Product and sum are rounded one by one (the launcher turns fusing off), as every backend does.
-        step = direction * _widen(scale, 3 if DTYPE == 3 else 0)
+        step = direction * _widen(scale, COMPUTE)
         fresh = (before + step).to(old.dtype)
         tl.store(weight, fresh, mask=inside)
-        moved = _rounded(_widen(fresh, DTYPE), DTYPE, ROUND) - _rounded(before, DTYPE, ROUND)
+        moved = _rounded(_widen(fresh, DTYPE), rounding) - _rounded(before, rounding)
         moved_square = tl.sum(moved * moved, 0)
         moved_step = tl.sum(moved * step.to(tl.float64), 0)
     return moved_square, moved_step, old_square
 
 
-@triton.jit(do_not_specialize=["layers", "blocks"], do_not_specialize_on_alignment=["scales"])
+@triton.jit(do_not_specialize=["layers", "blocks", "rounding"], do_not_specialize_on_alignment=["scales"])
 def perturb_kernel(
     table,
     layer_of_block,
     layers,
     blocks,
     scales,
+    rounding,
     partials,
     PATH: tl.constexpr,
     DTYPE: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Old bits to the backup, W += scale * direction; partials[c, block] = the block's three sums."""
     layer, row, block = _layer_of(table, layer_of_block, layers)
     scale = tl.load(scales + layer)
-    if DTYPE < 4:
-        square, along, old = _perturb(row, block, scale, PATH, DTYPE, ROUND, BLOCK)
+    if DTYPE != MIXED:
+        square, along, old = _perturb(row, block, scale, rounding, PATH, DTYPE, BLOCK)
     else:
         code = tl.load(row + 11)
         if code == 0:
-            square, along, old = _perturb(row, block, scale, PATH, 0, ROUND, BLOCK)
+            square, along, old = _perturb(row, block, scale, rounding, PATH, 0, BLOCK)
         elif code == 1:
-            square, along, old = _perturb(row, block, scale, PATH, 1, ROUND, BLOCK)
+            square, along, old = _perturb(row, block, scale, rounding, PATH, 1, BLOCK)
         elif code == 2:
-            square, along, old = _perturb(row, block, scale, PATH, 2, ROUND, BLOCK)
+            square, along, old = _perturb(row, block, scale, rounding, PATH, 2, BLOCK)
         else:
-            square, along, old = _perturb(row, block, scale, PATH, 3, ROUND, BLOCK)
+            square, along, old = _perturb(row, block, scale, rounding, PATH, 3, BLOCK)
     at = partials + tl.program_id(0)
     tl.store(at, square)
     tl.store(at + blocks, along)
@@ -215,12 +211,10 @@ def _restore(row, block, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["layers"])
-def restore_kernel(
-    table, layer_of_block, layers, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def restore_kernel(table, layer_of_block, layers, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """The backup's bits back into the layers."""
     _, row, block = _layer_of(table, layer_of_block, layers)
-    if DTYPE < 4:
+    if DTYPE != MIXED:
         _restore(row, block, PATH, DTYPE, BLOCK)
     else:
         code = tl.load(row + 11)
@@ -254,12 +248,23 @@ def add_kernel(table, layers, blocks, partials, sums, COLUMNS: tl.constexpr, CHU
 
 
 @triton.jit
-def _factor(square, radius, eta):
+def _scale(own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK: tl.constexpr):
+    """The formula of perturbation_scale for one layer. A float argument is a float32, so that eta comes in two parts."""
+    if relative != 0:
+        zero = tl.zeros([], tl.int64)
+        all_weights = _add(weight_squares, zero, zero + layers, CHUNK)
+        radius = radius * tl.sqrt(tl.where(norm == 1, tl.load(weight_squares + layer), all_weights))
+    square = tl.where(norm == 1, own, everything)
+    eta = tl.cast(eta_high, tl.float64) + tl.cast(eta_low, tl.float64)
     usable = (square > 0.0) & (square < float("inf")) & (tl.abs(radius) < float("inf"))
-    return tl.where(usable, radius / (tl.sqrt(square) + eta), 0.0)
+    scale = tl.where(usable, radius / (tl.sqrt(square) + eta), 0.0)
+    return tl.where(norm == 2, tl.where(everything < float("inf"), radius, 0.0), scale)
 
 
-@triton.jit(do_not_specialize=["layers", "blocks"], do_not_specialize_on_alignment=["squares", "rho", "weight_squares", "scales"])
+@triton.jit(
+    do_not_specialize=["layers", "blocks", "norm", "relative"],
+    do_not_specialize_on_alignment=["rho", "weight_squares"],
+)
 def add_and_scale_kernel(
     table,
     layers,
@@ -271,39 +276,33 @@ def add_and_scale_kernel(
     scales,
     eta_high,
     eta_low,
-    NORM: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    norm,
+    relative,
     CHUNK: tl.constexpr,
 ):
     """The norms' second stage and the scale in one: squares[layer] and scales[layer]; one program for each layer.
 
     Every program adds all blocks for the global norm, in the same order: that is cheaper than another launch.
-    ``NORM`` is 0 global, 1 layer, 2 none. A float argument is a float32, so that eta comes in two parts.
+    ``norm`` is 0 global, 1 layer, 2 none.
     """
     layer = tl.program_id(0)
     first = tl.load(table + layers * FIELDS + layer)
     last = tl.load(table + layers * FIELDS + layer + 1)
-    eta = tl.cast(eta_high, tl.float64) + tl.cast(eta_low, tl.float64)
     own = _add(partials, first, last, CHUNK)
     tl.store(squares + layer, own)
+    zero = tl.zeros([], tl.int64)
+    everything = _add(partials, zero, zero + blocks, CHUNK)
     radius = tl.load(rho + layer)
-    if NORM == 1:
-        if RELATIVE:
-            radius *= tl.sqrt(tl.load(weight_squares + layer))
-        scale = _factor(own, radius, eta)
-    else:
-        everything = _add(partials, tl.zeros_like(first), tl.zeros_like(first) + blocks, CHUNK)
-        if NORM == 0:
-            if RELATIVE:
-                zero = tl.zeros_like(first)
-                radius *= tl.sqrt(_add(weight_squares, zero, zero + layers, CHUNK))
-            scale = _factor(everything, radius, eta)
-        else:
-            scale = tl.where(everything < float("inf"), radius, 0.0)
+    scale = _scale(
+        own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK
+    )
     tl.store(scales + layer, scale)
 
 
-@triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=["squares", "rho", "weight_squares", "scales"])
+@triton.jit(
+    do_not_specialize=["layers", "norm", "relative"],
+    do_not_specialize_on_alignment=["squares", "rho", "weight_squares"],
+)
 def scale_kernel(
     squares,
     layers,
@@ -312,25 +311,17 @@ def scale_kernel(
     scales,
     eta_high,
     eta_low,
-    NORM: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    norm,
+    relative,
     CHUNK: tl.constexpr,
 ):
     """scales[layer] from squared norms that are there already (a collective may have added them up)."""
     layer = tl.program_id(0)
-    eta = tl.cast(eta_high, tl.float64) + tl.cast(eta_low, tl.float64)
     zero = tl.zeros([], tl.int64)
+    everything = _add(squares, zero, zero + layers, CHUNK)
+    own = tl.load(squares + layer)
     radius = tl.load(rho + layer)
-    if NORM == 1:
-        if RELATIVE:
-            radius *= tl.sqrt(tl.load(weight_squares + layer))
-        scale = _factor(tl.load(squares + layer), radius, eta)
-    else:
-        everything = _add(squares, zero, zero + layers, CHUNK)
-        if NORM == 0:
-            if RELATIVE:
-                radius *= tl.sqrt(_add(weight_squares, zero, zero + layers, CHUNK))
-            scale = _factor(everything, radius, eta)
-        else:
-            scale = tl.where(everything < float("inf"), radius, 0.0)
+    scale = _scale(
+        own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK
+    )
     tl.store(scales + layer, scale)

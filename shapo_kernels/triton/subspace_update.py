@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .subspace_kernels import (
-    KEEP,
     add_and_scale_kernel,
     add_kernel,
     gather_kernel,
@@ -21,11 +20,13 @@ from .subspace_kernels import (
     restore_kernel,
     scale_kernel,
 )
-from .tables import BLOCK, DTYPES, MIXED, LayerTable, layer_table, whole_table
+from .tables import BLOCK, DTYPES, LayerTable, layer_table, whole_table
 
 #: Partial sums that the second stage takes at a time.
 CHUNK = 1024
 NORMS = {"global": 0, "layer": 1, "none": 2}
+#: In the place of a dtype's number: weights are compared as they are.
+KEEP = -1
 
 # No fused multiply-add: a product is rounded before it is added, so that weights agree with PyTorch's to the bit.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -36,20 +37,20 @@ def gather_into(
 ) -> None:
     with torch.cuda.device_of(sources[0]):
         table = layer_table(sources, indices, axes, values, None)
-        _add(table, _gather(table, write=True), squared_norms)
+        _add(table, _gather(table), squared_norms)
 
 
 def selected_squared_norms(sources: list[Tensor], indices: list[Tensor], axes: list[int]) -> Tensor:
     with torch.cuda.device_of(sources[0]):
         table = layer_table(sources, indices, axes, None, None)
-        return _add(table, _gather(table, write=False), _doubles(table, table.layers))
+        return _add(table, _gather(table), _doubles(table, table.layers))
 
 
 def squared_norms(values: list[Tensor]) -> Tensor:
     with torch.cuda.device_of(values[0]):
         loadable = [_loadable(value) for value in values]
         table = whole_table(loadable)
-        return _add(table, _gather(table, write=False), _doubles(table, table.layers))
+        return _add(table, _gather(table), _doubles(table, table.layers))
 
 
 def norms_and_scale(
@@ -58,7 +59,7 @@ def norms_and_scale(
     with torch.cuda.device_of(values[0]):
         loadable = [_loadable(value) for value in values]
         table = whole_table(loadable)
-        partials = _gather(table, write=False)
+        partials = _gather(table)
         squares, scale = _doubles(table, table.layers), _doubles(table, table.layers)
         add_and_scale_kernel[(table.layers,)](
             table.fields,
@@ -70,8 +71,8 @@ def norms_and_scale(
             rho if weight_squared_norms is None else weight_squared_norms.contiguous(),
             scale,
             *_two_floats(eta),
-            NORM=NORMS[norm],
-            RELATIVE=weight_squared_norms is not None,
+            NORMS[norm],
+            int(weight_squared_norms is not None),
             CHUNK=CHUNK,
             **OPTIONS,
         )
@@ -91,8 +92,8 @@ def perturbation_scale(
             rho if weight_squared_norms is None else weight_squared_norms.contiguous(),
             scale,
             *_two_floats(eta),
-            NORM=NORMS[norm],
-            RELATIVE=weight_squared_norms is not None,
+            NORMS[norm],
+            int(weight_squared_norms is not None),
             CHUNK=CHUNK,
             **OPTIONS,
         )
@@ -118,10 +119,10 @@ def perturb_(
                 table.layers,
                 table.blocks,
                 scale.contiguous(),
+                KEEP if compute_dtype in (None, torch.float64) else DTYPES.index(compute_dtype),
                 partials,
                 PATH=table.path,
                 DTYPE=table.dtype,
-                ROUND=rounding(table.dtype, compute_dtype),
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
@@ -137,29 +138,13 @@ def restore_(weights: list[Tensor], indices: list[Tensor], axes: list[int], back
                 table.layer_of_block,
                 table.layers,
                 PATH=table.path,
-                DTYPE=bits_dtype(table.dtype),
+                DTYPE=table.dtype,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
 
 
-def rounding(dtype: int, compute_dtype: torch.dtype | None) -> int:
-    """The kernel's ``ROUND``: ``KEEP`` where rounding to the compute dtype changes no value of the layers' dtype."""
-    if compute_dtype is None or compute_dtype == torch.float64:
-        return KEEP.value
-    if dtype < MIXED and DTYPES[dtype] == compute_dtype:
-        return KEEP.value
-    if compute_dtype == torch.float32 and dtype not in (DTYPES.index(torch.float64), MIXED):
-        return KEEP.value
-    return DTYPES.index(compute_dtype)
-
-
-def bits_dtype(dtype: int) -> int:
-    """A dtype of the same size: where only bits are moved, float16 is like bfloat16."""
-    return DTYPES.index(torch.bfloat16) if dtype == DTYPES.index(torch.float16) else dtype
-
-
-def _gather(table: LayerTable, *, write: bool) -> Tensor:
+def _gather(table: LayerTable) -> Tensor:
     partials = _doubles(table, table.blocks)
     if table.blocks:
         gather_kernel[(table.blocks,)](
@@ -169,7 +154,6 @@ def _gather(table: LayerTable, *, write: bool) -> Tensor:
             partials,
             PATH=table.path,
             DTYPE=table.dtype,
-            WRITE=write,
             BLOCK=BLOCK,
             **OPTIONS,
         )

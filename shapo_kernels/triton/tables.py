@@ -20,6 +20,7 @@ FIELDS = 12
 #: Elements that one program works on: eight for each thread of four warps.
 BLOCK = 1024
 
+# A layer's dtype is its number here. The kernels are compiled for the first two alone and for any mixture.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXED = len(DTYPES)
 
@@ -148,7 +149,7 @@ def _build(
         layer_of_block=words_there[field_words:].view(torch.int32),
         layers=layers,
         blocks=blocks,
-        dtype=codes.pop() if len(codes) == 1 else MIXED,
+        dtype=codes.pop() if codes in ({0}, {1}) else MIXED,
         path=path,
     )
 

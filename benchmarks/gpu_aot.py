@@ -1,0 +1,276 @@
+"""Compiles the Triton kernels ahead of time, for GPUs that need not be there, and reads off what each one takes.
+
+A specialisation is a kernel with its compile-time constants and the alignments that a launch would find. For each the
+registers, shared memory and spills are read from the binary, and for NVIDIA the widest global access too. Nothing is run
+and nothing is timed. ``python -m benchmarks.gpu_aot`` compiles all of them and writes the table of docs/gpu_kernels.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shapo_kernels.triton import subspace_kernels, tables
+
+# By path: the package's attributes of these names are the functions.
+column_cosine = importlib.import_module("shapo_kernels.triton.column_cosine")
+subspace_update = importlib.import_module("shapo_kernels.triton.subspace_update")
+neuron_update = importlib.import_module("shapo_kernels.triton.neuron_update")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_DTYPES = [*(_NAMES[dtype] for dtype in tables.DTYPES), "mixed"]
+_PATHS = {tables.SCATTERED: "any layout", tables.ROWS: "rows", tables.WHOLE: "whole"}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel as one kind of launch would compile it."""
+
+    kernel: Any
+    label: str
+    types: dict[str, str]  # of the run-time arguments, in Triton's words
+    constants: dict[str, Any]
+    divisible: frozenset[str] = frozenset()  # arguments known to be multiples of 16
+    options: dict[str, Any] = field(default_factory=dict)
+    wide: bool = False  # whether its layout lets it move 16 bytes at once
+    core: bool = False  # whether it is compiled for every target in the quick tests
+    registers: int = 128  # what it may take at most on NVIDIA
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__name__}[{self.label}]"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a binary takes. ``widest``: bytes of the widest global load or store of one thread."""
+
+    registers: int
+    shared: int
+    spills: int
+    widest: int
+
+
+def specialisations() -> Iterator[Specialisation]:
+    yield from _subspace()
+    yield from _cosine()
+    yield from _neuron()
+
+
+_SUBSPACE_TYPES = {
+    "table": "*i64",
+    "layer_of_block": "*i32",
+    "layers": "i32",
+    "blocks": "i32",
+    "partials": "*fp64",
+    "squares": "*fp64",
+    "rho": "*fp64",
+    "weight_squares": "*fp64",
+    "scales": "*fp64",
+    "sums": "*fp64",
+    **dict.fromkeys(("rounding", "norm", "relative"), "i32"),
+    "eta_high": "fp32",
+    "eta_low": "fp32",
+}
+_OWN_MEMORY = frozenset({"table", "layer_of_block", "partials"})
+
+
+def _of_subspace(kernel: Any, label: str, constants: dict[str, Any], **more: Any) -> Specialisation:
+    types = {name: _SUBSPACE_TYPES[name] for name in kernel.arg_names if name not in constants}
+    return Specialisation(
+        kernel, label, types, constants, _OWN_MEMORY & set(types), dict(subspace_update.OPTIONS), **more
+    )
+
+
+def _subspace() -> Iterator[Specialisation]:
+    kernels = subspace_kernels
+    for path, dtype in itertools.product(_PATHS, (0, 1, tables.MIXED)):
+        label = f"{_DTYPES[dtype]}, {_PATHS[path]}"
+        constants = {"PATH": path, "DTYPE": dtype, "BLOCK": tables.BLOCK}
+        wide = path != tables.SCATTERED
+        core = dtype == (tables.MIXED if wide else 1)
+        yield _of_subspace(kernels.gather_kernel, label, constants, wide=wide, core=core)
+        if path != tables.WHOLE:
+            yield _of_subspace(kernels.perturb_kernel, label, constants, wide=wide, core=core)
+            yield _of_subspace(kernels.restore_kernel, label, constants, wide=wide, core=core)
+    chunk = {"CHUNK": subspace_update.CHUNK}
+    for columns in (1, 3):
+        yield _of_subspace(kernels.add_kernel, f"{columns}", {"COLUMNS": columns, **chunk}, core=columns == 3)
+    yield _of_subspace(kernels.add_and_scale_kernel, "any norm", chunk, core=True)
+    yield _of_subspace(kernels.scale_kernel, "any norm", chunk, core=True)
+
+
+def _cosine() -> Iterator[Specialisation]:
+    for dtype, along_components, aligned in itertools.product(_NAMES, (False, True), (True, False)):
+        config = column_cosine.COMPONENTS_SIDE_BY_SIDE if along_components else column_cosine.NEURONS_SIDE_BY_SIDE
+        types = {
+            "weight": f"*{_NAMES[dtype]}",
+            "direction": "*fp64" if dtype == torch.float64 else "*fp32",
+            **dict.fromkeys(("dots", "squares"), "*fp64"),
+            **dict.fromkeys(("neurons", "components", "neuron_stride", "component_stride", "direction_stride"), "i32"),
+        }
+        across = "neuron_stride" if along_components else "component_stride"
+        beside = "component_stride" if along_components else "neuron_stride"
+        constants: dict[str, Any] = dict(config)
+        divisible = {"dots", "squares"}
+        if aligned:  # neighbours lie side by side, and every row begins on 16 bytes
+            del types[beside]
+            constants[beside] = 1
+            divisible |= {"weight", "neurons", "components", across}
+        yield Specialisation(
+            column_cosine.sum_kernel,
+            f"{_NAMES[dtype]}, axis {0 if along_components else 1}{'' if aligned else ', any stride'}",
+            types,
+            constants,
+            frozenset(divisible),
+            dict(column_cosine.OPTIONS),
+            wide=aligned,
+            registers=128 if aligned else 255,
+            core=aligned and dtype == (torch.float32 if along_components else torch.bfloat16),
+        )
+    for out in ("fp32", "fp64"):
+        yield Specialisation(
+            column_cosine.finish_kernel,
+            out,
+            {
+                "direction": f"*{out}",
+                **dict.fromkeys(("dots", "squares"), "*fp64"),
+                "cosines": f"*{out}",
+                **dict.fromkeys(("neurons", "components", "direction_stride", "parts"), "i32"),
+            },
+            {"FINISH": column_cosine.FINISH, "CHUNK": column_cosine.CHUNK},
+            frozenset({"dots", "squares", "cosines"}),
+            dict(column_cosine.OPTIONS),
+            core=out == "fp32",
+        )
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+# (output, input): autocast runs a layer in half precision on a float32 input.
+_PAIRS = [(dtype, dtype) for dtype in (*_HALVES, torch.float32)] + [(half, torch.float32) for half in _HALVES]
+
+
+def _neuron() -> Iterator[Specialisation]:
+    # Neurons that fit a small tile, a large one, and that take several.
+    for pair, neurons, (indexed, aligned) in itertools.product(
+        _PAIRS, (64, 128, 256), ((True, True), (False, True), (True, False))
+    ):
+        for precision in ("ieee", "tf32") if pair[0] == torch.float32 else ("ieee",):
+            own, x = (_NAMES[dtype] for dtype in pair)
+            words = [own if own == x else f"{x} into {own}", f"{'more' if neurons == 256 else f'<= {neurons}'} neurons"]
+            words += ["indexed"] * indexed + ["any stride"] * (not aligned) + ["tf32"] * (precision == "tf32")
+            fixed = {"INDEXED": indexed, "ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
+            more = {
+                "label": ", ".join(words),
+                "core": aligned and indexed and neurons == 128 and pair in (_PAIRS[0], _PAIRS[2]) and precision == "ieee",
+                "registers": 255,
+            }
+            types = {
+                **dict.fromkeys(("result", "output", "direction", "grad"), f"*{own}"),
+                "partials": "*fp32",
+                "x": f"*{x}",
+                "index": "*i64" if indexed else f"*{own}",
+                **dict.fromkeys(("tokens", "features", "neurons", "x_stride", "direction_stride", "groups"), "i32"),
+            }
+            kernel = neuron_update.update_kernel
+            config = neuron_update.update_configuration(pair[0], neurons)
+            yield _of_neuron(kernel, types, fixed, config, wide=aligned, **more)
+            if neurons <= neuron_update.MAX_TILE_K:  # more neurons are more programs of the same gradient kernel
+                kernel = neuron_update.gradient_kernel
+                fixed = {**fixed, "PART": neuron_update.TOKENS_IN_PART}
+                config = neuron_update.gradient_configuration(pair[0], neurons)
+                # A tf32 product wants its transposed factor in registers, where it arrives element by element.
+                yield _of_neuron(kernel, types, fixed, config, wide=aligned and precision == "ieee", **more)
+    yield Specialisation(
+        neuron_update.add_parts_kernel,
+        "fp32",
+        {"partials": "*fp32", "sums": "*fp32", "elements": "i32", "parts": "i32"},
+        {"BLOCK": neuron_update.ADD_BLOCK},
+        frozenset({"partials", "sums"}),
+        dict(neuron_update.ADD_OPTIONS),
+        core=True,
+    )
+
+
+def _of_neuron(
+    kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: dict[str, Any], **more: Any
+) -> Specialisation:
+    constants = {**fixed, **{key: value for key, value in config.items() if key.isupper()}}
+    options = {key: value for key, value in config.items() if key.islower()}
+    own = {name: types[name] for name in kernel.arg_names if name not in constants}
+    divisible = frozenset(own) & {"result", "output", "grad", "x"} if fixed["ALIGNED"] else frozenset()
+    return Specialisation(
+        kernel, types=own, constants=constants, divisible=divisible, options=options, **more
+    )
+
+
+def violations(specialisation: Specialisation, target: str, found: Resources) -> list[str]:
+    """What a binary does not keep to; empty where all is well."""
+    spec, problems = specialisation, []
+    # A thread of AMD's twice as wide waves has half as many elements, 8 bytes of a 16-bit dtype.
+    width = 8 if target.startswith("gfx") else 16
+    if found.spills:
+        problems.append(f"{found.spills} bytes spilled")
+    if found.registers > spec.registers:
+        problems.append(f"{found.registers} registers, {spec.registers} allowed")
+    if spec.wide and found.widest < width:
+        problems.append(f"accesses of {found.widest} bytes, {width} expected")
+    return [f"{target} {spec.name}: {problem}" for problem in problems]
+
+
+def compiled(specialisation: Specialisation, target: str) -> Resources:
+    """Compile for a target that need not be there, from Triton's cache where it is, and read the resources."""
+    spec = specialisation
+    arguments = spec.kernel.arg_names
+    signature = {name: spec.types.get(name, "constexpr") for name in arguments}
+    missing = [name for name in arguments if name not in spec.types and name not in spec.constants]
+    if missing:
+        raise ValueError(f"{spec.name} says nothing about {missing}")
+    attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
+    source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)
+    binary = triton.compile(source, target=TARGETS[target], options=dict(spec.options))
+    shared = int(binary.metadata.shared)
+    if "amdgcn" in binary.asm:
+        return _amd_resources(binary.asm["amdgcn"], shared)
+    return _nvidia_resources(binary.asm["cubin"], shared)
+
+
+def _nvidia_resources(cubin: bytes, shared: int) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        run = [knobs.nvidia.cuobjdump.path]
+        usage = subprocess.run([*run, "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([*run, "-sass", path], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    # A stack that no load or store goes to is the frame of a division subroutine and no spill.
+    spilled = int(found["LOCAL"]) + (int(found["STACK"]) if re.search(r"\b(LDL|STL)\b", sass) else 0)
+    widths = [int(bits) // 8 for bits in re.findall(r"\b(?:LDG|STG|LDGSTS)(?:\.[A-Z0-9]+)*?\.(64|128)\b", sass)]
+    return Resources(int(found["REG"]), shared, spilled, max(widths, default=4))
+
+
+def _amd_resources(text: str, shared: int) -> Resources:
+    number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
+    words = [int(n) for n in re.findall(r"(?:global|buffer)_(?:load|store)_dwordx(\d)", text)]
+    # Spilled scalar registers go to lanes of vector registers, not to memory.
+    return Resources(number["vgpr_count"], shared, number["vgpr_spill_count"], 4 * max(words, default=1))
