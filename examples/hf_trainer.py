@@ -3,10 +3,10 @@
 import tempfile
 
 import torch
-from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import shapo_kernels as sk
+from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 
 
 class ShaPOTrainer(ShaPOTrainerMixin, Trainer):

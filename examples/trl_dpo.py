@@ -8,11 +8,11 @@ import sys
 
 import torch
 from datasets import load_dataset
-from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
+from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 
 
 class ShaPODPOTrainer(ShaPOTrainerMixin, DPOTrainer):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
 from shapo.data import synthetic
 from shapo.data.tokens import PairEncoder
 

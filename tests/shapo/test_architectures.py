@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from shapo.architectures import ARCHITECTURES, unwrap, value_vectors
-from shapo.errors import UserError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from shapo.architectures import ARCHITECTURES, unwrap, value_vectors
+from shapo.errors import UserError
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 COMMON: dict[str, Any] = {

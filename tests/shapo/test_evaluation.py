@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.errors import UserError
 from shapo.evaluation import (

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+
 from shapo.errors import UserError
 from shapo.files import atomic_file, atomic_folder, require_writable, write_json
 

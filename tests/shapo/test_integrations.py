@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 from torch.utils.data import SequentialSampler
 
 import shapo_kernels as sk
+from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 
 transformers = pytest.importorskip("transformers")
 from transformers import Trainer, TrainingArguments  # noqa: E402

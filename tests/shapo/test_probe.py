@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from shapo import probe as probing
 from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels

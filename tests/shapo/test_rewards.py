@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
 from shapo.rewards import PairRewards, RewardScorer, load_reward_scorer, train_reward_model

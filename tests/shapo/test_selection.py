@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from shapo import selection
 from shapo.architectures import value_vectors
 from shapo.data.formats import load_pairs
@@ -16,8 +18,6 @@ from shapo.errors import UserError
 from shapo.rewards import PairRewards
 from shapo.training.config import LOSSES, LossConfig
 from shapo.training.logps import PairLogps
-from torch import Tensor, nn
-
 from shapo_kernels import Subspace
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
 from shapo.plots import plot_sharpness

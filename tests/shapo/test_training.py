@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
 from shapo.errors import UserError

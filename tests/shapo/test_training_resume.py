@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+
 from shapo.data.formats import load_pairs
 from shapo.data.synthetic import sft_examples
 from shapo.errors import UserError

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shapo.data.formats import load_pairs, load_prompts
 from shapo.data.pairs import PreferencePair, parse_transcript, render_transcript
 from shapo.errors import UserError

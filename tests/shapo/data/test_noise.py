@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shapo.data.noise import flip_labels
 from shapo.data.pairs import PreferencePair
 from shapo.errors import UserError

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from shapo.data.formats import load_pairs
 from shapo.data.pairs import ASSISTANT_MARKER
 from shapo.data.tokens import PairEncoder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shapo.data.formats import load_pairs
 from shapo.data.sources import read_rows
 from shapo.errors import UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from shapo.data import synthetic
 from shapo.data.formats import load_pairs
 from shapo.data.tokens import PairEncoder

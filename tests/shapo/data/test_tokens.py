@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from shapo.data.tokens import IGNORE_INDEX, Encoded, PairEncoder
 from shapo.errors import UserError
 
