@@ -24,4 +24,13 @@ STABLE_TORCH_LIBRARY(shapo_kernels, m) {
   m.def("column_cosine(Tensor weight, Tensor direction, int axis) -> Tensor");
   m.def("neuron_update(Tensor output, Tensor input, Tensor direction, Tensor? index) -> Tensor");
   m.def("neuron_gradient(Tensor grad_output, Tensor input, Tensor? index) -> Tensor");
+  m.def(
+      "token_logps(Tensor logits, Tensor labels, int ignore_index, int shift, int first, int vocabulary, bool entropy) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "token_logps_gradient(Tensor logits, Tensor labels, Tensor logps, Tensor normalizers, Tensor grad, "
+      "int ignore_index, int shift, int first) -> Tensor");
+  m.def(
+      "token_logps_gradient_(Tensor(a!) logits, Tensor labels, Tensor logps, Tensor normalizers, Tensor grad, "
+      "int ignore_index, int shift, int first) -> ()");
 }

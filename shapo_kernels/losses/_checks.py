@@ -1,4 +1,4 @@
-"""Checks that the losses share. But for the range of labels they read metadata only and never wait for a device."""
+"""Checks that the losses share; they read metadata only and never wait for a device."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def check_labels(labels: Tensor, name: str, inputs: Tensor, *, ignore_index: int, vocabulary: int) -> None:
-    """Integers ``[B, T]``, each ``ignore_index`` or in ``[0, vocabulary)``; waits for the device."""
+def check_labels(labels: Tensor, name: str, inputs: Tensor) -> None:
+    """Integers ``[B, T]`` beside ``inputs``; their values are the operators' to check."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: expected a tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -75,18 +75,3 @@ def check_labels(labels: Tensor, name: str, inputs: Tensor, *, ignore_index: int
             f"labels has the shape {list(labels.shape)}: expected {list(inputs.shape[:2])}, one beside each of {name}"
         )
     check_device("labels", labels, name, inputs)
-    outside = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]
-    if outside.numel():
-        raise ValueError(
-            f"labels contains {outside[0].item()}: expected {ignore_index} (ignored) or a token in [0, {vocabulary})"
-        )
-
-
-def check_first_order(name: str, instead: str) -> None:
-    """Called in a backward pass that autograd could not differentiate: refuses ``create_graph=True``.
-
-    torch's ``once_differentiable`` raises only where the incoming gradient has a graph of its own, and else leaves
-    terms of the second derivative out in silence.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} can be differentiated once, so not with create_graph=True: {instead}")

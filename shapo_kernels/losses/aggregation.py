@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_first_order, check_floating, check_positive, result_dtype
+from ..ops._checks import check_first_order
+from ._checks import check_floating, check_positive, result_dtype
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..ops.sequence_logps import check_labels as check_label_values
 from ._checks import check_device, check_floating, check_labels, check_positive
-from .token_logps import Head, linear_token_logps, token_logps
+from .token_logps import Head, linear_token_logps
 
 
-def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def sequence_logps(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of each row's labels, and the number of labels summed.
 
     Args:
@@ -26,6 +30,8 @@ def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
             are those of ``labels[:, t + 1]``; the shift happens here. ``labels[:, 0]`` has no logits and is never
             counted.
         ignore_index: the label of positions that do not count (prompt, padding).
+        in_place: the backward pass writes the gradient over the logits' memory, so that nothing of their size is made.
+            What else has saved the logits for its own backward pass then raises.
 
     Returns:
         ``(sums [B], counts [B])``: sums are fp64 for fp64 logits, else fp32; counts are int64. A row without a label
@@ -33,14 +39,25 @@ def sequence_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
 
     Raises:
         TypeError: logits that are not floating or labels that are not integers.
-        ValueError: shapes or devices that do not fit; a label outside ``[0, V)`` that is not ``ignore_index``.
+        ValueError: shapes or devices that do not fit; on the CPU, a label outside ``[0, V)`` that is not
+            ``ignore_index`` (other devices assert it, and nothing waits for them); ``in_place`` with logits that are a
+            leaf of the graph or overlap in memory.
     """
     check_floating("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits has the shape {list(logits.shape)}: expected [B, T, V]")
-    check_labels(labels, "logits", logits, ignore_index=ignore_index, vocabulary=logits.shape[2])
-    targets = _shift(labels, ignore_index)
-    return _sum(token_logps(logits, targets, ignore_index)), (targets != ignore_index).sum(1)
+    check_labels(labels, "logits", logits)
+    labels = labels.to(torch.int64)
+    logps, _ = ops.token_logps(logits, labels, ignore_index=ignore_index, in_place=in_place)
+    return _sum(logps), _count(labels, ignore_index)
+
+
+def _sum(logps: Tensor) -> Tensor:
+    return logps.sum(1, dtype=torch.float64).to(logps.dtype)
+
+
+def _count(labels: Tensor, ignore_index: int) -> Tensor:
+    return (labels[:, 1:] != ignore_index).sum(1)
 
 
 def _shift(labels: Tensor, ignore_index: int) -> Tensor:
@@ -48,10 +65,6 @@ def _shift(labels: Tensor, ignore_index: int) -> Tensor:
     targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
     targets[:, :-1] = labels[:, 1:]
     return targets
-
-
-def _sum(logps: Tensor) -> Tensor:
-    return logps.sum(1, dtype=torch.float64).to(logps.dtype)
 
 
 def linear_sequence_logps(
@@ -94,7 +107,8 @@ def linear_sequence_logps(
         TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
     """
     _check_head(hidden, weight, bias)
-    check_labels(labels, "hidden", hidden, ignore_index=ignore_index, vocabulary=weight.shape[0])
+    check_labels(labels, "hidden", hidden)
+    check_label_values(labels, ignore_index, weight.shape[0])
     if softcap is not None:
         check_positive("softcap", softcap)
     check_positive("scale", scale)

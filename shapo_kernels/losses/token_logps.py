@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_first_order, result_dtype
+from ..ops._checks import check_first_order
+from ._checks import result_dtype
 
 # 64 MiB in fp32: large enough to keep a GPU busy, small beside the logits of a batch.
 CHUNK_ELEMENTS = 1 << 24
@@ -24,34 +25,6 @@ CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK_TOKENS = 512
 # Elements of a 16-bit weight that are widened at once: 16 MiB in fp32.
 WIDENED_ELEMENTS = 1 << 22
-
-
-def token_logps(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Log-probability of each target under ``logits [B, T, V]``."""
-    return _TokenLogps.apply(logits, targets, ignore_index)
-
-
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        dtype = result_dtype(logits)
-        rows = _labelled(targets, ignore_index)
-        logps = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
-        normalizers = torch.empty((2, len(rows)), dtype=dtype, device=logits.device)
-        for part, where in _chunks(rows, max(1, CHUNK_ELEMENTS // max(1, logits.shape[2]))):
-            logps[where] = _pick_(logits[where].to(dtype), targets[where], normalizers[:, part])
-        ctx.save_for_backward(logits, targets, rows, normalizers)
-        return logps
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        check_first_order("sequence_logps", "use torch.log_softmax")
-        logits, targets, rows, normalizers = ctx.saved_tensors
-        grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-        for part, where in _chunks(rows, max(1, CHUNK_ELEMENTS // max(1, logits.shape[2]))):
-            slope = _slope_(logits[where].to(grad.dtype), targets[where], normalizers[:, part], grad[where])
-            grad_logits[where] = slope.to(logits.dtype)
-        return grad_logits, None, None
 
 
 def _labelled(targets: Tensor, ignore_index: int) -> Tensor:

@@ -31,3 +31,13 @@ def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in lengths.items())
         raise ValueError(f"got {found}: expected as many of each")
+
+
+def check_first_order(name: str, instead: str) -> None:
+    """Called in a backward pass that autograd could not differentiate: refuses ``create_graph=True``.
+
+    torch's ``once_differentiable`` raises only where the incoming gradient has a graph of its own, and else leaves
+    terms of the second derivative out in silence. Compiled backward passes refuse second derivatives themselves.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} can be differentiated once, so not with create_graph=True: {instead}")

@@ -6,6 +6,7 @@ documented once, at the public functions of :mod:`shapo_kernels.ops`.
 
 from .column_cosine import column_cosine
 from .neuron_update import neuron_gradient, neuron_update
+from .sequence_logps import token_logps, token_logps_gradient, token_logps_gradient_
 from .subspace_update import (
     gather_into,
     norms_and_scale,
@@ -27,4 +28,7 @@ __all__ = [
     "restore_",
     "selected_squared_norms",
     "squared_norms",
+    "token_logps",
+    "token_logps_gradient",
+    "token_logps_gradient_",
 ]

@@ -1,0 +1,386 @@
+"""Log-probabilities of labels and their gradient: exact in every backend, whatever the logits hold (P6, P7, L5)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shapo_kernels import backends, losses, native, ops
+
+F64, IGNORE = torch.float64, -100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
+HERE = [name for name in ("reference", "cpu") if name in backends.available()]
+needs_library = pytest.mark.skipif(not native.has_cpu, reason="the CPU library is not built")
+
+
+def make(rows, length, vocabulary, *, dtype=F64, seed=0, kept=0.7, spread=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(rows, length, vocabulary, generator=generator, dtype=F64)).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows, length), generator=generator)
+    ignored = torch.rand(rows, length, generator=generator) >= kept
+    return logits, labels.masked_fill(ignored, IGNORE)
+
+
+def textbook(logits, labels, shift=1, dtype=F64):
+    """Log-probabilities and entropies by log_softmax; 0 where nothing counts."""
+    logps = torch.log_softmax(logits.to(dtype), -1)
+    targets = torch.full_like(labels, IGNORE)
+    targets[:, : labels.shape[1] - shift] = labels[:, shift:]
+    picked = logps.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    entropy = -torch.where(logps == -torch.inf, 0.0, logps.exp() * logps).sum(-1)
+    counted = targets != IGNORE
+    return torch.where(counted, picked, 0.0), torch.where(counted, entropy, 0.0)
+
+
+def run(function, logits, slope, **options):
+    """Log-probabilities of all tokens, and the gradient of their product with ``slope``."""
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    logps, entropy = function(logits, **options)
+    (logps * slope).sum().backward()
+    return logps.detach(), entropy, logits.grad
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 3),
+    length=st.integers(0, 6),
+    vocabulary=st.sampled_from([1, 2, 7, 8, 63, 64, 65, 2047, 2049, 4100]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["plain", "transposed", "every other", "sliced"]),
+    shift=st.integers(0, 2),
+    kept=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_logps_entropy_and_gradient_equal_the_textbook(
+    backend, rows, length, vocabulary, dtype, layout, shift, kept, seed
+):
+    logits, labels = make(rows, length, vocabulary, dtype=dtype, seed=seed, kept=kept)
+    if layout == "transposed":
+        logits = logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    elif layout == "every other":
+        logits = logits.repeat_interleave(2, 2)[..., ::2]
+    elif layout == "sliced":
+        logits = torch.cat([logits.new_full((rows, 1, vocabulary), torch.nan), logits], 1)[:, 1:]
+    slope = torch.randn(rows, length, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    wide = torch.promote_types(dtype, torch.float32)
+    with backends.use(backend):
+        logps, entropy, grad = run(
+            lambda x: ops.token_logps(x, labels, shift=shift, entropy=True), logits, slope.to(wide)
+        )
+    truth = logits.double().requires_grad_()
+    expected, expected_entropy = textbook(truth, labels, min(shift, length))
+    (expected * slope.to(wide)).sum().backward()
+    assert logps.dtype == entropy.dtype == wide
+    assert grad.dtype == dtype
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(logps.double(), expected.detach(), **close)
+    torch.testing.assert_close(entropy.double(), expected_entropy.detach(), **close)
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0)
+    torch.testing.assert_close(
+        grad.double(), truth.grad, rtol=close["rtol"] + unit, atol=close["atol"] + (6e-8 if unit else 0)
+    )
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_error_is_never_above_that_of_eager_in_the_same_dtype(backend, dtype):
+    logits, labels = make(2, 40, 5000, dtype=dtype, kept=1.0, spread=4.0)
+    slope = torch.randn(2, 40, dtype=F64).to(torch.promote_types(dtype, torch.float32))
+    with backends.use(backend):
+        logps, _, grad = run(lambda x: ops.token_logps(x, labels), logits, slope)
+    eager, _, eager_grad = run(lambda x: textbook(x, labels, dtype=dtype), logits, slope)
+    truth, _, true_grad = run(lambda x: textbook(x, labels), logits.double(), slope.double())
+
+    def error(value, exact):
+        return (value.double() - exact).abs().max().item()
+
+    assert error(logps, truth) <= error(eager, truth)
+    assert error(grad, true_grad) <= error(eager_grad, true_grad)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [5, 70, 5000])
+def test_infinities_and_nans_stay_in_their_token_and_mean_what_they_mean_in_log_softmax(backend, dtype, vocabulary):
+    logits, labels = make(1, 8, vocabulary, dtype=dtype, kept=1.0)
+    labels[:] = 1
+    logits[0, 1, 0] = -torch.inf  # a masked entry
+    logits[0, 2, 1] = -torch.inf  # a masked label
+    logits[0, 3, 2] = torch.inf
+    logits[0, 4, 3] = torch.nan
+    logits[0, 5] = -torch.inf
+    logits[0, 6, : vocabulary - 1] = -torch.inf  # the label and whole blocks masked
+    slope = torch.ones(1, 8, dtype=torch.promote_types(dtype, torch.float32))
+    with backends.use(backend):
+        logps, _, grad = run(lambda x: ops.token_logps(x, labels, shift=0), logits, slope)
+    truth, _, true_grad = run(lambda x: textbook(x, labels, 0), logits.double(), slope.double())
+    torch.testing.assert_close(logps.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert logps[0, 2].item() == logps[0, 6].item() == -torch.inf
+    assert logps[0, 3:6].isnan().all()
+    assert torch.isfinite(logps[0, [0, 1, 7]]).all()
+    finite = [0, 1, 2, 6, 7]
+    torch.testing.assert_close(grad[0, finite].double(), true_grad[0, finite], rtol=1e-2, atol=1e-5)
+    assert grad[0, [3, 4, 5]].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_ten_thousand_neither_overflow_nor_lose_their_difference(backend, dtype):
+    logits, labels = make(2, 9, 300, dtype=dtype, kept=1.0, spread=1e4)
+    slope = torch.ones(2, 9, dtype=torch.promote_types(dtype, torch.float32))
+    with backends.use(backend):
+        logps, _, grad = run(lambda x: ops.token_logps(x, labels), logits, slope)
+    truth, _, true_grad = run(lambda x: textbook(x, labels), logits.double(), slope.double())
+    torch.testing.assert_close(logps.double(), truth, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_vocabulary_of_one_has_probability_one_and_no_gradient(backend):
+    logits, labels = make(2, 5, 1, dtype=torch.float32, kept=1.0)
+    with backends.use(backend):
+        logps, entropy, grad = run(lambda x: ops.token_logps(x, labels, entropy=True), logits, torch.ones(2, 5))
+    for tensor in (logps, entropy, grad):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabulary_of_256k_is_summed_exactly(backend, dtype):
+    logits, labels = make(1, 3, 262144, dtype=dtype, kept=1.0, spread=0.5)
+    with backends.use(backend):
+        logps, _, grad = run(lambda x: ops.token_logps(x, labels), logits, torch.ones(1, 3))
+    truth, _, true_grad = run(lambda x: textbook(x, labels), logits.double(), torch.ones(1, 3, dtype=F64))
+    torch.testing.assert_close(logps.double(), truth, rtol=3e-7, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_probability_close_to_one_keeps_its_gradient(backend):
+    """1 - p is 1e-9 here, which 1 minus a float32 p would make 0."""
+    logits, labels = torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
+    logits[0, 0, 1] = -20.0
+    with backends.use(backend):
+        _, _, grad = run(lambda x: ops.token_logps(x, labels, shift=0), logits, torch.ones(1, 1))
+    if backend == "cpu":
+        assert grad[0, 0, 0].item() == pytest.approx(2.0611536e-9, rel=1e-5)
+    assert grad[0, 0, 1].item() == pytest.approx(-2.0611536e-9, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_tokens_are_not_read_and_get_a_gradient_of_zero(backend, dtype):
+    logits, labels = make(3, 7, 90, dtype=dtype, kept=0.4, seed=3)
+    labels[1] = IGNORE
+    counted = torch.cat([labels[:, 1:], torch.full((3, 1), IGNORE)], 1) != IGNORE
+    logits[~counted] = torch.nan
+    with backends.use(backend):
+        logps, entropy, grad = run(
+            lambda x: ops.token_logps(x, labels, entropy=True), logits, torch.ones(3, 7).to(logits)
+        )
+    assert torch.isfinite(logps).all()
+    assert torch.isfinite(grad).all()
+    for tensor in (logps, entropy, grad):
+        assert (tensor[~counted] == 0).all()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_in_place_is_the_gradient_in_the_memory_of_the_logits(backend, dtype):
+    leaf, labels = make(2, 6, 77, dtype=dtype)
+    leaf.requires_grad_()
+    with backends.use(backend):
+        (expected,) = torch.autograd.grad(ops.token_logps(leaf * 2, labels)[0].sum(), leaf)
+        logits = leaf * 2
+        logps, _ = ops.token_logps(logits, labels, in_place=True)
+        (grad_logits,) = torch.autograd.grad(logps.sum(), logits, retain_graph=True)
+        assert grad_logits.data_ptr() == logits.data_ptr()
+        assert torch.equal(2 * grad_logits, expected)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(logps.sum(), leaf)
+
+
+def test_in_place_refuses_logits_that_it_must_not_overwrite():
+    leaf, labels = make(2, 6, 7)
+    leaf.requires_grad_()
+    with pytest.raises(ValueError, match="leaf of the graph"):
+        ops.token_logps(leaf, labels, in_place=True)
+    with pytest.raises(ValueError, match="overlaps itself"):
+        ops.token_logps((leaf * 2)[:, :1].expand(2, 6, 7), labels, in_place=True)
+    ops.token_logps(leaf.detach(), labels, in_place=True)
+
+
+def test_the_entropy_is_not_differentiable_and_the_log_probability_only_once():
+    logits, labels = make(2, 6, 7)
+    logits.requires_grad_()
+    logps, entropy = ops.token_logps(logits, labels, entropy=True)
+    assert not entropy.requires_grad
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(logps.sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_gradcheck(shift):
+    logits, labels = make(2, 4, 9, spread=1.0)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.token_logps(x, labels, shift=shift)[0], logits.requires_grad_(), fast_mode=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 3)}, ValueError, r"expected \[B, T, V\]"),
+        ({"logits": torch.zeros(2, 3, 4, dtype=torch.int64)}, TypeError, "expected float32"),
+        ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"labels is torch.int64 \[2, 4\]"),
+        ({"labels": torch.zeros(2, 3)}, ValueError, "labels is torch.float32"),
+        ({"labels": torch.full((2, 3), 4)}, ValueError, r"labels contains 4: expected -100 \(ignored\) or a token in"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, ValueError, "expected one device"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    arguments = {"logits": torch.zeros(2, 3, 4), "labels": torch.zeros(2, 3, dtype=torch.int64)} | change
+    with pytest.raises(error, match=message):
+        ops.token_logps(**arguments)
+
+
+@needs_library
+def test_the_kernel_itself_refuses_a_label_that_it_could_not_read():
+    logits, labels = make(1, 3, 4, dtype=torch.float32)
+    labels[0, 1] = 4
+    with pytest.raises(RuntimeError, match="labels contains 4"):
+        torch.ops.shapo_kernels.token_logps(logits, labels, IGNORE, 1, 0, 4, False)
+
+
+@needs_library
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, entropy):
+    logits, labels = make(2, 5, 70, dtype=dtype)
+    own = torch.ops.shapo_kernels
+    torch.library.opcheck(own.token_logps.default, (logits, labels, IGNORE, 1, 0, 70, entropy))
+    logps, normalizers, _ = own.token_logps(logits, labels, IGNORE, 1, 0, 70, entropy)
+    arguments = logits, labels, logps, normalizers, torch.randn(2, 5), IGNORE, 1, 0
+    torch.library.opcheck(own.token_logps_gradient.default, arguments)
+    torch.library.opcheck(own.token_logps_gradient_.default, arguments)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(("first", "total"), [(0, 12), (5, 12), (8, 12)])
+def test_a_part_of_the_vocabulary_gives_its_part_of_the_sum_and_of_the_gradient(backend, first, total):
+    whole, labels = make(2, 6, total, kept=1.0)
+    mine = slice(first, first + 4)
+    with backends.use(backend):
+        forward = backends.function(whole.device, "token_logps")
+        backward = backends.function(whole.device, "token_logps_gradient")
+    logps, normalizers, _ = forward(whole[..., mine], labels, IGNORE, 0, first, total, False)
+    held = (labels >= first) & (labels < first + 4)
+    expected = textbook(whole[..., mine], torch.where(held, labels - first, IGNORE), 0)[0]
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        normalizers[0] + normalizers[1].log(), whole[..., mine].logsumexp(-1), rtol=1e-12, atol=1e-12
+    )
+    truth = whole.clone().requires_grad_()
+    all_logps = textbook(truth, labels, 0)[0]
+    all_logps.sum().backward()
+    highest = whole.amax(-1)
+    all_normalizers = torch.stack([highest, (whole - highest[..., None]).exp().sum(-1)])
+    grad = backward(
+        whole[..., mine],
+        labels,
+        all_logps.detach(),
+        all_normalizers,
+        torch.ones(2, 6, dtype=F64),
+        IGNORE,
+        0,
+        first,
+    )
+    torch.testing.assert_close(grad, truth.grad[..., mine], rtol=1e-12, atol=1e-12)
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit():
+    logits, labels = make(4, 33, 3001, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(run(lambda x: ops.token_logps(x, labels), logits, torch.ones(4, 33)))
+    finally:
+        torch.set_num_threads(threads)
+    for logps, _, grad in results[1:]:
+        assert torch.equal(logps, results[0][0])
+        assert torch.equal(grad, results[0][2])
+
+
+DIGEST = """
+import hashlib, torch
+from shapo_kernels import ops
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    logits = (9 * torch.randn(2, 9, 2500, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 2500, (2, 9), generator=generator)
+    logps, entropy = ops.token_logps(logits, labels, entropy=True)
+    logps.sum().backward()
+    for tensor in (logps, entropy, logits.grad):
+        digest.update(bytes(tensor.detach().contiguous().view(torch.uint8).flatten().tolist()))
+print(digest.hexdigest())
+"""
+
+
+@needs_library
+def test_every_instruction_set_gives_the_same_bits():
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env=os.environ | {"SHAPO_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for capability in ("baseline", "avx2", "")
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_loss_is_one_graph_equals_eager_and_is_not_compiled_anew(in_place):
+    torch._dynamo.reset()
+
+    def loss(hidden, weight, labels):
+        sums, counts = losses.sequence_logps(hidden @ weight.t(), labels, in_place=in_place)
+        return (sums / counts.clamp(min=1)).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(11, 4, requires_grad=True)
+    for step, length in enumerate((5, 7, 7, 9, 12)):
+        hidden, labels = make(2, length, 4, dtype=torch.float32, seed=step)[0].requires_grad_(), make(2, length, 11)[1]
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            got = torch.autograd.grad(compiled(hidden, weight, labels), (hidden, weight))
+        expected = torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    labels[0, 2] = 11
+    with pytest.raises(RuntimeError, match=r"labels contains .* a token in \[0, 11\)"):
+        compiled(hidden, weight, labels)
+
+
+def test_checkpointing_recomputes_what_the_gradient_needs():
+    from torch.utils.checkpoint import checkpoint
+
+    logits, labels = make(2, 6, 30, dtype=torch.float32)
+    results = [
+        run(lambda x, reentrant=r: checkpoint(ops.token_logps, x, labels, use_reentrant=reentrant), logits, 1.0)
+        for r in (False, True)
+    ]
+    expected = run(lambda x: ops.token_logps(x, labels), logits, 1.0)
+    for logps, _, grad in results:
+        assert torch.equal(logps, expected[0])
+        assert torch.equal(grad, expected[2])
