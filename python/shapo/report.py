@@ -98,8 +98,8 @@ def _setting(results: Mapping[str, Any]) -> str:
     return _paragraph(
         f"""
         A Llama of random weights ({s["layers"]} layers, hidden {s["hidden"]}, {s["layers"] * s["intermediate"]}
-        neurons) was fine-tuned on {s["sft"]} generated answers of both styles ({s["sft_updates"]} updates, held-out loss
-        {sft["loss"]:.3f} nats a token), then trained on {s["train"]} other preference pairs of which
+        neurons) was fine-tuned on {s["sft"]} generated answers of both styles ({s["sft_updates"]} updates, held-out
+        loss {sft["loss"]:.3f} nats a token), then trained on {s["train"]} other preference pairs of which
         {100 * s["noise"]:.0f} % had their label flipped: {s["epochs"]} epochs, batch {s["batch"]}, AdamW, beta
         {s["beta"]:g}, gradient clipped at 1, ShaPO at every update. Accuracy, loss and increase are of clean test pairs
         that no training saw; all methods share data, flips, start and order.
@@ -187,9 +187,9 @@ def _sharpness(results: Mapping[str, Any]) -> str:
     text = _paragraph(
         f"""
         The final DPO model on {results["sharpness"]["pairs"]} clean test pairs, where its loss is
-        {results["sharpness"]["loss"]:.3f}. To first order a subspace with a share s of the squared gradient gives sqrt(s) of the full increase at the same
-        rho, so look at a random subspace before crediting a selected one; and at the same rho/‖W_S‖ the picture is
-        another.
+        {results["sharpness"]["loss"]:.3f}. To first order a subspace with a share s of the squared gradient
+        gives sqrt(s) of the full increase at the same rho, so look at a random subspace before crediting a selected
+        one; and at the same rho/‖W_S‖ the picture is another.
         """
     )
     return f"{text}\n\n{_markdown(header, rows)}"
@@ -201,7 +201,7 @@ def _limits(results: Mapping[str, Any]) -> str:
     return _list(
         f"""
         One seed. Accuracies on {test} pairs have intervals up to {100 * width:.0f} points wide, and another draw of
-        data, weights and flips moves them too; smaller differences between rows say nothing. `--seed` gives other draws.
+        data, weights and flips moves them too; smaller differences between rows say nothing. `--seed` gives another.
         """,
         """
         The probe's critical neurons against random ones: at this scale they have been no better in repeated trials. The

@@ -1,4 +1,6 @@
-"""Accuracy with its interval, memorised flips, answers that depend on their prompt alone, and a judge's verdicts bounded."""
+"""Accuracy with its interval, memorised flips, answers that depend on their prompt alone, and a judge's verdicts
+bounded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sharpness: first-order truth at small radii, radii of both kinds, shares of the worst case, and weights put back bit for bit."""
+"""Sharpness: first-order truth at small radii, radii of both kinds, shares of the worst case, and weights put back bit
+for bit.
+"""
 
 from __future__ import annotations
 

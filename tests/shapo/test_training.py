@@ -1,4 +1,6 @@
-"""The preference loop: every combination runs, passes are counted, micro-batches change nothing, metrics say what happened."""
+"""The preference loop: every combination runs, passes are counted, micro-batches change nothing, metrics say what
+happened.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,7 @@ def test_the_reference_is_asked_once_for_each_response_and_not_at_all_from_the_c
     for rows in (2 * len(pairs), 0):
         asked.clear()
         tiny_llama.load_state_dict(start)
-        clean = TokenizedPairs([pair for pair in pairs.pairs], pairs._encoder)
+        clean = TokenizedPairs(list(pairs.pairs), pairs._encoder)
         clean.flipped[:] = False
         train(tiny_llama, clean, tmp_path, loop=loop, shapo=ShaPOConfig(rho=0.1))
         assert sum(asked) == rows

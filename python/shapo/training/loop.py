@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shapo.training.checkpoint import Stateful, read_checkpoint, restore, save_checkpoint
+from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
 from shapo.training.config import LoopConfig
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
@@ -56,11 +56,11 @@ class Loop:
         update: Update,
         evaluate: Evaluate | None = None,
         *,
-        resume: bool = False,
+        state: dict[str, Any] | None = None,
         progress: bool = True,
         name: str = "train",
     ) -> None:
-        """Runs the updates that are left.
+        """Runs the updates that are left: all, or those after the checkpoint `state` (see `read_state`).
 
         `update(indices)` makes one update of the weights from the examples `indices` and returns what to log;
         `evaluate()` is called before the first update, every `eval_every` updates and after the last.  A checkpoint is
@@ -68,10 +68,10 @@ class Loop:
         leaves at once, without saving.
 
         Raises:
-            UserError: Nothing to resume, a checkpoint of another run, or no room to write.
+            UserError: No room to write.
             KeyboardInterrupt: After Ctrl-C.
         """
-        done, position = self._start(resume)
+        done, position = self._start(state)
         self.model.train()
         with (
             MetricsLog(self.output / METRICS, position=position) as log,
@@ -99,14 +99,16 @@ class Loop:
                 if interrupt.requested:
                     raise KeyboardInterrupt
 
-    def _start(self, resume: bool) -> tuple[int, int]:
-        if not resume:
+    def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
+        if state is None:
             torch.manual_seed(self.config.seed)
             (self.output / CHECKPOINT).unlink(missing_ok=True)
             return 0, 0
-        state = read_checkpoint(self.output / CHECKPOINT, self.run)
-        done = restore(state, model=self.model, optimizer=self.optimizer, scheduler=self._stateful(), order=self.order)
-        return done, int(state["metrics_position"])
+        done = restore(state, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, order=self.order)
+        position = int(state["metrics_position"])
+        # As large as model and optimizer together: not to be held while training.
+        state.clear()
+        return done, position
 
     def _save(self, done: int, position: int) -> None:
         save_checkpoint(
@@ -115,13 +117,21 @@ class Loop:
             update=done,
             model=self.model,
             optimizer=self.optimizer,
-            scheduler=self._stateful(),
+            scheduler=self.scheduler,
             order=self.order,
             metrics_position=position,
         )
 
-    def _stateful(self) -> Stateful:
-        return self.scheduler
+
+def read_state(output: Path, run: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint of the run in `output` where it is to be resumed, else None.
+
+    To be called before anything is written: what is refused here leaves the folder as it is.
+
+    Raises:
+        UserError: There is nothing to resume, or it is another run's.
+    """
+    return read_checkpoint(output / CHECKPOINT, run) if resume else None
 
 
 def _due(done: int, every: int) -> bool:

@@ -29,7 +29,7 @@ from shapo.rewards import PairRewards
 from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.training.fingerprint import digest_model, digest_rows, digest_tensors
 from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
-from shapo.training.loop import METRICS, Loop
+from shapo.training.loop import METRICS, Loop, read_state
 from shapo.training.metrics import read_metrics
 from shapo.training.objective import make_batch, make_loss
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
@@ -78,6 +78,17 @@ def train_preferences(
     if loss.uses_rewards != (rewards is not None):
         raise UserError("the reward level needs rewards, and no other loss takes any")
     start = digest_model(model)
+    run = {
+        "kind": "preference",
+        "model": start,
+        "data": data.digest(),
+        "rewards": rewards.digest() if rewards else None,
+        "subspace": _digest_subspace(subspace) if subspace else None,
+        **identity(loop),
+        **{f"loss.{key}": value for key, value in identity(loss).items()},
+        **({f"shapo.{key}": value for key, value in identity(shapo).items()} if shapo else {}),
+    }
+    state = read_state(output, run, resume=resume)
     size = loop.micro_batch_size or loop.batch_size
     cached: dict[str, Any] = {"model_digest": start, "bf16": loop.bf16, "batch_size": size, "progress": progress}
     reference = held_out = None
@@ -100,22 +111,12 @@ def train_preferences(
             norm=shapo.norm,
             seed=loop.seed,
         )
-    run = {
-        "kind": "preference",
-        "model": start,
-        "data": data.digest(),
-        "rewards": rewards.digest() if rewards else None,
-        "subspace": _digest_subspace(subspace) if subspace else None,
-        **identity(loop),
-        **{f"loss.{key}": value for key, value in identity(loss).items()},
-        **({f"shapo.{key}": value for key, value in identity(shapo).items()} if shapo else {}),
-    }
     scheduler = make_scheduler(optimizer, loop, loop.total_updates(len(data)))
     update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards)
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
     try:
         Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
-            update, watch if watch.has_work else None, resume=resume, progress=progress, name=name
+            update, watch if watch.has_work else None, state=state, progress=progress, name=name
         )
     finally:
         if isinstance(optimizer, ShaPOOptimizer):

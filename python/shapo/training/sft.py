@@ -15,7 +15,7 @@ from shapo.errors import UserError
 from shapo.training.config import LoopConfig, identity
 from shapo.training.fingerprint import digest_model, digest_rows
 from shapo.training.logps import evaluating
-from shapo.training.loop import Loop
+from shapo.training.loop import Loop, read_state
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
 from shapo_kernels import losses
@@ -51,6 +51,7 @@ def train_sft(
         "data": digest_rows([row.prompt_length, *row.input_ids] for row in rows),
         **identity(config),
     }
+    state = read_state(output, run, resume=resume)
     scheduler = make_scheduler(optimizer, config, config.total_updates(len(rows)))
     loop = Loop(model, optimizer, scheduler, config, len(rows), run, output)
 
@@ -73,7 +74,7 @@ def train_sft(
             total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16).item() for batch in batches)
         return {"loss": total / sum(_response_tokens(row) for row in checks)}
 
-    loop.train(update, evaluate if checks else None, resume=resume, progress=progress, name="sft")
+    loop.train(update, evaluate if checks else None, state=state, progress=progress, name="sft")
 
 
 def _loss_sum(model: torch.nn.Module, encoder: PairEncoder, rows: Sequence[Encoded], *, bf16: bool) -> Tensor:

@@ -1,0 +1,334 @@
+"""The command line from end to end on small files, and every kind of bad input: one line, exit code 2, nothing left
+behind.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shapo.cli import COMMANDS, main
+from shapo.training.metrics import read_metrics
+from shapo_kernels import Subspace
+
+TOKENS = ["--max-length", "96", "--max-prompt-length", "64"]
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, _tiny_llama, tiny_tokenizer, synthetic_rows):
+    """A saved model, data files in several states, and a subspace."""
+    folder = tmp_path_factory.mktemp("files")
+    _tiny_llama.save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    for split, rows in synthetic_rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "columns.jsonl").write_text('{"text": "a"}\n')
+    whole = gzip.compress((folder / "train.jsonl").read_bytes())
+    (folder / "truncated.jsonl.gz").write_bytes(whole[: len(whole) // 8])
+    Subspace({DOWN: [1, 2, 30]}).save(folder / "subspace.safetensors")
+    return folder
+
+
+@pytest.fixture
+def shapo(capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def train_arguments(files: Path, *more: object) -> list[object]:
+    base = ["train", "--model", files / "model", "--data", files / "train.jsonl", "--limit", 12, "--output", "out"]
+    return [*base, *TOKENS, "--updates", 2, "--batch-size", 4, "--lr", "1e-3", "--quiet", *more]
+
+
+def test_the_usual_way_from_sft_to_evaluation(shapo, files, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, data = "sft/model", ["--data", files / "train.jsonl", *TOKENS, "--quiet"]
+    steps = [
+        ["sft", "--model", files / "model", "--output", "sft", "--updates", 2, "--held-out", 8, *data],
+        ["probe", "--model", model, "--output", "probe", "--epochs", 3, "--cache", *data],
+        ["select", "--model", model, "--method", "probe", "--percent", 5, "--probe", "probe/probe.safetensors",
+         "--output", "probe.safetensors"],
+        ["select", "--model", model, "--method", "gradient", "--percent", 5, "--output", "gradient.safetensors", *data],
+        ["select", "--model", model, "--method", "random", "--like", "probe.safetensors",
+         "--output", "random.safetensors"],
+        ["train", "--model", model, "--output", "train", "--updates", 2, "--batch-size", 8, "--noise", 0.25,
+         "--eval-data", files / "test.jsonl", "--rho", 0.3, "--relative-rho", "--subspace", "probe.safetensors", *data],
+        ["sharpness", "--model", "train/model", "--reference", model, "--subspace", "probe.safetensors", "--limit", 6,
+         "--rhos", "0.1", "--ratios", "0.1,0.2", "--output", "sharpness", *data],
+        ["evaluate", "--model", "train/model", "--reference", model, "--data", files / "test.jsonl", *TOKENS,
+         "--prompts", files / "test.jsonl", "--prompts-limit", 2, "--answers", "answers.jsonl", "--max-new-tokens", 4,
+         "--output", "evaluation.json", "--quiet"],
+    ]  # fmt: skip
+    for step in steps:
+        code, _, error = shapo(*step)
+        assert code == 0, (step, error)
+    assert AutoModelForCausalLM.from_pretrained("train/model").config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained("train/model").eos_token
+    assert Subspace.load("probe.safetensors").count == round(0.05 * 128)
+    for name in ("probe/probe.png", "sharpness/sharpness.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["preferences"]["accuracy"]["n"] == 32
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    run = json.loads((tmp_path / "train/run.json").read_text())
+    assert run["rho_over_weight_norm"] == pytest.approx(0.3, rel=1e-3)
+    assert run["flipped"] == 12
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
+    assert shapo(*train_arguments(files, "--save-every", 1))[0] == 0
+    code, _, error = shapo(*train_arguments(files))
+    assert code == 2
+    assert "already holds a run" in error
+    assert shapo(*train_arguments(files, "--resume"))[0] == 0
+    assert shapo(*train_arguments(files, "--overwrite"))[0] == 0
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert len(read_metrics("out/metrics.jsonl", "update")) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "{files}/empty.jsonl"], "empty"),
+        (["--data", "{files}/columns.jsonl"], "found the columns text"),
+        (["--data", "{files}/truncated.jsonl.gz"], "truncated.jsonl.gz"),
+        (["--model", "{files}/nowhere"], "nowhere"),
+        (["--model", "{files}"], "cannot load the model"),
+        (["--rho", "0", "--subspace", "full"], "rho is 0.0"),
+        (["--rho", "-1", "--subspace", "full"], "rho is -1.0"),
+        (["--rho", "nan", "--subspace", "full"], "rho is nan"),
+        (["--rho", "x", "--subspace", "full"], "a number, or low,high, is expected"),
+        (["--rho", "0.1,0.2", "--subspace", "full"], "needs the norm none"),
+        (["--rho", "0.1"], "--rho needs --subspace"),
+        (["--interval", "2"], "--interval is an option of ShaPO"),
+        (["--relative-rho"], "--relative-rho is an option of ShaPO"),
+        (["--rho", "0.1", "--subspace", "full", "--interval", "0"], "interval is 0"),
+        (["--rho", "0.1", "--subspace", "nowhere.safetensors"], "cannot read a subspace"),
+        (["--rho", "0.1", "--subspace", "{files}/model/model.safetensors"], "no subspace"),
+        (["--noise", "1.5"], "noise rate is 1.5"),
+        (["--loss", "nope"], "invalid choice"),
+        (["--loss", "reward_level"], "--reward-model"),
+        (["--reward-model", "x"], "options of --loss reward_level"),
+        (["--epsilon", "0.2"], "epsilon is an option of"),
+        (["--loss", "cdpo", "--epsilon", "0.7"], "epsilon is 0.7"),
+        (["--batch-size", "0"], "batch size is 0"),
+        (["--lr", "nan"], "learning rate is nan"),
+        (["--limit", "0"], "whole number of at least 1"),
+        (["--resume"], "there is no checkpoint"),
+        (["--output", "{files}/empty.jsonl"], "it is a file"),
+        (["--output", "{files}/empty.jsonl/below"], "cannot write"),
+        (["--device", "cuda:99"], "cannot be used"),
+        (["--nonsense"], "unrecognized arguments"),
+        (["--max-length", "8"], "max_prompt_length"),
+    ],
+)
+def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo, files, tmp_path):
+    code, _, error = shapo(*train_arguments(files), *(part.replace("{files}", str(files)) for part in more))
+    assert code == 2
+    lines = error.strip().splitlines()
+    assert len(lines) == 1, error
+    assert lines[0].startswith("shapo: error: ")
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("indices", "axis", "message"),
+    [
+        ({"model.layers.9.mlp.down_proj.weight": [0]}, 1, "no parameter 'model.layers.9.mlp.down_proj.weight'"),
+        ({DOWN: [64]}, 1, "64 neurons on axis 1"),
+        ({DOWN: [40]}, 0, "32 neurons on axis 0"),
+    ],
+)
+def test_a_subspace_that_does_not_fit_the_model_is_refused(indices, axis, message, shapo, files, tmp_path):
+    Subspace(indices, axis).save(tmp_path / "bad.safetensors")
+    code, _, error = shapo(*train_arguments(files, "--rho", 0.1, "--subspace", "bad.safetensors"))
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+    code, _, error = shapo(
+        "sharpness", "--model", files / "model", "--data", files / "train.jsonl", "--limit", 2, *TOKENS,
+        "--subspace", "bad.safetensors", "--output", "out", "--quiet",
+    )  # fmt: skip
+    assert (code, error.count("\n")) == (2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_subspace_with_a_neuron_twice_is_refused(shapo, files, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with open(files / "subspace.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    tensors = load_file(files / "subspace.safetensors")
+    save_file({name: torch.tensor([1, 1, 2]) for name in tensors}, tmp_path / "twice.safetensors", metadata=header)
+    code, _, error = shapo(*train_arguments(files, "--rho", 0.1, "--subspace", "twice.safetensors"))
+    assert (code, error.count("\n")) == (2, 1)
+    assert "1 twice" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "random", "--percent", "0"], "percent is 0.0"),
+        (["--method", "random", "--percent", "100.5"], "percent is 100.5"),
+        (["--method", "random", "--percent", "nan"], "percent is nan"),
+        (["--method", "probe"], "--method probe needs --probe"),
+        (["--method", "gradient"], "--method gradient needs --data"),
+        (["--method", "random", "--probe", "x"], "--probe is an option of --method probe"),
+        (["--method", "probe", "--probe", "{files}/subspace.safetensors"], "no probe"),
+    ],
+)
+def test_bad_input_of_select_is_one_line(arguments, message, shapo, files, tmp_path):
+    arguments = [part.replace("{files}", str(files)) for part in arguments]
+    code, _, error = shapo("select", "--model", files / "model", "--output", "s.safetensors", *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_type_is_refused_naming_the_known_ones(shapo, files, tmp_path, tiny_tokenizer):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=len(tiny_tokenizer), hidden_size=8, n_layer=1, n_head=2)).save_pretrained(
+        "b"
+    )
+    code, _, error = shapo("select", "--method", "random", "--model", "b", "--output", "s.safetensors")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "model type 'bloom' is not supported" in error
+    assert "llama" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--data", "x.jsonl"], "need a model"),
+        (["--model", "m", "--prompts", "x.jsonl"], "go together"),
+        (["--verdicts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--verdicts", "{files}/columns.jsonl"], "line 1: expected a JSON object with verdict"),
+        (["--verdicts", "{files}/empty.jsonl"], "is empty"),
+        (["--verdicts", "{files}/verdicts.jsonl", "--output", "."], "it is a folder"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_line(arguments, message, shapo, files, tmp_path):
+    arguments = [part.replace("{files}", str(files)) for part in arguments]
+    code, _, error = shapo("evaluate", "--output", "e.json", *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_judges_verdicts_are_counted_without_a_model(shapo, tmp_path):
+    (tmp_path / "v.jsonl").write_text('{"verdict": "unsafe"}\n{"verdict": "safe"}\n{"verdict": ""}\n')
+    (tmp_path / "c.jsonl").write_text('{"first": "a", "second": "a"}\n')
+    code, out, _ = shapo("evaluate", "--verdicts", "v.jsonl", "--comparisons", "c.jsonl", "--output", "e.json")
+    assert code == 0
+    assert "attack success 33.3 to 66.7 % (1 of 3 unparsed" in out
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["attack_success"]["unparsed"] == 1
+    assert result["win_rate"]["value"] == 1.0
+
+
+@pytest.mark.parametrize("radius", ["0", "-0.1", "nan", "0.1,", "x"])
+def test_radii_of_sharpness_must_be_above_zero(radius, shapo, files, tmp_path):
+    code, _, error = shapo(
+        "sharpness", "--model", files / "model", "--data", files / "train.jsonl", "--output", "out", f"--rhos={radius}"
+    )
+    assert (code, error.count("\n")) == (2, 1)
+    assert "numbers above 0" in error
+
+
+def test_an_interrupt_is_exit_code_130_and_leaves_no_model(shapo, files, tmp_path, monkeypatch):
+    import shapo.training.preference as module
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "clip_gradients", interrupted)
+    code, _, error = shapo(*train_arguments(files))
+    assert (code, error) == (130, "shapo: interrupted\n")
+    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_full_disk_while_the_model_is_saved_leaves_no_model(shapo, files, tmp_path, monkeypatch):
+    import errno
+
+    from transformers import PreTrainedModel
+
+    def full(self, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    code, _, error = shapo(*train_arguments(files))
+    assert (code, error.count("\n")) == (2, 1)
+    assert "out/model: No space left on device" in error
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "reference.safetensors"]
+
+
+def test_the_benchmark_checks_every_contender_and_writes_ratios(shapo, tmp_path):
+    code, out, _ = shapo(
+        "bench",
+        "--layers",
+        2,
+        "--hidden",
+        16,
+        "--intermediate",
+        32,
+        "--percent",
+        10,
+        "--repeats",
+        2,
+        "--device",
+        "cpu",
+        "--quiet",
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert set(result["operators"]) == {"subspace update", "column cosine"}
+    for rows in result["operators"].values():
+        assert {row["name"] for row in rows if not row["eager"]} >= {"shapo, reference"}
+        assert all(row["median_ms"] > 0 and row["repeats"] == 2 for row in rows)
+    assert "speed against the best eager" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    assert leave.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from shapo.cli import build_parser; build_parser().format_help(); "
+        "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "shapo", "train"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("shapo: error: the following arguments are required")
+    assert done.stderr.count("\n") == 1
