@@ -1,8 +1,12 @@
 # The CUDA library: built from csrc/cuda where there is a CUDA compiler. It needs no GPU and no CUDA build of torch.
 
 file(GLOB SHAPO_CUDA_SOURCES CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu")
-if(SHAPO_CUDA STREQUAL "0" OR NOT SHAPO_CUDA_SOURCES)
-  message(STATUS "CUDA library: not built (SHAPO_CUDA=${SHAPO_CUDA})")
+if(SHAPO_CUDA STREQUAL "0")
+  message(STATUS "CUDA library: not built (SHAPO_CUDA=0)")
+  return()
+endif()
+if(NOT SHAPO_CUDA_SOURCES)
+  message(STATUS "CUDA library: not built (no sources in csrc/cuda)")
   return()
 endif()
 

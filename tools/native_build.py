@@ -1,7 +1,7 @@
 """Finds torch, a compiler and CMake, and builds csrc/ as a step of setuptools' build. Imports neither torch nor the package.
 
 Environment: ``SHAPO_CUDA`` = auto (default) | 0 | 1; ``SHAPO_CUDA_ARCHS`` as CMAKE_CUDA_ARCHITECTURES; ``MAX_JOBS``;
-``SHAPO_TORCH`` = folder of the torch package to build against; ``CXX`` and ``CUDACXX`` as in CMake.
+``SHAPO_TORCH`` = folder of the torch package to build against; ``CXX``, ``CUDACXX``, ``CUDA_HOME``.
 """
 
 from __future__ import annotations
@@ -126,8 +126,13 @@ def build_libraries(destination: Path) -> None:
     cuda = os.environ.get("SHAPO_CUDA", "auto")
     if cuda not in ("auto", "0", "1"):
         raise SetupError(f"SHAPO_CUDA is {cuda!r}: expected auto, 0 or 1")
-    if cuda == "1" and find_nvcc() is None:
-        raise SetupError("SHAPO_CUDA=1, but nvcc is neither on PATH nor in CUDACXX: install it, or set SHAPO_CUDA=0")
+    nvcc = find_nvcc()
+    if cuda == "1" and nvcc is None:
+        raise SetupError(
+            "SHAPO_CUDA=1, but nvcc is neither on PATH nor in CUDACXX or CUDA_HOME: install it or set another"
+        )
+    for old in [path for pattern in _PRODUCTS for path in destination.glob(pattern)]:
+        old.unlink()
     if find_compiler() is None:
         print(
             f"{PACKAGE}: no C++ compiler found: installing without compiled kernels (plain PyTorch and Triton serve)",
@@ -150,21 +155,20 @@ def build_libraries(destination: Path) -> None:
     ninja = _tool("ninja")
     if ninja is not None:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if nvcc is not None:
+        configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    for old in (path for pattern in _PRODUCTS for path in destination.glob(pattern)):
-        old.unlink()
     _run(configure)
     _run([cmake, "--build", str(folder), "--parallel", jobs])
     _run([cmake, "--install", str(folder), "--prefix", str(destination), "--strip"])
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler that CMake will take, or None."""
-    for candidate in (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"):
-        found = shutil.which(candidate) if candidate else None
-        if found:
-            return found
-    return None
+    """The CUDA compiler, or None: CUDACXX, nvcc on PATH, or CUDA_HOME's (by default that of /usr/local/cuda)."""
+    given = os.environ.get("CUDACXX")
+    if given:
+        return shutil.which(given)
+    return shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
 
 
 def _tool(name: str) -> str | None:
