@@ -8,6 +8,6 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-from native_build import COMMANDS, NativeDistribution  # noqa: E402
+from native_build import COMMANDS, NativeDistribution
 
 setup(cmdclass=COMMANDS, distclass=NativeDistribution)

@@ -1,4 +1,4 @@
-"""Finds torch, a compiler and CMake, and builds csrc/ as a step of setuptools' build. Imports neither torch nor the package.
+"""Finds torch, a compiler and CMake, and builds csrc/ as a step of setuptools' build. Imports neither torch nor shapo.
 
 Environment: ``SHAPO_CUDA`` = auto (default) | 0 | 1; ``SHAPO_CUDA_ARCHS`` as CMAKE_CUDA_ARCHITECTURES; ``MAX_JOBS``;
 ``SHAPO_TORCH`` = folder of the torch package to build against; ``CXX``, ``CUDACXX``, ``CUDA_HOME``.
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -91,7 +92,7 @@ class BuildNative(Command):
     """Builds the compiled libraries and puts them into the package: in the build folder, or in place when editable."""
 
     description = "build the C++ and CUDA libraries with CMake"
-    user_options: list[tuple[str, str | None, str]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None:
         self.build_lib: str | None = None
@@ -197,7 +198,7 @@ class NativeDistribution(Distribution):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
 
 
 COMMANDS = {"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel}
