@@ -2,21 +2,24 @@
 
     log p = logit[label] - log sum exp(logit),   summed over a response's tokens
 
-The two public functions check and shift; the work is done by ``token_logps``, which has the mathematics. Nothing of
-the logits' size is made beside the logits and their gradient, and ``linear_sequence_logps`` never holds the logits of
-more than a chunk of tokens. Tokens that are ignored cost nothing. Log-sum-exp is taken in fp32 (fp64 for fp64 inputs),
-sums over tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
+The two public functions check and sum; the mathematics is with ``ops.token_logps`` and ``linear_token_logps``, which do
+the work. ``linear_sequence_logps`` never holds the logits of more than a chunk of tokens. Log-sum-exp is taken in
+fp32 (fp64 for fp64 inputs), sums over tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from .. import ops
 from ..ops.sequence_logps import check_labels as check_label_values
 from ._checks import check_device, check_floating, check_labels, check_positive
-from .token_logps import Head, linear_token_logps
+from .linear_token_logps import Head, linear_token_logps
 
 
 def sequence_logps(
@@ -77,6 +80,7 @@ def linear_sequence_logps(
     scale: float = 1.0,
     chunk_size: int | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`sequence_logps`, from the last hidden states and the output embedding, without ``[tokens, V]`` logits.
 
@@ -87,36 +91,59 @@ def linear_sequence_logps(
     Args:
         hidden: ``[B, T, H]``, what the model's head is given.
         weight: ``[V, H]``, of the same dtype (any two dtypes under ``torch.autocast``, whose dtype they are then
-            rounded to). A sharded weight (DTensor) must be gathered first: ``weight.full_tensor()``.
+            rounded to). A weight sharded by FSDP2 (DTensor) is gathered once, and its gradient averaged over the ranks.
         labels: ``[B, T]``, as in :func:`sequence_logps`.
         bias: ``[V]``, of the weight's dtype.
         softcap: above 0, or ``None``.
         scale: above 0.
-        chunk_size: tokens whose logits are held at once. By default as many as make the chunk's logits no larger than
-            the hidden states, at least 512, but at most a quarter of the labelled tokens.
-        ignore_index: the label of positions that do not count.
+        chunk_size: tokens whose logits are held at once. By default as many as have 256 MiB of fp32 logits, or a 64th
+            of the device's memory where that is less.
+        ignore_index: the label of positions that do not count. Nothing is computed for them.
+        group: a process group over whose ranks, in their order, the rows of ``weight`` (and ``bias``) are divided: the
+            vocabulary-parallel head of tensor parallelism. ``hidden`` and ``labels``, which hold ids of the whole
+            vocabulary, are the same on every rank, and so are the results and the gradient of ``hidden``.
 
     Returns:
-        ``(sums [B], counts [B])`` as :func:`sequence_logps`. Logits are fp32 from 16-bit inputs too, so sums are more
-        exact than those of a 16-bit head. The backward pass computes each chunk's logits again; gradients of weight and
-        bias are accumulated in fp32 and rounded once to their dtype, and the weight's is left out where autograd does
-        not want it (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable
+        ``(sums [B], counts [B])`` as :func:`sequence_logps`. 16-bit factors are multiplied in their dtype, into fp32
+        logits on CUDA, into logits of their dtype elsewhere, as the model's head would. Gradients of weight and bias
+        are accumulated over chunks in fp32 and rounded once to their dtype; they are left out where autograd does not
+        want them (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable
         once.
 
     Raises:
         TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
     """
+    weight, bias = _gather(weight), None if bias is None else _gather(bias)
     _check_head(hidden, weight, bias)
+    first, vocabulary = _place(weight, group)
     check_labels(labels, "hidden", hidden)
-    check_label_values(labels, ignore_index, weight.shape[0])
+    check_label_values(labels, ignore_index, vocabulary)
     if softcap is not None:
         check_positive("softcap", softcap)
     check_positive("scale", scale)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}: expected a number of tokens, at least 1, or None")
     targets = _shift(labels, ignore_index)
-    head = Head(_compute_dtype(hidden, weight), scale, softcap, chunk_size)
-    return _sum(linear_token_logps(hidden, weight, bias, targets, ignore_index, head)), (targets != ignore_index).sum(1)
+    head = Head(_compute_dtype(hidden, weight), scale, softcap, chunk_size, vocabulary, first, group)
+    return _sum(linear_token_logps(hidden, weight, bias, targets, ignore_index, head)), _count(labels, ignore_index)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """A DTensor in full, its gradient averaged over the ranks as FSDP2 does."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
+def _place(weight: Tensor, group: Any) -> tuple[int, int]:
+    """The first row of this rank's part of the weight, and the rows of all parts."""
+    if group is None:
+        return 0, weight.shape[0]
+    own = torch.tensor([weight.shape[0]], device=weight.device)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    rows = torch.cat(parts).tolist()
+    return sum(rows[: dist.get_rank(group)]), sum(rows)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
