@@ -1,0 +1,108 @@
+"""What a benchmark leaves behind: rows of timings taken in turn, and the machine they were taken on.
+
+A file under ``benchmarks/results/`` is one run, ``{"environment": …, "rows": [...]}``; ``report.py`` tabulates it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, the variants taken in turn: a machine whose speed drifts slows all of them alike."""
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], ours: str) -> dict[str, float]:
+    """How many times longer each variant takes than ``ours``: the median over the rounds, round by round."""
+    return {
+        name: statistics.median(other / mine for other, mine in zip(times, seconds[ours], strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def row(suite: str, case: str, variant: str, seconds: list[float], **columns: Any) -> dict[str, Any]:
+    """One variant's timings in milliseconds; ``columns`` such as dtype, shape, bytes (moved), extra_bytes."""
+    ordered = sorted(seconds)
+    percentile = lambda p: 1e3 * ordered[min(len(ordered) - 1, round(p * (len(ordered) - 1)))]  # noqa: E731
+    found = {
+        "suite": suite,
+        "case": case,
+        "variant": variant,
+        "p20_ms": percentile(0.2),
+        "p50_ms": 1e3 * statistics.median(seconds),
+        "p80_ms": percentile(0.8),
+        "rounds": len(seconds),
+        **columns,
+    }
+    if "bytes" in columns:
+        found["gb_per_s"] = columns["bytes"] / statistics.median(seconds) / 1e9
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    found = {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write one run's rows to ``<folder>/<name>.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
