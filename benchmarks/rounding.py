@@ -3,7 +3,7 @@
     python benchmarks/rounding.py
 
 Weights are N(0, 0.02^2) rounded to bfloat16 and eps is N(0, size^2), two million elements. ``share`` is
-<realised, eps> / ||eps||^2: to first order, the share of the loss increase that is left. No timing, one thread, one seed.
+<realised, eps> / ||eps||^2: to first order, the share of the loss increase that is left. No timing; one seed.
 """
 
 import torch
