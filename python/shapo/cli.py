@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"shapo.commands.{parsed.command}").run(parsed)
     except UserError as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        print("shapo: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more when it flushes stdout at exit.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -201,6 +202,8 @@ def _start_worker() -> None:
     # Ctrl-C is for the parent, which ends its workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
+    # tqdm's own lock is a named semaphore, which a worker that is ended early would leave behind.
+    tqdm.set_lock(threading.RLock())
 
 
 def _call(job: _Job) -> dict[str, Any]:

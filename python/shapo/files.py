@@ -39,8 +39,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
-            _flush(temporary)
+            _finish(temporary, mode)
             os.replace(temporary, target)
             _flush(target.parent)
         finally:
@@ -66,8 +68,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            mode = temporary.stat().st_mode & 0o666
             for file in temporary.rglob("*"):
-                _flush(file)
+                _finish(file, mode if file.is_file() else file.stat().st_mode)
             if target.exists():
                 os.rename(target, old)
             os.rename(temporary, target)
@@ -124,6 +127,12 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
     return target
 
 
+def _finish(path: Path, mode: int) -> None:
+    # Some writers (safetensors) make a file that only its owner may read.
+    path.chmod(mode)
+    _flush(path)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -141,11 +150,9 @@ def _reported(target: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not any(text in str(error) for text in _WRITER_FAILURES):
             raise
-        raise UserError(f"cannot write {target}: {_first_line(error)} (is the disk full?)") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot write {target}: writing ended half-way (is the disk full?); what was there is kept"
+        ) from error
 
 
 def _finite(value: Any) -> Any:

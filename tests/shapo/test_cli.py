@@ -138,6 +138,7 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--device", "cuda:99"], "cannot be used"),
         (["--nonsense"], "unrecognized arguments"),
         (["--max-length", "8"], "max_prompt_length"),
+        (["--eval-limit", "8"], "give that too"),
     ],
 )
 def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo, files, tmp_path):
@@ -317,6 +318,12 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert leave.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_the_documentation_names_every_command():
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for command in COMMANDS:
+        assert f"| `{command}` |" in text
 
 
 def test_help_needs_neither_torch_nor_transformers():

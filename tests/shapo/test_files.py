@@ -63,3 +63,13 @@ def test_writability_is_found_out_without_leaving_anything(tmp_path):
 def _write_and_be_interrupted(path):
     path.write_text("thr")
     raise KeyboardInterrupt
+
+
+def test_a_file_is_as_readable_as_any_other_whoever_writes_it(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "other").write_text("")
+    with atomic_file(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

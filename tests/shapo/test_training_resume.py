@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not stopped, bit for bit; another run's checkpoint is refused."""
+"""A run that was stopped and resumed is the run that was not stopped, bit for bit; another run is refused."""
 
 from __future__ import annotations
 

@@ -227,15 +227,16 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any) -> PairEncoder:
     )
 
 
-def load_data(arguments: argparse.Namespace, source: str | None = None) -> PairSet:
-    """The pairs of --data (or all those of `source`, in the same format), with a line on what was dropped and why."""
+def load_data(arguments: argparse.Namespace, *, evaluation: bool = False) -> PairSet:
+    """The pairs of --data, or those of --eval-data in the same format; prints a line on what was dropped and why."""
     from shapo.data.formats import load_pairs
 
+    prefix = "eval_" if evaluation else ""
     pairs = load_pairs(
-        source or arguments.data,
+        getattr(arguments, f"{prefix}data"),
         format=arguments.format,
-        split=arguments.split,
-        limit=None if source else arguments.limit,
+        split=getattr(arguments, f"{prefix}split"),
+        limit=getattr(arguments, f"{prefix}limit"),
         preference=arguments.preference,
     )
     print(pairs.summary())

@@ -46,9 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.demo import run_demo
 
     jobs = arguments.jobs or (1 if device.type == "cuda" else min(4, _cores()))
-    results = run_demo(
-        output, size=arguments.size, seed=arguments.seed, jobs=jobs, device=str(device), progress=not arguments.quiet
-    )
+    options = {"size": arguments.size, "seed": arguments.seed, "device": str(device), "progress": not arguments.quiet}
+    try:
+        results = run_demo(output, jobs=jobs, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("an unfinished demo is not resumed, the next one begins anew") from None
     print("\n" + report.plain_table(results))
     print(f"\n{results['seconds']:.0f} s. What the columns mean and what they do not show: {output / 'report.md'}")
 

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser, what="the model to start from, which is the reference too")
     common.add_data_arguments(parser)
     parser.add_argument("--eval-data", metavar="SOURCE", help="clean pairs to evaluate on, in the same format")
+    parser.add_argument("--eval-split", metavar="NAME", help="split of --eval-data on the hub")
     parser.add_argument(
         "--eval-limit", type=common.positive_int, metavar="N", help="evaluate on the first N of them alone"
     )
@@ -108,6 +109,10 @@ def _radius(text: str) -> float | tuple[float, float]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from shapo.errors import UserError
+
+    if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
+        raise UserError("--eval-limit and --eval-split say which part of --eval-data; give that too")
     loop, loss, shapo = common.loop_config(arguments), _loss_config(arguments), _shapo_config(arguments)
     output = common.run_folder(arguments)
 
@@ -119,9 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace != "full" else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
-    held_out = (
-        list(common.load_data(arguments, arguments.eval_data))[: arguments.eval_limit] if arguments.eval_data else []
-    )
+    held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
     model, tokenizer = common.load_model(arguments.model, arguments), common.load_tokenizer(arguments.model)
     if shapo and subspace is None:
         subspace = Subspace.full(model)

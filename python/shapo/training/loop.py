@@ -97,7 +97,7 @@ class Loop:
                 if _due(done, self.config.save_every) or (interrupt.requested and done < self.total):
                     self._save(done, log.position)
                 if interrupt.requested:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(self._farewell(done))
 
     def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
         if state is None:
@@ -109,6 +109,11 @@ class Loop:
         # As large as model and optimizer together: not to be held while training.
         state.clear()
         return done, position
+
+    def _farewell(self, done: int) -> str:
+        if done == self.total:
+            return "training was done, the model is not saved"
+        return f"update {done} of {self.total} is saved in {self.output / CHECKPOINT}; --resume goes on from there"
 
     def _save(self, done: int, position: int) -> None:
         save_checkpoint(
