@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, for GPUs that need not be there, and reads off what each one takes.
 
 A specialisation is a kernel with its compile-time constants and the alignments that a launch would find. For each the
-registers, shared memory and spills are read from the binary, and for NVIDIA the widest global access too. Nothing is run
-and nothing is timed. ``python -m benchmarks.gpu_aot`` compiles all of them and writes the table of docs/gpu_kernels.md.
+registers, shared memory, spills and the widest global access are read from the binary. Nothing is run and nothing is
+timed. ``python -m benchmarks.gpu_aot`` compiles all of them and writes the table of docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
@@ -182,7 +182,11 @@ def _neuron() -> Iterator[Specialisation]:
             fixed = {"INDEXED": indexed, "ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
             more = {
                 "label": ", ".join(words),
-                "core": aligned and indexed and neurons == 128 and pair in (_PAIRS[0], _PAIRS[2]) and precision == "ieee",
+                "core": aligned
+                and indexed
+                and neurons == 128
+                and pair in (_PAIRS[0], _PAIRS[2])
+                and precision == "ieee",
                 "registers": 255,
             }
             types = {
@@ -219,9 +223,7 @@ def _of_neuron(
     options = {key: value for key, value in config.items() if key.islower()}
     own = {name: types[name] for name in kernel.arg_names if name not in constants}
     divisible = frozenset(own) & {"result", "output", "grad", "x"} if fixed["ALIGNED"] else frozenset()
-    return Specialisation(
-        kernel, types=own, constants=constants, divisible=divisible, options=options, **more
-    )
+    return Specialisation(kernel, types=own, constants=constants, divisible=divisible, options=options, **more)
 
 
 def violations(specialisation: Specialisation, target: str, found: Resources) -> list[str]:

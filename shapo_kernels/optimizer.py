@@ -429,12 +429,11 @@ class ShaPOOptimizer(Optimizer):
     def _apply(self, targets: list[Target], values: list[Tensor]) -> None:
         if not targets:
             return
-        squares = ops.squared_norms(values)
         weight_squares = None
         if self.relative:
             weight_squares = selected_weight_squared_norms(targets)
-        scale = ops.perturbation_scale(
-            squares, self._radii.of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
+        squares, scale = ops.norms_and_scale(
+            values, self._radii.of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
         )
         self._active = self._choose(targets)
         realised = self._active.apply(targets, values, scale)

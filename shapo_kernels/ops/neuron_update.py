@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, native
+from .subspace_update import compute_dtype_of
 
 
 def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None = None) -> Tensor:
@@ -80,13 +81,16 @@ class _NeuronTap(torch.autograd.Function):
 class _NeuronUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
-        selected = input if index is None else input.index_select(-1, index)
         rounded = direction.to(output.dtype)
         needs_direction = direction.requires_grad
+        # Only what a gradient will be asked for is copied together; else the kernel reads the features where they lie.
+        selected, places = input, index
+        if needs_direction and index is not None:
+            selected, places = input.index_select(-1, index), None
         ctx.save_for_backward(selected if needs_direction else None, rounded, index)
         ctx.input_shape, ctx.input_dtype, ctx.direction_dtype = input.shape, input.dtype, direction.dtype
         with _no_autocast(output):
-            return backends.function(output.device, "neuron_update")(output, selected, rounded, None)
+            return backends.function(output.device, "neuron_update")(output, selected, rounded, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,3 +123,19 @@ def _check_neurons(output: Tensor, input: Tensor, direction: Tensor, index: Tens
         raise ValueError(
             f"output {list(output.shape)} and input {list(input.shape)} differ before their last dimension"
         )
+
+
+def fake_neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
+    """What a backend's ``neuron_update`` returns, without its values: for tracing."""
+    return torch.empty_like(output, memory_format=torch.contiguous_format)
+
+
+def fake_neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None) -> Tensor:
+    """What a backend's ``neuron_gradient`` returns, without its values: for tracing."""
+    neurons = input.shape[-1] if index is None else index.shape[0]
+    return grad_output.new_empty(grad_output.shape[-1], neurons, dtype=compute_dtype_of(grad_output.dtype))
+
+
+if native.has_cpu or native.has_cuda:
+    torch.library.register_fake("shapo_kernels::neuron_update", fake_neuron_update)
+    torch.library.register_fake("shapo_kernels::neuron_gradient", fake_neuron_gradient)

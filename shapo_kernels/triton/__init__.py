@@ -1,12 +1,14 @@
-"""Every operator in Triton: compiled for the GPU at hand when first launched; in Triton's interpreter on the CPU, for tests.
+"""Every operator in Triton: compiled for the GPU at hand when first launched; interpreted on the CPU, for tests.
 
 The functions carry the names and positional arguments of the schemas in ``csrc/register.cpp``; what they compute is
-documented once, at the public functions of :mod:`shapo_kernels.ops`. Configurations are chosen from shapes and dtypes in
-plain Python and never by timing, so that a result does not depend on what was measured.
+documented once, at the public functions of :mod:`shapo_kernels.ops`. Configurations are chosen from shapes and dtypes
+in plain Python and never by timing, so that a result does not depend on what was measured.
 """
 
+from ..ops.neuron_update import fake_neuron_gradient, fake_neuron_update
+from . import neuron_update as _neuron_update
 from .column_cosine import column_cosine
-from .neuron_update import neuron_gradient, neuron_update
+from .registration import opaque
 from .subspace_update import (
     gather_into,
     norms_and_scale,
@@ -16,6 +18,9 @@ from .subspace_update import (
     selected_squared_norms,
     squared_norms,
 )
+
+neuron_gradient = opaque(_neuron_update.neuron_gradient, fake_neuron_gradient)
+neuron_update = opaque(_neuron_update.neuron_update, fake_neuron_update)
 
 __all__ = [
     "column_cosine",

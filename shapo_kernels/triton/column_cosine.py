@@ -1,7 +1,7 @@
 """The cosine of every neuron with one direction in Triton; documented in :mod:`shapo_kernels.ops.column_cosine`.
 
-The weight is read once. A program takes a strip of neurons and a part of their components; the parts' sums are written out
-and added in order by a second kernel. Sums are float64: a safety probe's ranking should not hang on rounding.
+The weight is read once. A program takes a strip of neurons and a part of their components; the parts' sums are written
+out and added in order by a second kernel. Sums are float64: a safety probe's ranking should not hang on rounding.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The neuron update and its gradient in Triton; documented in :mod:`shapo_kernels.ops.neuron_update`.
 
-Both read the selected columns of the input where they lie: x[..., S] is never written. A scattered column costs a 32-byte
-sector for every token, so that a program gathers it once and meets as many output features as it can with it. Sums are
-float32. float64, which no tensor core of this kind serves, is left to the reference.
+Both read the selected columns of the input where they lie: x[..., S] is never written. A scattered column costs a
+32-byte sector for every token, so that a program gathers it once and meets as many output features as it can with it.
+Sums are float32. float64, which no tensor core of this kind serves, is left to the reference.
 """
 
 from typing import Any
@@ -23,7 +23,9 @@ ADD_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _selected(x, tokens, k, neurons, x_stride, index, INDEXED: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr, DTYPE):
+def _selected(
+    x, tokens, k, neurons, x_stride, index, INDEXED: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr, DTYPE
+):
     """x[t, index[k]] for the first ``tokens`` of ``TILE_T`` rows, in the dtype of the layer's output; 0 outside."""
     t = tl.arange(0, TILE_T)
     column = tl.load(index + k, mask=k < neurons, other=0).to(tl.int32) if INDEXED else k
@@ -59,9 +61,10 @@ def update_kernel(
 ):
     """result[t, f] = output[t, f] + sum_k x[t, index[k]] direction[f, k].
 
-    A program holds one tile of tokens and every ``groups``-th tile of output features. ``ONCE``: all neurons fit into one
-    tile, which is then gathered once for all of them. ``ALIGNED``: rows are whole multiples of 16 elements. ``UPCAST``:
-    for the interpreter, which must not compute in bfloat16. Positions inside a tile have 32 bits, a tile's own 64.
+    A program holds one tile of tokens and every ``groups``-th tile of output features. ``ONCE``: all neurons fit into
+    one tile, which is then gathered once for all of them. ``ALIGNED``: rows are whole multiples of 16 elements.
+    ``UPCAST``: for the interpreter, which must not compute in bfloat16. Positions inside a tile have 32 bits, a tile's
+    own 64.
     """
     dtype = result.dtype.element_ty
     if ALIGNED:  # said in a way that the compiler takes in
@@ -154,7 +157,7 @@ def add_parts_kernel(partials, sums, elements, parts, BLOCK: tl.constexpr):
 def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
     neurons = direction.shape[1]
     if not (output.numel() and neurons) or not _served(output, input) or direction.numel() >= 2**31:
-        return reference.neuron_update(output, input, direction, index)
+        return reference.neuron_update(output, input, direction, index).contiguous()
     features = output.shape[-1]
     flat, x = output.reshape(-1, features).contiguous(), _rows(input)
     direction = direction.to(output.dtype)
@@ -248,12 +251,14 @@ def update_groups(tokens: int, features: int, config: dict[str, Any]) -> int:
 
 def gradient_configuration(dtype: torch.dtype, neurons: int) -> dict[str, Any]:
     wide = dtype == torch.float32
+    tile_k = min(_tile_k(neurons), 64) if wide else _tile_k(neurons)
     return {
         "TILE_T": 16 if wide else 32,
         "TILE_F": 64 if wide else 128,
-        "TILE_K": min(_tile_k(neurons), 64) if wide else _tile_k(neurons),
+        "TILE_K": tile_k,
         "num_warps": 4 if wide else 8,
-        "num_stages": 2 if wide else 3,
+        # Loads ahead only where their registers do not spill: many small programs hide each other's latency as well.
+        "num_stages": 3 if tile_k == MAX_TILE_K else 1,
         "enable_fp_fusion": True,
     }
 

@@ -1,12 +1,12 @@
 """Triton kernels of the subspace update; subspace_update.py launches them.
 
-A program works on ``BLOCK`` consecutive elements of one layer's compact form, or on a part of one row; tables.py tells it
-which. What it sums is written out under its number, and a second kernel adds those numbers in their order: atomics would
-make a norm, and through it every weight, differ from run to run.
+A program works on ``BLOCK`` consecutive elements of one layer's compact form, or on a part of one row; tables.py tells
+it which. What it sums is written out under its number, and a second kernel adds those numbers in their order: atomics
+would make a norm, and through it every weight, differ from run to run.
 
-Elements are moved as they are and computed on in float32 (float64 for float64): Triton's interpreter must not do arithmetic
-in bfloat16, and the compiled kernels gain nothing by it. An index outside of its layer reads as NaN, which makes the norm
-NaN and the scale 0; it is never written to.
+Elements are moved as they are and computed on in float32 (float64 for float64): Triton's interpreter must not do
+arithmetic in bfloat16, and the compiled kernels gain nothing by it. An index outside of its layer reads as NaN, which
+makes the norm NaN and the scale 0; it is never written to.
 """
 
 import triton
@@ -15,9 +15,11 @@ import triton.language as tl
 from .tables import FIELDS as _FIELDS
 from .tables import MIXED as _MIXED
 from .tables import ROWS as _ROWS
+from .tables import SCATTERED as _SCATTERED
 from .tables import WHOLE as _WHOLE
 
 FIELDS = tl.constexpr(_FIELDS)
+SCATTERED = tl.constexpr(_SCATTERED)
 ROWS = tl.constexpr(_ROWS)
 WHOLE = tl.constexpr(_WHOLE)
 MIXED = tl.constexpr(_MIXED)
@@ -87,7 +89,7 @@ def _pointer(row, field, DTYPE: tl.constexpr, PATH: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.float16))
     else:
         pointer = address.to(tl.pointer_type(tl.float64))
-    if PATH == ROWS or PATH == WHOLE:
+    if PATH != SCATTERED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -140,8 +142,9 @@ def gather_kernel(
 @triton.jit
 def _rounded(x, rounding):
     """x in float64 after rounding to the dtype of that number in tables.DTYPES, or as it is."""
-    half = tl.where(rounding == 1, x.to(tl.bfloat16).to(tl.float32), x.to(tl.float16).to(tl.float32))
-    narrow = tl.where(rounding == 0, x.to(tl.float32), half)
+    single = x.to(tl.float32)  # first, as PyTorch does; from float64 to bfloat16 the interpreter is wrong
+    half = tl.where(rounding == 1, single.to(tl.bfloat16).to(tl.float32), single.to(tl.float16).to(tl.float32))
+    narrow = tl.where(rounding == 0, single, half)
     return tl.where(rounding < 0, x.to(tl.float64), narrow.to(tl.float64))
 
 
@@ -153,10 +156,8 @@ def _perturb(row, block, scale, rounding, PATH: tl.constexpr, DTYPE: tl.constexp
     old = tl.load(weight, mask=inside, other=float("nan"))
     tl.store(_pointer(row, 4, DTYPE, PATH) + compact, old, mask=there)
     before = tl.where(inside, _widen(old, DTYPE), 0.0)
-    wide = before.to(tl.float64)
-    old_square = tl.sum(wide * wide, 0)
-    moved_square = tl.zeros_like(old_square)
-    moved_step = tl.zeros_like(old_square)
+    moved_square = tl.zeros([], tl.float64)
+    moved_step = tl.zeros([], tl.float64)
     if scale != 0.0:  # else the weights keep every bit, whatever the direction holds
         direction = tl.load(_pointer(row, 3, COMPUTE, PATH) + compact, mask=inside, other=0.0)
         # Product and sum are rounded one by one (the launcher turns fusing off), as every backend does.
@@ -166,7 +167,8 @@ def _perturb(row, block, scale, rounding, PATH: tl.constexpr, DTYPE: tl.constexp
         moved = _rounded(_widen(fresh, DTYPE), rounding) - _rounded(before, rounding)
         moved_square = tl.sum(moved * moved, 0)
         moved_step = tl.sum(moved * step.to(tl.float64), 0)
-    return moved_square, moved_step, old_square
+    wide = before.to(tl.float64)
+    return moved_square, moved_step, tl.sum(wide * wide, 0)
 
 
 @triton.jit(do_not_specialize=["layers", "blocks", "rounding"], do_not_specialize_on_alignment=["scales"])
@@ -248,8 +250,10 @@ def add_kernel(table, layers, blocks, partials, sums, COLUMNS: tl.constexpr, CHU
 
 
 @triton.jit
-def _scale(own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK: tl.constexpr):
-    """The formula of perturbation_scale for one layer. A float argument is a float32, so that eta comes in two parts."""
+def _scale(
+    own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK: tl.constexpr
+):
+    """The formula of perturbation_scale for one layer. Float arguments are float32, so that eta comes in two parts."""
     if relative != 0:
         zero = tl.zeros([], tl.int64)
         all_weights = _add(weight_squares, zero, zero + layers, CHUNK)
@@ -293,9 +297,7 @@ def add_and_scale_kernel(
     zero = tl.zeros([], tl.int64)
     everything = _add(partials, zero, zero + blocks, CHUNK)
     radius = tl.load(rho + layer)
-    scale = _scale(
-        own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK
-    )
+    scale = _scale(own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK)
     tl.store(scales + layer, scale)
 
 
@@ -321,7 +323,5 @@ def scale_kernel(
     everything = _add(squares, zero, zero + layers, CHUNK)
     own = tl.load(squares + layer)
     radius = tl.load(rho + layer)
-    scale = _scale(
-        own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK
-    )
+    scale = _scale(own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK)
     tl.store(scales + layer, scale)

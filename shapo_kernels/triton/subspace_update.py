@@ -1,7 +1,7 @@
-"""The subspace update in Triton: the launchers of subspace_kernels.py; documented in :mod:`shapo_kernels.ops.subspace_update`.
+"""The subspace update in Triton: launchers of subspace_kernels.py; see :mod:`shapo_kernels.ops.subspace_update`.
 
 Every function takes all layers in one or two launches, whatever their number and dtypes, and waits for nothing. A whole
-perturbation (``squared_norms`` and scale 2, perturb 2, restore 1) is five.
+perturbation (``norms_and_scale`` 2, ``perturb_`` 2, ``restore_`` 1) is five.
 """
 
 from __future__ import annotations

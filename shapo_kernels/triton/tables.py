@@ -1,4 +1,4 @@
-"""The table that tells one launch about every layer: pointers, strides and shapes, and which block works on which layer.
+"""The table that tells one launch about every layer: pointers, strides, shapes, and which block works on which layer.
 
 It is built on the host, copied without waiting, and kept. Its key is all that it holds, so that a tensor whose storage
 moved gets a new table and a recycled address cannot bring back a wrong one. This module launches no kernels.
@@ -54,7 +54,8 @@ def layer_table(
     """The table of layers with their compact companions, from the cache where it is there.
 
     Args:
-        computed: compact tensors in the compute dtype (values, directions). backups: compact tensors in the layers' dtype.
+        computed: compact tensors in the compute dtype (values, directions).
+        backups: compact tensors in the layers' dtype.
 
     Raises:
         ValueError: a layer too wide for 32-bit positions inside a row. RuntimeError: a capture that came too early.
@@ -84,9 +85,7 @@ def layer_table(
 
 def whole_table(values: Sequence[Tensor]) -> LayerTable:
     """The table of contiguous tensors, each one layer of a single row."""
-    rows = [
-        (v.data_ptr(), 0, 0, 0, 0, v.numel(), 1, 0, v.numel(), 1, 1, DTYPES.index(v.dtype)) for v in values
-    ]
+    rows = [(v.data_ptr(), 0, 0, 0, 0, v.numel(), 1, 0, v.numel(), 1, 1, DTYPES.index(v.dtype)) for v in values]
     return _cached(tuple(rows), WHOLE, values[0].device)
 
 
@@ -113,14 +112,12 @@ def _cached(rows: tuple[tuple[int, ...], ...], path: int, device: torch.device) 
         return table
     # The stream is part of the key: the copy that fills a table is ordered before the launches of its own stream only.
     key = (rows, path, device, torch.cuda.current_stream(device).cuda_stream)
-    table = _tables.get(key)
-    if table is None:
-        table = _tables[key] = _build(rows, path, device)
+    if key not in _tables:
+        _tables[key] = _build(rows, path, device)
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
-    return table
+    _tables.move_to_end(key)
+    return _tables[key]
 
 
 def _build(
