@@ -177,8 +177,9 @@ Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   with_type(direction.scalar_type(), [&](auto value) {
     using T = decltype(value);
     const T* from = static_cast<const T*>(direction.data_ptr());
+    const int64_t stride = direction.stride(0);
     for (int64_t r = 0; r < w.components; ++r) {
-      v[r] = to_double(load_some(from + r * direction.stride(0), 1))[0];
+      v[r] = to_double(load_some(from + r * stride, 1))[0];
       v_square += v[r] * v[r];
     }
   });
