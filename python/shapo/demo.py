@@ -1,5 +1,4 @@
-"""The whole method on generated data, on a CPU in minutes: SFT, probe, selection, and DPO beside ShaPO under flipped
-labels.
+"""The whole method on generated data, in minutes on a CPU: SFT, probe, selection, DPO beside ShaPO, flipped labels.
 
 What comes out are measurements of one small model on one seed; `report` says what they do not show.  Every step is one
 that the other commands offer too, and everything they need is left in the output folder.
@@ -10,13 +9,8 @@ thread, and with one thread the numbers do not depend on how many cores a machin
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +25,20 @@ from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
+from shapo.demo_settings import (
+    BATCH,
+    BETA,
+    BETA_REWARD,
+    NOISE,
+    RATIOS,
+    RHOS,
+    SIZES,
+    YARDSTICK_RHO,
+    Method,
+    Size,
+    describe,
+    methods,
+)
 from shapo.evaluation import preference_metrics
 from shapo.files import atomic_folder, write_json, write_text
 from shapo.plots import plot_probe, plot_sharpness, plot_training
@@ -43,88 +51,10 @@ from shapo.training.loop import METRICS
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft
+from shapo.workers import Spread, threads, workers
 from shapo_kernels import Subspace
 
-
-@dataclass(frozen=True)
-class Size:
-    """How large everything is; see `SIZES`.  `percent` is of all neurons, radii are in weight units."""
-
-    rows: dict[str, int]
-    vocabulary: int = 1024
-    hidden: int = 64
-    intermediate: int = 256
-    layers: int = 4
-    sft_updates: int = 300
-    probe_rows: int = 2000
-    reward_updates: int = 150
-    epochs: int = 6
-    curve_pairs: int = 150
-    sharpness_pairs: int = 100
-    percent: float = 5.0
-
-
-SIZES = {
-    "full": Size({"sft": 5000, "train": 320, "selection": 300, "test": 400, "test_unseen": 300}),
-    "small": Size(
-        {"sft": 240, "train": 32, "selection": 32, "test": 32, "test_unseen": 32},
-        vocabulary=400,
-        hidden=32,
-        intermediate=64,
-        layers=2,
-        sft_updates=20,
-        probe_rows=100,
-        reward_updates=10,
-        epochs=2,
-        curve_pairs=16,
-        sharpness_pairs=8,
-        percent=10.0,
-    ),
-}
-
-NOISE = 0.3
-BETA = 0.1
-BETA_REWARD = 1.0
-BATCH = 16
-LR, SMALL_LR = 1e-3, 1e-4
-RHO_NEURONS, RHO_UNIFORM = 2.0, 0.2
-YARDSTICK_RHO = 0.1
-RHOS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _REWARDS_KEY = {"split": "train"}
-RATIOS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: `subspace` is a file name under subspaces/, "all" for every parameter, or None for plain
-    training.
-    """
-
-    name: str
-    slug: str
-    reward_level: bool = False
-    subspace: str | None = None
-    rho: float = 0.0
-    lr: float = LR
-
-
-def methods() -> list[Method]:
-    """DPO first: the sharpness curves are drawn at its end."""
-    chosen = [
-        ("critical by probe", "probe", RHO_NEURONS),
-        ("critical by gradient", "gradient", RHO_NEURONS),
-        ("random", "random", RHO_NEURONS),
-        ("uniform", "all", RHO_UNIFORM),
-    ]
-    token = [Method(f"ShaPO, {name}", f"shapo-{key}", False, key, rho) for name, key, rho in chosen]
-    reward = [replace(m, name=f"{m.name}, reward level", slug=f"{m.slug}-reward", reward_level=True) for m in token]
-    return [
-        Method("DPO", "dpo"),
-        Method("DPO, smaller lr", "dpo-small-lr", lr=SMALL_LR),
-        *token,
-        Method("plain, reward level", "plain-reward", reward_level=True),
-        *reward,
-    ]
 
 
 @dataclass(frozen=True)
@@ -153,9 +83,9 @@ def run_demo(
     started = time.perf_counter()
     task = _Task(str(output), SIZES[size], seed, device)
     quiet_transformers()
-    with _threads(1):
+    with threads(1):
         _prepare(task, progress)
-        with _workers(jobs) as spread:
+        with workers(jobs) as spread:
             probe, rewards = spread([(_prepare_subspaces, task), (_prepare_rewards, task)])
             if progress:
                 print(
@@ -167,7 +97,7 @@ def run_demo(
         results = {
             "size": size,
             "seed": seed,
-            "settings": _settings(task.size),
+            "settings": describe(task.size),
             "versions": versions(),
             "sft": read_metrics(output / "sft" / METRICS, "evaluation")[-1],
             "probe": probe,
@@ -180,50 +110,8 @@ def run_demo(
     return results
 
 
-_Job = tuple[Callable[[_Task], dict[str, Any]], _Task]
-_Spread = Callable[[Sequence[_Job]], Iterator[dict[str, Any]]]
-
-
-@contextmanager
-def _workers(jobs: int) -> Iterator[_Spread]:
-    """Something that runs jobs in processes (or here) and gives their results in order."""
-    if jobs == 1:
-        yield lambda work: map(_call, work)
-        return
-    # Spawned, not forked: a fork after OpenMP or CUDA has started may hang.
-    with multiprocessing.get_context("spawn").Pool(jobs, _start_worker) as pool:
-        yield lambda work: pool.imap(_call, work)
-        # In good order, so that they clear up after themselves; after an exception the pool terminates them.
-        pool.close()
-        pool.join()
-
-
-def _start_worker() -> None:
-    # Ctrl-C is for the parent, which ends its workers.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    torch.set_num_threads(1)
-    # tqdm's own lock is a named semaphore, which a worker that is ended early would leave behind.
-    tqdm.set_lock(threading.RLock())
-
-
-def _call(job: _Job) -> dict[str, Any]:
-    quiet_transformers()
-    function, task = job
-    return function(task)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _train_all(spread: _Spread, task: _Task, progress: bool) -> list[dict[str, Any]]:
-    work: list[_Job] = [(_train, replace(task, method=method)) for method in methods()]
+def _train_all(spread: Spread, task: _Task, progress: bool) -> list[dict[str, Any]]:
+    work = [(_train, replace(task, method=method)) for method in methods()]
     rows = []
     with tqdm(total=len(work), desc="methods", unit="method", disable=not progress) as bar:
         for row in spread(work):
@@ -293,6 +181,7 @@ def _prepare_rewards(task: _Task) -> dict[str, Any]:
     """A small reward model, trained on clean labels of the selection split, and its scores of the training pairs."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    quiet_transformers()
     output = Path(task.output)
     torch.manual_seed(task.seed)
     folder = output / "sft" / "model"
@@ -393,19 +282,6 @@ def _write(output: Path, results: dict[str, Any]) -> None:
         shutil.copytree(output / "methods" / report.FINAL_MODEL / "model", folder, dirs_exist_ok=True)
 
 
-def _settings(size: Size) -> dict[str, Any]:
-    return {
-        **size.rows,
-        **{key: value for key, value in asdict(size).items() if key != "rows"},
-        "noise": NOISE,
-        "beta": BETA,
-        "beta_reward": BETA_REWARD,
-        "batch": BATCH,
-        "yardstick_rho": YARDSTICK_RHO,
-        "updates_an_epoch": -(-size.rows["train"] // BATCH),
-    }
-
-
 def _new_model(size: Size, tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -432,6 +308,7 @@ def _encoder(tokenizer: Any) -> PairEncoder:
 def _load(folder: Path, task: _Task) -> tuple[Any, PairEncoder]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet_transformers()
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     return model.to(task.device).eval(), _encoder(AutoTokenizer.from_pretrained(folder))
 

@@ -201,7 +201,8 @@ def _limits(results: Mapping[str, Any]) -> str:
     return _list(
         f"""
         One seed. Accuracies on {test} pairs have intervals up to {100 * width:.0f} points wide, and another draw of
-        data, weights and flips moves them too; smaller differences between rows say nothing. `--seed` gives another.
+        data, weights and flips moves them too (`--seed`), and so does mere rounding, on another processor or version of
+        torch; smaller differences between rows say nothing.
         """,
         """
         The probe's critical neurons against random ones: at this scale they have been no better in repeated trials. The
