@@ -27,6 +27,7 @@ from shapo_kernels.triton import subspace_kernels, tables
 
 # By path: the package's attributes of these names are the functions.
 column_cosine = importlib.import_module("shapo_kernels.triton.column_cosine")
+sequence_logps = importlib.import_module("shapo_kernels.triton.sequence_logps")
 subspace_update = importlib.import_module("shapo_kernels.triton.subspace_update")
 neuron_update = importlib.import_module("shapo_kernels.triton.neuron_update")
 
@@ -75,6 +76,7 @@ def specialisations() -> Iterator[Specialisation]:
     yield from _subspace()
     yield from _cosine()
     yield from _neuron()
+    yield from _logps()
 
 
 _SUBSPACE_TYPES = {
@@ -224,6 +226,43 @@ def _of_neuron(
     own = {name: types[name] for name in kernel.arg_names if name not in constants}
     divisible = frozenset(own) & {"result", "output", "grad", "x"} if fixed["ALIGNED"] else frozenset()
     return Specialisation(kernel, types=own, constants=constants, divisible=divisible, options=options, **more)
+
+
+def _logps() -> Iterator[Specialisation]:
+    for dtype, aligned in itertools.product(_NAMES, (True, False)):
+        name, wide = _NAMES[dtype], dtype == torch.float64
+        per_token = dict.fromkeys(("logps", "normalizers", "entropies", "grad"), "*fp64" if wide else "*fp32")
+        rows = (
+            "logits",
+            "slopes",
+            "vocabulary",
+            "row_stride",
+            "token_stride",
+            "slope_row_stride",
+            "slope_token_stride",
+        )
+        types = {**dict.fromkeys(("logits", "slopes"), f"*{name}"), "labels": "*i64", **per_token}
+        constants = {**sequence_logps.configuration(wide), "STEPS": sequence_logps.STEPS}
+        if aligned:  # every token's logits lie side by side and begin on 16 bytes
+            constants |= {"stride": 1, "slope_stride": 1}
+        for kernel, entropy in (
+            (sequence_logps.normalize_kernel, False),
+            (sequence_logps.normalize_kernel, True),
+            (sequence_logps.slope_kernel, False),
+        ):
+            fixed = {key: value for key, value in {**constants, "ENTROPY": entropy}.items() if key in kernel.arg_names}
+            own = {key: types.get(key, "i32") for key in kernel.arg_names if key not in fixed}
+            yield Specialisation(
+                kernel,
+                f"{name}{', entropy' if entropy else ''}{'' if aligned else ', any stride'}",
+                own,
+                fixed,
+                frozenset(own) & {*per_token, *(rows if aligned else ())},
+                dict(sequence_logps.OPTIONS),
+                wide=aligned,
+                registers=128 if aligned else 255,
+                core=aligned and dtype == torch.bfloat16 and not entropy,
+            )
 
 
 def violations(specialisation: Specialisation, target: str, found: Resources) -> list[str]:

@@ -115,28 +115,29 @@ class _LinearTokenLogps(torch.autograd.Function):
                 by_row = grad_rows if slope is None else _multiply(slope, rounded, grad.dtype)
                 by_row = _sum_over_ranks(by_row * grad[:, None], head)
                 grad_hidden[rows[:, 0], rows[:, 1]] = by_row.to(hidden.dtype)
-            # Sums over all chunks, so not in the weight's 16 bits; the same tensor is returned where the dtypes agree.
-            if ctx.needs_input_grad[1] and _is_wanted(ctx.weight_node):
-                grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
-            if ctx.needs_input_grad[2]:
-                grad_bias = torch.zeros(len(weight), dtype=grad.dtype, device=weight.device)
-            if grad_weight is not None or grad_bias is not None:
+            wants_weight = ctx.needs_input_grad[1] and _is_wanted(ctx.weight_node)
+            # Sums over all chunks, so not in the head's 16 bits; one chunk is no sum.
+            dtype = grad.dtype if len(rows) > ctx.size else head.compute_dtype
+            if wants_weight or ctx.needs_input_grad[2]:
                 buffer = _logits_buffer(min(ctx.size, len(rows)) if slope is None else 0, rounded)
                 for part, where in _chunks(rows, ctx.size):
-                    if slope is None:
+                    of_part = slope
+                    if of_part is None:
                         logits = _project(hidden[where], rounded, bias, head, buffer)
                         of_part = _slope_(logits, targets[where], head, per_token[:, part])
-                    else:
-                        of_part = slope
-                    if grad_weight is not None:
-                        inputs = hidden[where].to(grad.dtype) * grad[part, None]
-                        _add_product_(grad_weight, of_part.t(), inputs.to(head.compute_dtype))
-                    if grad_bias is not None:
-                        grad_bias += _multiply(of_part.t(), grad[part, None].to(of_part.dtype), grad.dtype)[:, 0]
+                    if wants_weight:
+                        inputs = (hidden[where].to(grad.dtype) * grad[part, None]).to(head.compute_dtype)
+                        grad_weight = _add_product(grad_weight, of_part.t(), inputs, dtype)
+                    if ctx.needs_input_grad[2]:
+                        column = grad[part, None].to(head.compute_dtype)
+                        grad_bias = _add_product(grad_bias, of_part.t(), column, grad.dtype)
+            if not len(rows):
+                grad_weight = torch.zeros_like(weight) if wants_weight else None
+                grad_bias = torch.zeros_like(bias)[:, None] if ctx.needs_input_grad[2] else None
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_bias is None else grad_bias[:, 0].to(bias.dtype),
             None,
             None,
             None,
@@ -247,13 +248,18 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in ``dtype``, over the memory of ``total``."""
+    if total is None:
+        if a.dtype == dtype:
+            return a @ b
+        total = torch.zeros((len(a), b.shape[1]), dtype=dtype, device=a.device)
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-        return
+        return total.addmm_(a, b)
     step = max(1, BLOCK_ELEMENTS // max(1, b.shape[1]))
     for start in range(0, len(a), step):
-        total[start : start + step] += _multiply(a[start : start + step], b, total.dtype)
+        total[start : start + step] += _multiply(a[start : start + step], b, dtype)
+    return total
 
 
 def _sum_over_ranks(tensor: Tensor, head: Head) -> Tensor:

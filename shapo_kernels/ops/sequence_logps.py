@@ -106,42 +106,45 @@ class _TokenLogps(torch.autograd.Function):
         return slope, None, None, None, None, None
 
 
+def fake_token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int, shift: int, first: int, vocabulary: int, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, length, _ = logits.shape
+    dtype = compute_dtype_of(logits.dtype)
+    return (
+        logits.new_empty(rows, length, dtype=dtype),
+        logits.new_empty(2, rows, length, dtype=dtype),
+        logits.new_empty(rows if entropy else 0, length, dtype=dtype),
+    )
+
+
+def fake_token_logps_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    normalizers: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    shift: int,
+    first: int,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def fake_token_logps_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    normalizers: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    shift: int,
+    first: int,
+) -> None:
+    return None
+
+
 if native.has_cpu or native.has_cuda:
-
-    @torch.library.register_fake("shapo_kernels::token_logps")
-    def _token_logps_fake(
-        logits: Tensor, labels: Tensor, ignore_index: int, shift: int, first: int, vocabulary: int, entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, length, _ = logits.shape
-        dtype = compute_dtype_of(logits.dtype)
-        return (
-            logits.new_empty(rows, length, dtype=dtype),
-            logits.new_empty(2, rows, length, dtype=dtype),
-            logits.new_empty(rows if entropy else 0, length, dtype=dtype),
-        )
-
-    @torch.library.register_fake("shapo_kernels::token_logps_gradient")
-    def _token_logps_gradient_fake(
-        logits: Tensor,
-        labels: Tensor,
-        logps: Tensor,
-        normalizers: Tensor,
-        grad: Tensor,
-        ignore_index: int,
-        shift: int,
-        first: int,
-    ) -> Tensor:
-        return torch.empty_like(logits)
-
-    @torch.library.register_fake("shapo_kernels::token_logps_gradient_")
-    def _token_logps_gradient_fake_(
-        logits: Tensor,
-        labels: Tensor,
-        logps: Tensor,
-        normalizers: Tensor,
-        grad: Tensor,
-        ignore_index: int,
-        shift: int,
-        first: int,
-    ) -> None:
-        return None
+    torch.library.register_fake("shapo_kernels::token_logps", fake_token_logps)
+    torch.library.register_fake("shapo_kernels::token_logps_gradient", fake_token_logps_gradient)
+    torch.library.register_fake("shapo_kernels::token_logps_gradient_", fake_token_logps_gradient_)

@@ -6,7 +6,9 @@ in plain Python and never by timing, so that a result does not depend on what wa
 """
 
 from ..ops.neuron_update import fake_neuron_gradient, fake_neuron_update
+from ..ops.sequence_logps import fake_token_logps, fake_token_logps_gradient, fake_token_logps_gradient_
 from . import neuron_update as _neuron_update
+from . import sequence_logps as _sequence_logps
 from .column_cosine import column_cosine
 from .registration import opaque
 from .subspace_update import (
@@ -21,6 +23,11 @@ from .subspace_update import (
 
 neuron_gradient = opaque(_neuron_update.neuron_gradient, fake_neuron_gradient)
 neuron_update = opaque(_neuron_update.neuron_update, fake_neuron_update)
+token_logps = opaque(_sequence_logps.token_logps, fake_token_logps)
+token_logps_gradient = opaque(_sequence_logps.token_logps_gradient, fake_token_logps_gradient)
+token_logps_gradient_ = opaque(
+    _sequence_logps.token_logps_gradient_, fake_token_logps_gradient_, mutates_args=("logits",)
+)
 
 __all__ = [
     "column_cosine",
@@ -33,4 +40,7 @@ __all__ = [
     "restore_",
     "selected_squared_norms",
     "squared_norms",
+    "token_logps",
+    "token_logps_gradient",
+    "token_logps_gradient_",
 ]

@@ -6,7 +6,7 @@ Their schemas are inferred from the functions, which have the arguments of those
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ import torch
 _LIBRARY = torch.library.Library("shapo_triton", "DEF")
 
 
-def opaque(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.ops.shapo_triton.<name>``, run by ``function`` and traced by ``fake``; it mutates nothing."""
+def opaque(
+    function: Callable[..., Any], fake: Callable[..., Any], *, mutates_args: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """``torch.ops.shapo_triton.<name>``, run by ``function`` and traced by ``fake``."""
     name = function.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
     device = "CPU" if os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available() else "CUDA"
     _LIBRARY.impl(name, function, device)
     torch.library.register_fake(f"shapo_triton::{name}", fake, lib=_LIBRARY)
