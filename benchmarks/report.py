@@ -1,0 +1,104 @@
+"""Renders recorded rows as Markdown: no figure in a document is written by hand.
+
+python benchmarks/report.py [suite ...]                 # on standard output
+python benchmarks/report.py --into README.md [suite ...]  # between <!-- benchmarks --> and <!-- /benchmarks -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import RESULTS
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+TITLES = {
+    "subspace_update": "Norm, perturb and restore of all layers",
+    "column_cosine": "Cosine of every neuron with a direction",
+    "shapo_update": "A ShaPO update against a plain DPO update",
+}
+# Column -> heading and format; a table has those that its rows have.
+COLUMNS = {
+    "p50_ms": ("median ms", "{:.2f}"),
+    "p20_ms": ("p20", "{:.2f}"),
+    "p80_ms": ("p80", "{:.2f}"),
+    "gb_per_s": ("GB/s", "{:.1f}"),
+    "of_floor": ("of floor", "{:.2f}"),
+    "times_ours": ("of ours", "{:.1f}"),
+    "ratio_to_plain": ("of plain", "{:.2f}"),
+    "max_error": ("error", "{:.1e}"),
+    "extra_bytes": ("extra bytes", "{:,}"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", help="names of files under benchmarks/results; all by default")
+    parser.add_argument("--into", type=Path, help="a Markdown file with the two markers")
+    options = parser.parse_args(arguments)
+    suites = options.suites or sorted(path.stem for path in RESULTS.glob("*.json"))
+    runs = {suite: json.loads((RESULTS / f"{suite}.json").read_text()) for suite in suites}
+    text = "\n\n".join(render(suite, run["rows"], run["environment"]) for suite, run in runs.items())
+    if options.into is None:
+        print(text)
+    else:
+        options.into.write_text(between_markers(options.into.read_text(), text))
+
+
+def between_markers(document: str, text: str) -> str:
+    """The document with ``text`` between its markers.
+
+    Raises:
+        ValueError: the markers are not there, the first before the second.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the markers {BEGIN} and {END} in the document")
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+
+
+def render(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """One table and the machine that it was measured on.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError(f"no rows of {suite}: run pytest benchmarks/test_{suite}.py")
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [
+        f"### {TITLES.get(suite, suite)}",
+        "",
+        f"| case | variant | {' | '.join(COLUMNS[name][0] for name in columns)} |",
+        f"|---|---|{'---:|' * len(columns)}",
+    ]
+    previous = None
+    for row in rows:
+        case = row["case"] if row["case"] != previous else ""
+        previous = row["case"]
+        cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
+        lines.append(f"| {case} | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _provenance(rows, environment)])
+
+
+def _provenance(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
+    sentence = (
+        f"{environment['cpu']}, {environment['threads']} threads of {environment['cores']} cores"
+        f"{', ' + environment['gpu'] if environment['gpu'] else ''}; torch {environment['torch']}, "
+        f"commit {environment['commit']}; {rows[0]['rounds']} rounds, the variants in turn."
+    )
+    bandwidths = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]
+    if bandwidths:
+        sentence += (
+            f" Floor: what must at least be moved, at the copy bandwidth of the same rounds ({min(bandwidths):.0f} to "
+            f"{max(bandwidths):.0f} GB/s)."
+        )
+    return sentence
+
+
+if __name__ == "__main__":
+    main()
