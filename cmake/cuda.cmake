@@ -51,7 +51,7 @@ set_target_properties(shapo_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(shapo_cuda PRIVATE shapo_torch "${SHAPO_TORCH_CUDA}")
 target_compile_definitions(shapo_cuda PRIVATE USE_CUDA)
 target_compile_options(
-  shapo_cuda PRIVATE -O3 -lineinfo -Xcompiler=-Wall "-Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+  shapo_cuda PRIVATE -O3 -Xcompiler=-Wall "-Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
 target_link_options(shapo_cuda PRIVATE -Wl,--no-as-needed -Wl,--exclude-libs,ALL)
 install(TARGETS shapo_cuda LIBRARY DESTINATION .)
 

@@ -40,11 +40,7 @@ def _torch_folders() -> Iterator[Path]:
     if given:
         yield Path(given)
         return
-    # First what this process could import: without isolation that is the target environment's torch, with it one that
-    # the front end fetched because get_requires_for_build_wheel asked for it.
-    spec = importlib.machinery.PathFinder.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        yield Path(spec.origin).parent
+    yield from _importable_torch()
     # pip hides the target environment from an isolated build, yet runs the target's own interpreter.
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     # Other front ends build in an environment of their own; the target is then known if it is activated.
@@ -60,6 +56,14 @@ def _torch_folders() -> Iterator[Path]:
         ]
     for folder in folders:
         yield Path(folder) / "torch"
+
+
+def _importable_torch() -> Iterator[Path]:
+    """What this process could import, which is not done: without isolation that is the target environment's torch, with
+    it one that the front end fetched because get_requires_for_build_wheel asked for it."""
+    spec = importlib.machinery.PathFinder.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent
 
 
 def _sees_system_packages() -> bool:
