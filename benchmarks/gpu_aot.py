@@ -2,7 +2,7 @@
 
 A specialisation is a kernel with its compile-time constants and the alignments that a launch would find. For each the
 registers, shared memory, spills and the widest global access are read from the binary. Nothing is run and nothing is
-timed. ``python -m benchmarks.gpu_aot`` compiles all of them and writes the table of docs/gpu_kernels.md.
+timed. gpu_table.py makes the table of docs/gpu_kernels.md from it.
 """
 
 from __future__ import annotations
@@ -281,6 +281,15 @@ def violations(specialisation: Specialisation, target: str, found: Resources) ->
 
 def compiled(specialisation: Specialisation, target: str) -> Resources:
     """Compile for a target that need not be there, from Triton's cache where it is, and read the resources."""
+    binary = compile_for(specialisation, target)
+    shared = int(binary.metadata.shared)
+    if "amdgcn" in binary.asm:
+        return _amd_resources(binary.asm["amdgcn"], shared)
+    return _nvidia_resources(binary.asm["cubin"], shared)
+
+
+def compile_for(specialisation: Specialisation, target: str) -> Any:
+    """Triton's own compiled kernel."""
     spec = specialisation
     arguments = spec.kernel.arg_names
     signature = {name: spec.types.get(name, "constexpr") for name in arguments}
@@ -289,11 +298,7 @@ def compiled(specialisation: Specialisation, target: str) -> Resources:
         raise ValueError(f"{spec.name} says nothing about {missing}")
     attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
     source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)
-    binary = triton.compile(source, target=TARGETS[target], options=dict(spec.options))
-    shared = int(binary.metadata.shared)
-    if "amdgcn" in binary.asm:
-        return _amd_resources(binary.asm["amdgcn"], shared)
-    return _nvidia_resources(binary.asm["cubin"], shared)
+    return triton.compile(source, target=TARGETS[target], options=dict(spec.options))
 
 
 def _nvidia_resources(cubin: bytes, shared: int) -> Resources:

@@ -1,6 +1,6 @@
 """These tests run the Triton kernels in Triton's interpreter, which must be chosen before triton is imported.
 
-So they have a process of their own, which tests/triton/test_interpreter.py starts; ordinary collection passes over them.
+So they have a process of their own, which tests/triton/test_interpreter.py starts; others pass over them.
 """
 
 import os

@@ -1,0 +1,107 @@
+"""benchmarks/gpu.py, dry-run on the CPU: its steps, its rows, and that what is wrong is neither hidden nor timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import gpu_bench
+import pytest
+import report
+import torch
+
+RUNNER = Path(gpu.__file__)
+
+
+def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(RUNNER), "--dry-run", "--output", str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = json.loads((tmp_path / "steps.json").read_text())
+    assert {step["status"] for step in steps} == {"passed"}
+    assert {"time subspace_update", "time neuron_operators", "time column_cosine"} <= {step["step"] for step in steps}
+    found = sorted(path.name for path in tmp_path.glob("dry_run_*.json"))
+    assert found == [f"dry_run_gpu_{name}.json" for name in ("column_cosine", "neurons", "subspace_update")]
+    for path in tmp_path.glob("dry_run_*.json"):
+        recorded = json.loads(path.read_text())
+        assert recorded["environment"]["commit"]
+        for row in recorded["rows"]:
+            assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+            assert {"dtype", "shape", "bytes", "gb_per_s", "percent_of_peak", "times_ours", "copy_gb_per_s"} <= set(row)
+        assert "shapo_kernels, " in report.render(path.stem, recorded["rows"], recorded["environment"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_runner_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--output", str(tmp_path)])
+    assert exit.value.code == 2
+    assert "use --dry-run" in capsys.readouterr().err
+
+
+def bench():
+    return gpu_bench.Bench(torch.device("cpu"), small=True, rounds=2, deadline=float("inf"))
+
+
+def wrong():
+    raise AssertionError("the result is wrong")
+
+
+def test_a_variant_whose_check_fails_is_refused_and_not_timed():
+    calls = []
+    found = bench()
+    found.compare(
+        "suite",
+        "case",
+        {"ours": (lambda: None, lambda: None), "baseline": (lambda: calls.append(1), wrong)},
+        "ours",
+    )
+    assert [(row["variant"], "refused" in row) for row in found.rows] == [("baseline", True), ("ours", False)]
+    assert "the result is wrong" in found.rows[0]["refused"]
+    assert not calls
+
+
+def test_where_our_own_check_fails_nothing_is_timed():
+    found = bench()
+    found.compare("suite", "case", {"ours": (wrong, wrong), "baseline": (lambda: None, lambda: None)}, "ours")
+    assert [row["variant"] for row in found.rows] == ["ours"]
+    assert "p50_ms" not in found.rows[0]
+
+
+def test_the_check_of_an_update_notices_a_wrong_step_and_weights_that_stay_perturbed():
+    problem = gpu_bench.Update(bench(), torch.float32)
+
+    def far():
+        for weight in problem.weights:
+            weight.add_(1)
+        problem.perturbed = [w[:, i].clone() for w, i in zip(problem.weights, problem.indices, strict=True)]
+
+    with pytest.raises(AssertionError, match=r"not at theta \+ eps"):
+        problem.check(far, exact=True)()
+    for weight, old in zip(problem.weights, problem.original, strict=True):
+        weight.copy_(old)
+    right = problem.indexed()
+
+    def unrestored():
+        right()
+        problem.weights[0][0, 0] += 1
+
+    with pytest.raises(AssertionError, match="not restored"):
+        problem.check(unrestored, exact=True)()
+
+
+def test_a_failed_step_is_recorded_and_the_run_goes_on(tmp_path):
+    steps = gpu.Steps(tmp_path, budget=60)
+    with steps.step("breaks"):
+        raise ValueError("why")
+    with steps.step("a command"):
+        steps.command("fails", [sys.executable, "-c", "print('seen'); raise SystemExit(3)"], 30)
+    with steps.step("works"):
+        pass
+    recorded = json.loads((tmp_path / "steps.json").read_text())
+    assert [entry["status"] for entry in recorded] == ["failed", "failed", "passed"]
+    assert recorded[0]["reason"] == "ValueError: why"
+    assert "exit code 3" in recorded[1]["reason"]
+    assert (tmp_path / "fails.log").read_text() == "seen\n"
