@@ -158,7 +158,7 @@ def _prepare_subspaces(task: _Task) -> dict[str, Any]:
     examples = probe_examples(pairs)
     features = extract_features(model, encoder, examples, batch_size=32, progress=False)
     labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
-    probe = train_probe(features, labels, groups, lr=0.3, epochs=60, seed=task.seed)
+    probe = train_probe(features, labels, groups, lr=0.05, epochs=60, seed=task.seed)
     probe.save(output / "probe" / "probe.safetensors")
     curve = [epoch.validation_accuracy for epoch in probe.curve]
     plot_probe(output / "probe.png", curve, baseline=probe.majority, title="safety probe on the SFT model")

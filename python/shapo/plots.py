@@ -94,9 +94,8 @@ def plot_probe(path: str | os.PathLike[str], accuracies: Sequence[float], *, bas
         label="probe",
     )
     axis.axhline(100 * baseline, color=COLORS[1], linestyle="--", label="majority class")
-    axis.set_ylim(min(45.0, 95 * baseline), 101)
     _label(axis, "epoch", "validation accuracy, unseen prompts (%)")
-    axis.legend(frameon=False, loc="lower right")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 

@@ -226,7 +226,7 @@ def _commands(output: Path, seed: int) -> str:
     commands = [
         f"evaluate --model {folder}/model --reference {sft} --data {data}/test.jsonl "
         f"--output {folder}/try/evaluation.json",
-        f"probe --model {sft} --data {data}/sft.jsonl --limit 2000 --lr 0.3 --epochs 60 --output {folder}/try/probe",
+        f"probe --model {sft} --data {data}/sft.jsonl --limit 2000 --lr 0.05 --epochs 60 --output {folder}/try/probe",
         f"select --method probe --percent 5 --model {sft} --probe {folder}/try/probe/probe.safetensors "
         f"--output {folder}/try/critical.safetensors",
         f"train --model {sft} --data {data}/train.jsonl --noise 0.3 --noise-seed {seed} --eval-data {data}/test.jsonl "
