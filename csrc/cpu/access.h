@@ -1,9 +1,9 @@
 // Moves a layer's selected elements to and from compact memory: bits only, whatever the dtype.
 //
 // With scattered columns this is where the time goes: a row's selected elements lie in different cache lines, which the
-// hardware's prefetchers cannot foresee. So the lines of the rows ahead are asked for while a row is moved: norm, perturb
-// and restore of 28 layers of 3072 x 2048 float32, 1 % random columns, take 13 ms with it and 17 ms without (two Zen 5
-// cores; any distance from 40 to 320 lines does equally well).
+// hardware's prefetchers cannot foresee. So the lines of the rows ahead are asked for while a row is moved: norm,
+// perturb and restore of 28 layers of 3072 x 2048 float32, 1 % random columns, take 13 ms with it and 17 ms without
+// (two Zen 5 cores; any distance from 40 to 320 lines does equally well).
 
 #pragma once
 
