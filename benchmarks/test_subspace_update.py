@@ -74,8 +74,32 @@ class Problem:
         return 5 * sum(touched_line_bytes(w, i, a) for w, i, a in lines)
 
 
+class SparseSam:
+    """Clone, mask, multiply, add, subtract: how a SAM wrapper with a dense mask of the weights' size does it."""
+
+    exact = False
+
+    def __init__(self, problem: Problem) -> None:
+        self.p = problem
+        self.masks = [m.expand_as(w).contiguous() for m, w in zip(problem.masks, problem.weights, strict=True)]
+
+    def perturb(self) -> None:
+        layers = list(zip(self.p.weights, self.p.gradients, self.masks, strict=True))
+        norm = torch.stack([(g * m).norm(dtype=torch.float32) for _, g, m in layers]).norm()
+        scale = RHO / (norm + 1e-12)
+        self.old = [w.clone() for w, _, _ in layers]
+        self.eps = [g * m * scale.to(g.dtype) for _, g, m in layers]
+        for weight, eps in zip(self.p.weights, self.eps, strict=True):
+            weight.add_(eps)
+
+    def restore(self) -> None:
+        for weight, eps in zip(self.p.weights, self.eps, strict=True):
+            weight.sub_(eps)
+        del self.eps, self.old
+
+
 class Dense:
-    """Masked copies of whole gradients, added and subtracted again: what a SAM wrapper with a mask does."""
+    """The best that whole tensors allow: one copy of the gradients, a broadcast mask, everything else in place."""
 
     exact = False
 
@@ -83,7 +107,7 @@ class Dense:
         self.p = problem
 
     def perturb(self) -> None:
-        self.eps = [g.clone().mul_(m) for g, m in zip(self.p.gradients, self.p.masks, strict=True)]
+        self.eps = [g * m for g, m in zip(self.p.gradients, self.p.masks, strict=True)]
         norm = torch.stack([e.norm(dtype=torch.float32) for e in self.eps]).norm()
         for weight, eps in zip(self.p.weights, self.eps, strict=True):
             weight.add_(eps.mul_((RHO / (norm + 1e-12)).to(eps.dtype)))
@@ -94,22 +118,8 @@ class Dense:
         del self.eps
 
 
-class DenseForeach(Dense):
-    """The same with torch._foreach functions."""
-
-    def perturb(self) -> None:
-        self.eps = list(torch._foreach_mul(self.p.gradients, self.p.masks))
-        norm = torch.stack(torch._foreach_norm(self.eps, dtype=torch.float32)).norm()
-        torch._foreach_mul_(self.eps, RHO / (norm + 1e-12).item())
-        torch._foreach_add_(self.p.weights, self.eps)
-
-    def restore(self) -> None:
-        torch._foreach_sub_(self.p.weights, self.eps)
-        del self.eps
-
-
 class DenseCompiled(Dense):
-    """The same compiled as one graph, the norm and the scale included."""
+    """The same compiled, the norm and the scale included."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -147,6 +157,20 @@ class Indexed:
         del self.backups
 
 
+class IndexedForeach(Indexed):
+    """The same with torch._foreach functions for all arithmetic."""
+
+    def perturb(self) -> None:
+        p, axis = self.p, self.p.case.axis
+        values = [g.index_select(axis, i).float() for g, i in zip(p.gradients, p.indices, strict=True)]
+        scale = RHO / (torch.stack(torch._foreach_norm(values)).norm() + 1e-12)
+        self.backups = [w.index_select(axis, i) for w, i in zip(p.weights, p.indices, strict=True)]
+        torch._foreach_mul_(values, scale)
+        torch._foreach_add_(values, self.backups)
+        for weight, index, value in zip(p.weights, p.indices, values, strict=True):
+            weight.index_copy_(axis, index, value.to(weight.dtype))
+
+
 class Kernels:
     """This library's operators, through their public functions."""
 
@@ -169,9 +193,10 @@ class Kernels:
 
 
 VARIANTS: dict[str, type[Any]] = {
-    "dense": Dense,
-    "dense, foreach": DenseForeach,
-    "dense, compiled": DenseCompiled,
+    "mask, clone, add, subtract": SparseSam,
+    "whole tensors in place": Dense,
+    "index_select, foreach": IndexedForeach,
+    "whole tensors, compiled": DenseCompiled,
     "index_select": Indexed,
     OURS: Kernels,
 }
