@@ -147,7 +147,8 @@ def neuron_operators_err_no_more_than_eager(device: torch.device) -> None:
 
 def no_worse(got: Tensor, eager: Tensor, truth: Tensor) -> None:
     """The largest error is at most twice eager's in the same dtype: another order of adding, and no more."""
-    unit = torch.finfo(eager.dtype).eps * truth.abs().max()
+    # Eager's float64 is the truth itself: there, some units in the last place are what another order costs.
+    unit = torch.finfo(eager.dtype).eps * truth.abs().max() * (16 if eager.dtype == F64 else 1)
     mine, theirs = (x.double().sub(truth).abs().max() for x in (got, eager))
     assert mine <= 2 * theirs + unit, f"error {mine:.2e}, eager's {theirs:.2e}"
 

@@ -32,6 +32,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def headers() -> list[str]:
+    """The folders of CUDA's own headers, as nvcc names them."""
+    command = [nvcc() or "nvcc", "--dryrun", "-x", "cu", "-c", "-", "-o", "/dev/null"]
+    said = subprocess.run(command, input="", capture_output=True, text=True, check=True).stderr
+    return [
+        path for line in said.splitlines() if "INCLUDES=" in line for path in re.findall(r'"(?:-I)?(/[^"]+)"', line)
+    ]
+
+
 def compile_source(
     source: Path, architectures: tuple[str, ...] = ARCHITECTURES, to: Path | None = None
 ) -> tuple[list[Kernel], list[str]]:

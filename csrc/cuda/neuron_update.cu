@@ -87,9 +87,9 @@ template <class T, class X>
 __global__ void __launch_bounds__(THREADS)
     update_kernel(Problem problem, const T* __restrict__ output, const T* __restrict__ direction,
                   int64_t direction_stride, T* __restrict__ result) {
-  __shared__ alignas(32) T held[TOKENS][NEURONS + PAD];
+  alignas(32) __shared__ T held[TOKENS][NEURONS + PAD];
   // The features' directions, and then, in the same place, the products that wait to be added.
-  __shared__ alignas(32) T met[FEATURES][NEURONS + PAD];
+  alignas(32) __shared__ T met[FEATURES][NEURONS + PAD];
   constexpr int PRODUCT_STRIDE = FEATURES + 4;
   static_assert(TOKENS * PRODUCT_STRIDE * sizeof(float) <= sizeof(met), "products fit where the directions were");
   auto* products = reinterpret_cast<float*>(&met[0][0]);
@@ -158,9 +158,9 @@ template <class T, class X>
 __global__ void __launch_bounds__(THREADS)
     gradient_kernel(Problem problem, const T* __restrict__ grad, float* __restrict__ partials) {
   constexpr int STEP = 32;  // tokens at a time
-  __shared__ alignas(32) T grads[STEP][FEATURES + PAD];
-  __shared__ alignas(32) T inputs[STEP][NEURONS + PAD];
-  __shared__ alignas(32) float corner[THREADS / 32][FRAGMENT][FRAGMENT + 4];
+  alignas(32) __shared__ T grads[STEP][FEATURES + PAD];
+  alignas(32) __shared__ T inputs[STEP][NEURONS + PAD];
+  alignas(32) __shared__ float corner[THREADS / 32][FRAGMENT][FRAGMENT + 4];
   const int64_t first_feature = static_cast<int64_t>(blockIdx.y) * FEATURES;
   const int64_t first_k = static_cast<int64_t>(blockIdx.z) * NEURONS;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * TOKENS_IN_PART;
