@@ -19,7 +19,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../layers.h"
+#include "../tokens.h"
 #include "blocks.h"
 #include "exponential.h"
 #include "vectors.h"
@@ -153,56 +153,6 @@ SHAPO_VERSIONS(scale_softmax, void,
                 double factor),
                (from, from_stride, to, to_stride, vocabulary, highest, factor))
 
-// What an operator is given: tokens [rows, length], each with its logits and, `shift` to the right, its label.
-struct Tokens {
-  char* logits;
-  ScalarType dtype;
-  int64_t rows, length, vocabulary;
-  int64_t row_stride, token_stride, stride;  // in elements
-  const int64_t* labels;
-  int64_t label_row_stride, label_stride;
-  int64_t ignore_index, shift, first;
-
-  int64_t count() const { return rows * length; }
-  char* at(int64_t token) const {
-    return logits + (token / length * row_stride + token % length * token_stride) * bytes_of(dtype);
-  }
-  // The label's position among these logits; a token without a label has none.
-  bool labelled(int64_t token, int64_t* label) const {
-    const int64_t position = token % length + shift;
-    if (position >= length) return false;
-    const int64_t value = labels[token / length * label_row_stride + position * label_stride];
-    *label = value - first;
-    return value != ignore_index;
-  }
-  bool holds(int64_t label) const { return label >= 0 && label < vocabulary; }
-};
-
-Tokens describe(const Tensor& logits, const Tensor& labels, int64_t ignore_index, int64_t shift, int64_t first) {
-  STD_TORCH_CHECK(logits.dim() == 3 && is_floating(logits.scalar_type()), "logits is ", logits.scalar_type(), " ",
-                  describe_shape(logits), ": expected a floating-point [rows, tokens, vocabulary]");
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
-                      labels.size(1) == logits.size(1),
-                  "labels is ", labels.scalar_type(), " ", describe_shape(labels), ": expected int64 [", logits.size(0),
-                  ", ", logits.size(1), "]");
-  STD_TORCH_CHECK(shift >= 0, "shift is ", shift, ": expected 0 or more");
-  check_same_device("labels", 0, labels, logits);
-  return Tokens{static_cast<char*>(logits.data_ptr()),
-                logits.scalar_type(),
-                logits.size(0),
-                logits.size(1),
-                logits.size(2),
-                logits.stride(0),
-                logits.stride(1),
-                logits.stride(2),
-                static_cast<const int64_t*>(labels.data_ptr()),
-                labels.stride(0),
-                labels.stride(1),
-                ignore_index,
-                shift,
-                first};
-}
-
 // Calls work(token) for each, a few at a time where they are small.
 template <class F>
 void share_tokens(const Tokens& tokens, const F& work) {
@@ -233,7 +183,7 @@ using ScaleSoftmax = void (*)(const void*, int64_t, void*, int64_t, int64_t, dou
 
 std::tuple<Tensor, Tensor, Tensor> token_logps(Tensor logits, Tensor labels, int64_t ignore_index, int64_t shift,
                                                int64_t first, int64_t vocabulary, bool entropy) {
-  const Tokens tokens = describe(logits, labels, ignore_index, shift, first);
+  const Tokens tokens = describe_tokens(logits, labels, ignore_index, shift, first);
   int64_t label = 0;
   for (int64_t token = 0; token < tokens.count(); ++token) {
     STD_TORCH_CHECK(!tokens.labelled(token, &label) || (label + first >= 0 && label + first < vocabulary),
@@ -273,17 +223,12 @@ std::tuple<Tensor, Tensor, Tensor> token_logps(Tensor logits, Tensor labels, int
 // Writes the gradient of sum(grad * logps) with respect to the logits to `to`, which may be their own memory.
 void write_gradient(const Tensor& logits, const Tensor& to, const Tensor& labels, const Tensor& logps,
                     const Tensor& normalizers, const Tensor& grad, int64_t ignore_index, int64_t shift, int64_t first) {
-  const Tokens tokens = describe(logits, labels, ignore_index, shift, first);
-  const Tokens written = describe(to, labels, ignore_index, shift, first);
+  const Tokens tokens = describe_tokens(logits, labels, ignore_index, shift, first);
+  const Tokens written = describe_tokens(to, labels, ignore_index, shift, first);
   const ScalarType dtype = compute_dtype_of(tokens.dtype);
-  for (const auto& [name, tensor, elements] : {std::tuple<const char*, const Tensor&, int64_t>{"logps", logps, 1},
-                                               {"normalizers", normalizers, 2},
-                                               {"grad", grad, 1}}) {
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == dtype && tensor.numel() == elements * tokens.count() && tensor.is_contiguous(), name,
-        " is ", tensor.scalar_type(), " ", describe_shape(tensor), ": expected a contiguous ", dtype, " of ",
-        elements * tokens.count(), " elements, as token_logps returns");
-  }
+  check_per_token("logps", logps, tokens, 1);
+  check_per_token("normalizers", normalizers, tokens, 2);
+  check_per_token("grad", grad, tokens, 1);
   const ScaleSoftmax scale =
       with_type(tokens.dtype, [](auto type) -> ScaleSoftmax { return scale_softmax_for_cpu<decltype(type)>(); });
   const void *logp_data = logps.data_ptr(), *normalizer_data = normalizers.data_ptr(), *grad_data = grad.data_ptr();
