@@ -145,6 +145,59 @@ def neuron_operators_err_no_more_than_eager(device: torch.device) -> None:
                 no_worse(got, eager, truth)
 
 
+def logps_err_no_more_than_eager(device: torch.device) -> None:
+    for dtype, vocabulary, layout in itertools.product(DTYPES, (1, 70, 2048, 5001), ("rows", "every other")):
+        wide = torch.promote_types(dtype, torch.float32)
+        torch.manual_seed(vocabulary)
+        logits = (4 * torch.randn(2, 5, vocabulary)).to(dtype).to(device)
+        if layout == "every other":
+            logits = logits.repeat_interleave(2, 2)[..., ::2]
+        labels = torch.randint(0, vocabulary, (2, 5), device=device)
+        labels[0, 2], counted = -100, torch.ones(2, 5, dtype=torch.bool, device=device)
+        counted[0, 1] = counted[:, 4] = False
+        logits[~counted] = torch.nan  # is not read
+
+        def eager(x: Tensor, labels: Tensor = labels) -> Tensor:
+            picked = torch.log_softmax(x[:, :-1], -1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+            return torch.where(labels[:, 1:] != -100, picked, 0.0)
+
+        results = []
+        for function, x in (
+            (lambda x, labels=labels: ops.token_logps(x, labels)[0][:, :-1], logits),
+            (eager, logits.nan_to_num()),
+            (eager, logits.nan_to_num().double()),
+        ):
+            x = x.detach().requires_grad_()
+            logps = function(x)
+            slope = torch.linspace(-2, 2, 8, device=device, dtype=F64).reshape(2, 4).to(logps.dtype)
+            (grad,) = torch.autograd.grad((logps * slope).sum(), x)
+            results.append((logps.detach(), grad))
+        for got, own, truth in zip(*results, strict=True):
+            assert got.dtype in (wide, dtype)
+            # Of eager's error and a last bit: of fewest tokens, either may be the luckier.
+            room = 4 * torch.finfo(wide).eps * truth.abs().max()
+            assert (got.double() - truth).abs().max() <= (own.double() - truth).abs().max() + room
+        logps, entropy = ops.token_logps(logits, labels, entropy=True)
+        spread = torch.distributions.Categorical(logits=logits.nan_to_num().double()).entropy()
+        expected = torch.where(counted, spread, 0.0)
+        close([entropy.double()], [expected], rtol=1e-10 if dtype == F64 else 1e-5)
+        for first in (0, vocabulary // 2):  # a part of the vocabulary, and a gradient over the logits' memory
+            part = logits[..., first:].nan_to_num().contiguous()
+            arguments = (labels, -100, 1, first, vocabulary)
+            logps, normalizers, _ = _function("token_logps", device)(part, *arguments, False)
+            expected_logps, expected_normalizers, _ = reference.token_logps(part.double(), *arguments, False)
+            close([logps.double(), normalizers.double()], [expected_logps, expected_normalizers], rtol=1e-5)
+            slope = torch.ones_like(logps)
+            rest = (labels, logps, normalizers, slope, -100, 1, first)
+            grad = _function("token_logps_gradient", device)(part, *rest)
+            _function("token_logps_gradient_", device)(part, *rest)
+            assert torch.equal(grad, part)
+
+
+def _function(name: str, device: torch.device) -> Callable[..., Any]:
+    return backends.function(device, name)
+
+
 def no_worse(got: Tensor, eager: Tensor, truth: Tensor) -> None:
     """The largest error is at most twice eager's in the same dtype: another order of adding, and no more."""
     # Eager's float64 is the truth itself: there, some units in the last place are what another order costs.
@@ -309,6 +362,7 @@ ANYWHERE: tuple[Check, ...] = (
     norms_that_are_not_finite_skip_the_update,
     cosine_equals_fp64,
     neuron_operators_err_no_more_than_eager,
+    logps_err_no_more_than_eager,
     operators_pass_opcheck,
 )
 ON_GPU: tuple[Check, ...] = (
@@ -324,4 +378,5 @@ SANITIZED: tuple[Check, ...] = (
     update_equals_the_reference,
     cosine_equals_fp64,
     neuron_operators_err_no_more_than_eager,
+    logps_err_no_more_than_eager,
 )

@@ -30,7 +30,8 @@ def operators(tmp_path_factory):
     """torch.ops.shapo_emulated: the CUDA operators, registered for CPU tensors."""
     folder = tmp_path_factory.mktemp("emulated")
     (folder / "cuda").mkdir()
-    (folder / "layers.h").write_text((ROOT / "csrc" / "layers.h").read_text())
+    for header in (ROOT / "csrc").glob("*.h"):
+        (folder / header.name).write_text(header.read_text())
     for source in [*(ROOT / "csrc" / "cuda").iterdir(), *HERE.iterdir()]:  # what stands for CUDA's own comes last
         text, launches = LAUNCH.subn(r"emulation::launch(\2, \3, [&] { \1(\5); });", source.read_text())
         assert "<<<" not in text, f"a launch in {source.name} was not understood"
