@@ -68,7 +68,7 @@ def perturb_(
         new = torch.where(s == 0, old, (old.to(direction.dtype) + step).to(weight.dtype))
         weight.index_copy_(axis, index, new)
         computed = compute_dtype or weight.dtype
-        moved = new.to(computed).double() - old.to(computed).double()
+        moved = torch.where(s == 0, 0.0, new.to(computed).double() - old.to(computed).double())
         intended = torch.where(s == 0, 0.0, step).double()
         realised.append(torch.stack([moved.square().sum(), (moved * intended).sum(), old.double().square().sum()]))
     return torch.stack(realised)
