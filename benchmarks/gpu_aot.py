@@ -94,7 +94,7 @@ _SUBSPACE_TYPES = {
     "eta_high": "fp32",
     "eta_low": "fp32",
 }
-_OWN_MEMORY = frozenset({"table", "layer_of_block", "partials"})
+_OWN_MEMORY = frozenset({"table", "layer_of_block", "partials", "squares", "scales"})
 
 
 def _of_subspace(kernel: Any, label: str, constants: dict[str, Any], **more: Any) -> Specialisation:
@@ -131,20 +131,13 @@ def _cosine() -> Iterator[Specialisation]:
             **dict.fromkeys(("dots", "squares"), "*fp64"),
             **dict.fromkeys(("neurons", "components", "neuron_stride", "component_stride", "direction_stride"), "i32"),
         }
-        across = "neuron_stride" if along_components else "component_stride"
-        beside = "component_stride" if along_components else "neuron_stride"
-        constants: dict[str, Any] = dict(config)
-        divisible = {"dots", "squares"}
-        if aligned:  # neighbours lie side by side, and every row begins on 16 bytes
-            del types[beside]
-            constants[beside] = 1
-            divisible |= {"weight", "neurons", "components", across}
+        constants = {**config, "BESIDE": (2 if along_components else 1) if aligned else 0}
         yield Specialisation(
             column_cosine.sum_kernel,
             f"{_NAMES[dtype]}, axis {0 if along_components else 1}{'' if aligned else ', any stride'}",
             types,
             constants,
-            frozenset(divisible),
+            frozenset({"weight"} if aligned else {}),
             dict(column_cosine.OPTIONS),
             wide=aligned,
             registers=128 if aligned else 255,
@@ -161,7 +154,7 @@ def _cosine() -> Iterator[Specialisation]:
                 **dict.fromkeys(("neurons", "components", "direction_stride", "parts"), "i32"),
             },
             {"FINISH": column_cosine.FINISH, "CHUNK": column_cosine.CHUNK},
-            frozenset({"dots", "squares", "cosines"}),
+            frozenset({"cosines"}),
             dict(column_cosine.OPTIONS),
             core=out == "fp32",
         )
@@ -296,9 +289,16 @@ def compile_for(specialisation: Specialisation, target: str) -> Any:
     missing = [name for name in arguments if name not in spec.types and name not in spec.constants]
     if missing:
         raise ValueError(f"{spec.name} says nothing about {missing}")
-    attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
+    attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in divisible(spec)}
     source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)
     return triton.compile(source, target=TARGETS[target], options=dict(spec.options))
+
+
+def divisible(specialisation: Specialisation) -> set[str]:
+    """The arguments whose alignment a launch would tell the compiler."""
+    kernel = specialisation.kernel
+    silent = {param.name for param in kernel.params if param.do_not_specialize_on_alignment}
+    return set(specialisation.divisible) - silent
 
 
 def _nvidia_resources(cubin: bytes, shared: int) -> Resources:

@@ -17,7 +17,10 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 CHUNK = 256
 
 
-@triton.jit(do_not_specialize=["direction_stride"], do_not_specialize_on_alignment=["direction"])
+@triton.jit(
+    do_not_specialize=["neurons", "components", "neuron_stride", "component_stride", "direction_stride"],
+    do_not_specialize_on_alignment=["direction", "dots", "squares"],
+)
 def sum_kernel(
     weight,
     direction,
@@ -28,11 +31,22 @@ def sum_kernel(
     neuron_stride,
     component_stride,
     direction_stride,
+    BESIDE: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_N: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """dots[part, n], squares[part, n] = sums over the part's components of neuron n."""
+    """dots[part, n], squares[part, n] = sums over the part's components of neuron n.
+
+    ``BESIDE``: the neurons (1) or the components (2) lie side by side in rows that are multiples of 16 elements; 0: any
+    strides.
+    """
+    if BESIDE == 1:
+        neuron_stride = 1
+        neurons, component_stride = neurons // 16 * 16, component_stride // 16 * 16
+    elif BESIDE == 2:
+        component_stride = 1
+        components, neuron_stride = components // 16 * 16, neuron_stride // 16 * 16
     part = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
     dot = tl.zeros([TILE_C, TILE_N], tl.float64)
@@ -52,7 +66,7 @@ def sum_kernel(
 
 @triton.jit(
     do_not_specialize=["neurons", "components", "direction_stride", "parts"],
-    do_not_specialize_on_alignment=["direction"],
+    do_not_specialize_on_alignment=["direction", "dots", "squares"],
 )
 def finish_kernel(
     direction,
@@ -127,5 +141,12 @@ def column_cosine(weight: Tensor, direction: Tensor, axis: int) -> Tensor:
 
 def configuration(weight: Tensor, axis: int) -> dict[str, int]:
     """A tile that lies along the memory, whichever way the weight is stored."""
-    along_components = weight.stride(1 - axis) == 1 and weight.stride(axis) != 1
-    return COMPONENTS_SIDE_BY_SIDE if along_components else NEURONS_SIDE_BY_SIDE
+    along, across = weight.stride(axis), weight.stride(1 - axis)
+    if along != 1 and across == 1:
+        return {**COMPONENTS_SIDE_BY_SIDE, "BESIDE": 2 if _in_rows_of_16(weight, 1 - axis) else 0}
+    return {**NEURONS_SIDE_BY_SIDE, "BESIDE": 1 if along == 1 and _in_rows_of_16(weight, axis) else 0}
+
+
+def _in_rows_of_16(weight: Tensor, beside: int) -> bool:
+    """Whether rows along dimension ``beside`` begin on 16 bytes and are multiples of 16 elements."""
+    return weight.data_ptr() % 16 == 0 and weight.stride(1 - beside) % 16 == 0 and weight.shape[beside] % 16 == 0

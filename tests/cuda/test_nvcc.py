@@ -103,22 +103,17 @@ def test_the_library_loads_and_registers_every_operator(compiled):
     if torch.version.cuda is not None:
         pytest.skip("a CUDA build of torch has the library's own dependencies")
     printed = run(sys.executable, "-c", code).split()
-    assert set(printed) == {name for name in reference.__all__ if not name.startswith("token_logps")}
+    assert set(printed) == set(reference.__all__)
 
 
 def test_every_launch_is_checked_and_nothing_adds_floats_atomically():
     for source in gpu_nvcc.SOURCES:
         text = source.read_text()
-        assert text.count("<<<") == 0 or "STD_CUDA_KERNEL_LAUNCH_CHECK" in text
+        assert "STD_CUDA_KERNEL_LAUNCH_CHECK" in text
         assert "atomicAdd" not in text
         assert "c10/" not in text
         assert "ATen" not in text
-        entries = re.findall(
-            r"^(?:Tensor|void|std::tuple<[^>]*>) (\w+)\([^;]*?\) \{(.*?)^\}", text, re.MULTILINE | re.DOTALL
-        )
-        operators = [(name, body) for name, body in entries if name in reference.__all__]
-        assert operators
-        assert all("OnDeviceOf" in body for _, body in operators), source
+        assert "OnDeviceOf" in text
 
 
 def test_a_source_that_does_not_compile_says_so(tmp_path):

@@ -1,0 +1,139 @@
+"""What the Triton launchers would compile on a GPU is what was compiled ahead of time: nothing is launched by surprise.
+
+The launchers run on CPU tensors up to the point where a kernel would be compiled, and that is written down instead.
+"""
+
+import importlib
+import itertools
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import gpu_aot
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+F64 = torch.float64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, F64)
+subspace = importlib.import_module("shapo_kernels.triton.subspace_update")
+cosine = importlib.import_module("shapo_kernels.triton.column_cosine")
+neuron = importlib.import_module("shapo_kernels.triton.neuron_update")
+
+
+class NoDriver:
+    """As much of a GPU's driver as comes before a compilation."""
+
+    def get_current_target(self):
+        return gpu_aot.TARGETS["sm_90"]
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, types, constants, aligned arguments, options) of every launch."""
+    found = []
+
+    def note(self, key, signature, device, constexprs, options, attrs, warmup):
+        names = self.arg_names
+        found.append(
+            (
+                self.__name__,
+                {name: kind for name, kind in signature.items() if kind != "constexpr"},
+                {names[path[0]]: value for path, value in constexprs.items()},
+                {names[path[0]] for path, attributes in attrs.items() if attributes},
+                options,
+            )
+        )
+
+    monkeypatch.setattr(JITFunction, "_do_compile", note)
+    monkeypatch.setattr(
+        JITFunction, "__getitem__", lambda self, grid: lambda *a, **k: self.run(*a, grid=grid, warmup=True, **k)
+    )
+    monkeypatch.setattr(driver, "_active", NoDriver())
+    forget_devices()
+    yield found
+    forget_devices()
+
+
+def forget_devices():
+    for module in (gpu_aot.subspace_kernels, cosine, neuron):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+
+
+def assert_all_known(launches):
+    """Types and constants are a specialisation's, which presupposed no alignment that the launch does not have."""
+    known = list(gpu_aot.specialisations())
+    assert launches
+    for kernel, types, constants, aligned, options in launches:
+        matching = [
+            spec
+            for spec in known
+            if spec.kernel.__name__ == kernel
+            and spec.types == types
+            and spec.constants == constants
+            and gpu_aot.divisible(spec) <= aligned
+        ]
+        assert matching, f"{kernel} {types} {constants} {sorted(aligned)}"
+        assert all(getattr(options, name) == value for name, value in matching[0].options.items())
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES[2:3], DTYPES[3:], DTYPES])
+def test_the_subspace_update(launches, dtypes, rows):
+    weights = [torch.randn(32, 48).to(dtype) for dtype in dtypes]
+    indices, axes = [torch.tensor([1, 5, 8])] * len(weights), [0 if rows else 1] * len(weights)
+    compact = [w[:3] if rows else w[:, :3].contiguous() for w in weights]
+    values = [c.to(torch.float64 if c.dtype == F64 else torch.float32) for c in compact]
+    rho, sums = torch.ones(len(weights), dtype=F64), torch.empty(len(weights), dtype=F64)
+    subspace.gather_into(weights, indices, axes, values, sums)
+    subspace.selected_squared_norms(weights, indices, axes)
+    subspace.squared_norms(weights)
+    for norm, relative in (("global", None), ("layer", rho[:]), ("none", None)):
+        subspace.norms_and_scale(values, rho, relative, norm, 1e-12)
+        subspace.perturbation_scale(sums, rho, relative, norm, 1e-12)
+    for compute in (None, *DTYPES):
+        subspace.perturb_(weights, indices, axes, values, rho, compact, compute)
+    subspace.restore_(weights, indices, axes, compact)
+    assert_all_known(launches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_column_cosine(launches, dtype):
+    for base in (torch.randn(64, 96).to(dtype), torch.randn(63, 95).to(dtype), torch.randn(64, 192).to(dtype)[:, ::2]):
+        for weight, axis in itertools.product((base, base.t()), (0, 1)):
+            direction = torch.randn(weight.shape[1 - axis], dtype=F64 if dtype == F64 else torch.float32)
+            cosine.column_cosine(weight, direction, axis)
+    assert_all_known(launches)
+
+
+@pytest.mark.parametrize(("dtype", "input_dtype"), gpu_aot._PAIRS)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_neuron_operators(launches, dtype, input_dtype, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for tokens, features, neurons in ((1, 32, 1), (600, 48, 100), (600, 33, 130)):
+            output, x = torch.randn(tokens, features).to(dtype), torch.randn(tokens, 160).to(input_dtype)
+            direction, index = torch.randn(features, neurons).to(dtype), torch.arange(neurons)
+            for places, inputs in ((index, x), (None, x[:, :neurons]), (None, x[:, :neurons].contiguous())):
+                neuron.neuron_update(output, inputs, direction, places)
+                neuron.neuron_gradient(output, inputs, places)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # On the CPU the kernels are told to compute in float32, for the interpreter; on a GPU they are not.
+    for launch in launches:
+        if "UPCAST" in launch[2]:
+            launch[2]["UPCAST"] = False
+    assert_all_known(launches)
