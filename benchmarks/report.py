@@ -19,6 +19,8 @@ TITLES = {
     "subspace_update": "Norm, perturb and restore of all layers",
     "column_cosine": "Cosine of every neuron with a direction",
     "shapo_update": "A ShaPO update against a plain DPO update",
+    "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
+    "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
 }
 # Column -> heading and format; a table has those that its rows have.
 COLUMNS = {
@@ -31,6 +33,8 @@ COLUMNS = {
     "ratio_to_plain": ("of plain", "{:.2f}"),
     "max_error": ("error", "{:.1e}"),
     "extra_bytes": ("extra bytes", "{:,}"),
+    "extra_of_logits": ("extra, of the logits", "{:.2f}"),
+    "of_eager_memory": ("of eager's", "{:.2f}"),
 }
 
 

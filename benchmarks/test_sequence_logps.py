@@ -1,0 +1,200 @@
+"""Log-probabilities of sequences, forward and backward: from logits, and from hidden states and the head's weight.
+
+python -m pytest benchmarks/test_sequence_logps.py
+
+Every variant is checked before it is timed: our error against float64 must not exceed eager's. Liger's chunked DPO
+and cut-cross-entropy (its filter off) are measured where they are installed (``pip install liger-kernel
+cut-cross-entropy``). Of the head, ``two chunks`` shows what larger batches pay for memory: the logits computed twice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from measure import peak_extra_bytes
+from rows import interleaved, ratios, row, write
+from torch import Tensor
+
+from shapo_kernels import backends, losses
+
+ROUNDS = 5
+OURS = "shapo_kernels"
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    rows: int
+    tokens: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+    width: int = 0
+    kept: float = 1.0
+    frozen: bool = False
+
+
+LOGITS = [
+    Case("4x128x32000 fp32", 4, 128, 32000),
+    Case("4x128x32000 bf16", 4, 128, 32000, torch.bfloat16),
+    Case("4x128x32000 fp32, half ignored", 4, 128, 32000, kept=0.5),
+    Case("1x128x128256 fp32", 1, 128, 128256),
+    Case("1x128x128256 bf16", 1, 128, 128256, torch.bfloat16),
+    Case("1x64x262144 bf16", 1, 64, 262144, torch.bfloat16),
+    Case("8x32x1000 fp32", 8, 32, 1000),
+]
+HEADS = [
+    Case("8x64x32000, width 256 fp32", 8, 64, 32000, width=256),
+    Case("8x64x32000, width 512 fp32", 8, 64, 32000, width=512),
+    Case("8x64x32000, width 512 fp32, frozen", 8, 64, 32000, width=512, frozen=True),
+    Case("8x64x32000, width 512 bf16", 8, 64, 32000, torch.bfloat16, width=512),
+    Case("8x64x32000, width 256 fp32, half ignored", 8, 64, 32000, width=256, kept=0.5),
+    Case("8x64x128256, width 64 fp32", 8, 64, 128256, width=64),
+]
+_logits_rows: list[dict[str, Any]] = []
+_head_rows: list[dict[str, Any]] = []
+
+
+def eager(logits: Tensor, labels: Tensor) -> Tensor:
+    """log_softmax in float32 and gather, as trainers do."""
+    targets = labels[:, 1:]
+    logps = torch.log_softmax(logits[:, :-1], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    picked = logps.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return torch.where(targets != IGNORE, picked, 0.0).sum(1)
+
+
+def make(case: Case, *shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(case.rows, case.tokens, *shape, generator=generator).to(case.dtype)
+    labels = torch.randint(0, case.vocabulary, (case.rows, case.tokens), generator=generator)
+    labels[:, : round(case.tokens * (1 - case.kept))] = IGNORE
+    return values, labels
+
+
+@pytest.mark.parametrize("case", LOGITS, ids=lambda case: case.name)
+def test_sequence_logps(benchmark: Any, case: Case) -> None:
+    values, labels = make(case, case.vocabulary)
+    values.mul_(3).requires_grad_()
+    upstream = torch.linspace(-1, 1, case.rows)
+
+    def step(logps: Callable[[Tensor], Tensor], above: bool = False) -> Callable[[], tuple[Tensor, Tensor]]:
+        def run() -> tuple[Tensor, Tensor]:
+            # Overwriting needs logits that something made: here a copy, which every variant is given.
+            logits = values.view_as(values) if not above else values.clone()
+            sums = logps(logits)
+            (grad,) = torch.autograd.grad((sums * upstream).sum(), logits)
+            return sums.detach(), grad
+
+        return run
+
+    compiled = torch.compile(eager, fullgraph=True)
+    runs = {
+        "eager": step(lambda x: eager(x, labels)),
+        "eager, compiled": step(lambda x: compiled(x, labels)),
+        OURS: step(lambda x: losses.sequence_logps(x, labels)[0]),
+        f"{OURS}, in place (and a copy)": step(
+            lambda x: losses.sequence_logps(x, labels, in_place=True)[0], above=True
+        ),
+    }
+    truth = values.detach().double().requires_grad_()
+    exact = eager(truth, labels)
+    (exact_grad,) = torch.autograd.grad((exact * upstream).sum(), truth)
+    found = {name: run() for name, run in runs.items()}
+    errors = {name: (sums.double() - exact).abs().max().item() for name, (sums, _) in found.items()}
+    slopes = {name: (grad.double() - exact_grad).abs().max().item() for name, (_, grad) in found.items()}
+    del truth, exact_grad, found
+    for name in runs:
+        room = 1 if name.startswith(OURS) else 10
+        assert errors[name] <= room * errors["eager"], f"{name} is wrong by {errors[name]}, eager by {errors['eager']}"
+        assert slopes[name] <= room * slopes["eager"], f"{name}'s gradient is wrong by {slopes[name]}"
+    seconds = interleaved(runs, rounds=ROUNDS)
+    for name, times in seconds.items():
+        columns = {
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "shape": [case.rows, case.tokens, case.vocabulary],
+            "backend": backends.serving("cpu"),
+            "times_ours": ratios(seconds, OURS)[name],
+            "max_error": errors[name],
+            # Beyond the gradient, which every variant returns, in shares of the logits.
+            "extra_of_logits": peak_extra_bytes(runs[name]) / values.nbytes - 1,
+        }
+        _logits_rows.append(row("sequence_logps", case.name, name, times, **columns))
+    write("sequence_logps", _logits_rows)
+    benchmark.group = case.name
+    benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
+    benchmark.pedantic(runs[OURS], rounds=3)
+
+
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: case.name)
+def test_linear_sequence_logps(benchmark: Any, case: Case) -> None:
+    hidden, labels = make(case, case.width)
+    weight = torch.randn(case.vocabulary, case.width, generator=torch.Generator().manual_seed(1))
+    weight = (weight * case.width**-0.5).to(case.dtype)
+    inputs = [hidden.requires_grad_()] if case.frozen else [hidden.requires_grad_(), weight.requires_grad_()]
+    chunk = -(-int((labels[:, 1:] != IGNORE).sum()) // 2)
+
+    def dpo(sums: Tensor) -> Tensor:
+        chosen, rejected = sums.chunk(2)
+        nothing = torch.zeros_like(chosen)
+        return losses.dpo(chosen, rejected, nothing, nothing, beta=0.1).mean()
+
+    variants: dict[str, Callable[[], Tensor]] = {
+        "eager": lambda: dpo(eager(hidden @ weight.t(), labels)),
+        "head, then sequence_logps in place": lambda: dpo(
+            losses.sequence_logps(hidden @ weight.t(), labels, in_place=True)[0]
+        ),
+        OURS: lambda: dpo(losses.linear_sequence_logps(hidden, weight, labels)[0]),
+        f"{OURS}, two chunks": lambda: dpo(losses.linear_sequence_logps(hidden, weight, labels, chunk_size=chunk)[0]),
+        **peers(hidden, weight, labels, dpo),
+    }
+    runs = {name: lambda loss=loss: torch.autograd.grad(loss(), inputs) for name, loss in variants.items()}
+    exact_inputs = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    exact = torch.autograd.grad(dpo(eager(exact_inputs[0] @ exact_inputs[1].t(), labels)), exact_inputs)
+    room = 2e-2 if case.dtype == torch.bfloat16 else 1e-3
+    for name, run in runs.items():
+        for got, expected in zip(run(), exact, strict=False):
+            wrong = (got.double() - expected).norm() / expected.norm()
+            assert wrong < room, f"the gradient of {name} is wrong by {wrong:.1e}"
+    del exact, exact_inputs
+    seconds = interleaved(runs, rounds=ROUNDS)
+    memory = {name: peak_extra_bytes(run) for name, run in runs.items()}
+    for name, times in seconds.items():
+        columns = {
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "shape": [case.rows, case.tokens, case.vocabulary, case.width],
+            "backend": backends.serving("cpu"),
+            "times_ours": ratios(seconds, OURS)[name],
+            "extra_bytes": memory[name],  # beyond the inputs: gradients too
+            "of_eager_memory": memory[name] / memory["eager"],
+        }
+        _head_rows.append(row("linear_sequence_logps", case.name, name, times, **columns))
+    write("linear_sequence_logps", _head_rows)
+    benchmark.group = case.name
+    benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
+    benchmark.pedantic(runs[OURS], rounds=3)
+
+
+def peers(
+    hidden: Tensor, weight: Tensor, labels: Tensor, dpo: Callable[[Tensor], Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Other libraries' ways to the same loss, of those that are installed and serve this device."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    shifted, targets = hidden[:, :-1], labels[:, 1:].contiguous()
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        liger = LigerFusedLinearDPOLoss(beta=0.1, compute_nll_loss=False, use_ref_model=False)
+        found["Liger, chunked DPO"] = lambda: liger(weight, shifted, targets)[0]
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        way = {"impl": "cce", "filter_eps": None} if hidden.is_cuda else {"impl": "torch_compile"}
+        found["cut-cross-entropy"] = lambda: dpo(
+            -linear_cross_entropy(shifted, weight, targets, reduction="none", **way).sum(1)
+        )
+    return found
