@@ -27,6 +27,14 @@ LOOP = LoopConfig(updates=6, batch_size=4, micro_batch_size=2, lr=1e-3, warmup=2
 SHAPO = ShaPOConfig(rho=(0.05, 0.2), norm="none", interval=2)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Ctrl-C arrives, also where the tests run in the background of a shell, which has it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture
 def model(tiny_llama):
     # Dropout, and a radius drawn at random: the random states are part of what must come back.
