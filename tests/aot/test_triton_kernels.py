@@ -1,0 +1,65 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not there: within its registers, spilling nothing.
+
+The representative specialisations are compiled here for every target; ``SHAPO_AOT=all`` compiles all of them, as does
+``python benchmarks/gpu_table.py``, whose table in docs/gpu_kernels.md must belong to the kernels as they are.
+"""
+
+import importlib
+import os
+import pkgutil
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import gpu_aot
+import gpu_table
+
+EVERY = os.environ.get("SHAPO_AOT") == "all"
+CHOSEN = [spec for spec in gpu_aot.specialisations() if EVERY or spec.core]
+
+
+@pytest.mark.parametrize("target", gpu_aot.TARGETS)
+def test_kernels_keep_within_their_registers_and_move_wide_where_they_can(target):
+    problems = []
+    for spec in CHOSEN:
+        problems += gpu_aot.violations(spec, target, gpu_aot.compiled(spec, target))
+    assert not problems, "\n".join(problems)
+
+
+def test_every_kernel_is_among_the_specialisations():
+    package = importlib.import_module("shapo_kernels.triton")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {spec.kernel.__name__ for spec in gpu_aot.specialisations()} == kernels
+    assert {spec.kernel.__name__ for spec in CHOSEN} == kernels
+
+
+def test_specialisations_have_names_of_their_own():
+    names = [spec.name for spec in gpu_aot.specialisations()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_products_run_on_tensor_cores(dtype):
+    spec = next(s for s in gpu_aot.specialisations() if s.name == f"update_kernel[{dtype}, <= 128 neurons, indexed]")
+    assert "mma" in gpu_aot.compile_for(spec, "sm_80").asm["ptx"]
+
+
+def test_a_spill_and_a_narrow_access_are_noticed():
+    spec = next(s for s in gpu_aot.specialisations() if s.wide)
+    found = gpu_aot.violations(spec, "sm_90", gpu_aot.Resources(registers=999, shared=0, spills=8, widest=4))
+    assert [problem.rpartition(": ")[2] for problem in found] == [
+        "8 bytes spilled",
+        f"999 registers, {spec.registers} allowed",
+        "accesses of 4 bytes, 16 expected",
+    ]
+
+
+def test_the_documented_table_belongs_to_these_kernels():
+    document = gpu_table.DOCUMENT.read_text()
+    assert gpu_table.fingerprint() in document, "the kernels have changed: run python benchmarks/gpu_table.py"
+    for spec in gpu_aot.specialisations():
+        assert f"`{spec.kernel.__name__}` | {spec.label} |" in document
