@@ -11,23 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops
-from .ascent import Ascent, GradAscent, SelectiveAscent, clear_gradients
-from .binding import Target, attach, bind, detach, selected_weight_squared_norms
-from .distributed import average, data_parallel_groups, without_reduction
+from .ascent import Ascent, GradAscent, clear_gradients
+from .distributed import data_parallel_groups, without_reduction
 from .ops.subspace_update import NORMS
-from .perturbation import Delta, InPlace, Perturbation, any_sharded, suits_delta, suits_in_place
+from .perturber import Direction, Perturber
 from .radius import Radii, Rho, checked_rho
 from .stats import UpdateStats
 from .subspace import Subspace
+from .wrapper import OptimizerWrapper
 
 _STATE_VERSION = 1
-# The base optimizer's own bookkeeping is reached through the wrapper; LBFGS runs its closure as often as it likes, and
-# sparse optimizers have no dense gradient to normalise.
-_REFUSED = ("LBFGS", "SparseAdam")
 
 
-class ShaPOOptimizer(Optimizer):
+class ShaPOOptimizer(OptimizerWrapper):
     r"""Sharpness-aware preference optimisation inside a subspace, around a base optimizer.
 
     .. math:: \min_\theta L(\theta + \epsilon), \qquad
@@ -93,7 +89,7 @@ class ShaPOOptimizer(Optimizer):
         eta: float = 1e-12,
         seed: int = 0,
     ) -> None:
-        _check_base(base_optimizer)
+        super().__init__(base_optimizer)
         _check_choice("ascent", ascent, ("selective", "grad"))
         _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
         _check_choice("norm", norm, NORMS)
@@ -103,7 +99,6 @@ class ShaPOOptimizer(Optimizer):
             raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
         if not (isinstance(eta, float) and 0 <= eta < math.inf):
             raise ValueError(f"eta is {eta!r}: expected a number, 0 or more")
-        self.base = base_optimizer
         self.model = model
         self.subspace = subspace
         self.relative, self.interval, self.norm, self.sync, self.eta = relative, interval, norm, sync, eta
@@ -115,46 +110,16 @@ class ShaPOOptimizer(Optimizer):
         self._bind()
 
     def _bind(self) -> None:
-        self._targets = bind(self.model, self.subspace, delta=self._perturbation_kind == "delta")
-        if any_sharded(self._targets) and (self._perturbation_kind == "in_place" or self._ascent_kind == "grad"):
-            raise ValueError(
-                "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
-            )
-        self._active: Perturbation | None = None
+        self._perturber = Perturber(
+            self.model, self.subspace, ascent=self._ascent_kind, perturbation=self._perturbation_kind
+        )
         self._ascending: Ascent | None = None
-        self._direction: tuple[list[Target], list[Tensor]] | None = None
-        attach(self._targets)
-
-    # -- an optimizer like its base
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizer's own list."""
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base optimizer's own state."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base optimizer's own defaults."""
-        return self.base.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # Hooks and whatever else is the base's: registered here, they run inside its step, once and in torch's order.
-        if name == "base":
-            raise AttributeError(name)
-        return getattr(self.base, name)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none=set_to_none)
+        self._direction: Direction | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may carry its own ``"rho"``."""
         self._radii.check(param_group)
-        self.base.add_param_group(param_group)
+        super().add_param_group(param_group)
 
     def __repr__(self) -> str:
         return (
@@ -211,14 +176,13 @@ class ShaPOOptimizer(Optimizer):
         if not self.due:
             yield
             return
-        ascent = self._new_ascent()
-        selective = isinstance(ascent, SelectiveAscent)
+        ascent = self._perturber.new_ascent(self._parameters())
         ascent.begin()
         self._ascending = ascent
         try:
-            with without_reduction(self.model) if selective else contextlib.nullcontext():
+            with without_reduction(self.model) if self._perturber.selective else contextlib.nullcontext():
                 yield
-            self._direction = self._agreed(*ascent.finish(), average_over_ranks=selective)
+            self._direction = self._agreed(ascent.finish())
             self._ascended = True
         finally:
             ascent.abort()
@@ -256,7 +220,7 @@ class ShaPOOptimizer(Optimizer):
             yield
             return
         try:
-            self._apply(*self._direction)
+            self._move(self._direction)
             yield
         finally:
             self._direction = None
@@ -299,24 +263,20 @@ class ShaPOOptimizer(Optimizer):
         direction = self._direction
         if direction is None:
             if self.due:
-                if any_sharded(self._targets):
+                if self._perturber.sharded:
                     raise RuntimeError(
                         "the selected weights are sharded: use `with opt.ascent():` or a closure instead"
                     )
-                taker = GradAscent(self._targets, [])
-                direction = self._agreed(*taker.finish(), average_over_ranks=False)
+                direction = GradAscent(self._perturber.targets, []).finish()
                 self._ascended = True
             clear_gradients(self._parameters())
         self._direction = None
         if direction is not None:
-            self._apply(*direction)
+            self._move(direction)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Back to theta, bit for bit; does nothing where nothing is perturbed."""
-        if self._active is not None:
-            self._active.remove()
-            self._active = None
+        self._perturber.restore()
 
     def first_step(self, zero_grad: bool = True) -> None:
         """:meth:`perturb` under the name that SAM implementations use; ``.grad`` is cleared in any case."""
@@ -333,8 +293,7 @@ class ShaPOOptimizer(Optimizer):
 
     def detach(self) -> None:
         """Leave the model as it was found: restored, without hooks. The wrapper is of no further use; the base is."""
-        self.restore()
-        detach(self._targets)
+        self._perturber.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
@@ -377,7 +336,7 @@ class ShaPOOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copy or pickle the optimizer")
         # `step` is on the instance where an LR scheduler has counted it; hooks and directions are made anew.
-        transient = ("step", "_targets", "_active", "_ascending", "_direction")
+        transient = ("step", "_perturber", "_ascending", "_direction")
         return {key: value for key, value in self.__dict__.items() if key not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -386,65 +345,31 @@ class ShaPOOptimizer(Optimizer):
 
     # -- inside
 
-    def _new_ascent(self) -> Ascent:
-        if self._ascent_kind == "selective":
-            return SelectiveAscent(self._targets)
-        return GradAscent(self._targets, self._parameters())
-
     def _two_passes(self, closure: Callable[[], Any]) -> Any:
-        ascent = self._new_ascent()
-        selective = isinstance(ascent, SelectiveAscent)
+        ascent = self._perturber.new_ascent(self._parameters())
         with torch.enable_grad():
             ascent.begin()
             try:
                 loss = closure()
                 ascent.collect()
-                direction = self._agreed(*ascent.finish(), average_over_ranks=selective)
+                direction = self._agreed(ascent.finish())
             finally:
                 ascent.abort()
             clear_gradients(self._parameters())
             try:
-                self._apply(*direction)
+                self._move(direction)
                 closure()
             finally:
                 self.restore()
         return loss
 
-    @torch.no_grad()
-    def _agreed(
-        self, targets: list[Target], values: list[Tensor], *, average_over_ranks: bool
-    ) -> tuple[list[Target], list[Tensor]]:
-        """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not."""
-        groups = data_parallel_groups(self.model) if self.sync and average_over_ranks else []
-        if not groups:
-            return targets, values
-        held = dict(zip(targets, values, strict=True))
-        complete = [
-            held.get(t, torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device))
-            for t in self._targets
-        ]
-        return list(self._targets), average(complete, groups)
+    def _agreed(self, direction: Direction) -> Direction:
+        # What the grad ascent finds in .grad has been averaged already, by whoever reduces gradients.
+        over_ranks = self.sync and self._perturber.selective
+        return self._perturber.agreed(direction, data_parallel_groups(self.model) if over_ranks else [])
 
-    @torch.no_grad()
-    def _apply(self, targets: list[Target], values: list[Tensor]) -> None:
-        if not targets:
-            return
-        weight_squares = None
-        if self.relative:
-            weight_squares = selected_weight_squared_norms(targets)
-        squares, scale = ops.norms_and_scale(
-            values, self._radii.of(targets), weight_squared_norms=weight_squares, norm=self.norm, eta=self.eta
-        )
-        self._active = self._choose(targets)
-        realised = self._active.apply(targets, values, scale)
-        self._stats.record(squares, scale, realised)
-
-    def _choose(self, targets: list[Target]) -> Perturbation:
-        if self._perturbation_kind == "delta":
-            return Delta()
-        if self._perturbation_kind == "in_place" or suits_in_place(targets) or not suits_delta(targets):
-            return InPlace()
-        return Delta()
+    def _move(self, direction: Direction) -> None:
+        self._perturber.move(direction, self._radii, self._stats, norm=self.norm, relative=self.relative, eta=self.eta)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Every parameter that a backward pass may leave a gradient in: the model's and the base optimizer's."""
@@ -453,7 +378,7 @@ class ShaPOOptimizer(Optimizer):
         return list(found.values())
 
     def _require_unperturbed(self, what: str) -> None:
-        if self._active is not None:
+        if self._perturber.active is not None:
             raise RuntimeError(
                 f"cannot {what} while the weights are perturbed: "
                 "leave `with opt.perturbed():` or call opt.restore() first"
@@ -468,21 +393,6 @@ class ShaPOOptimizer(Optimizer):
             "this update is due and had no ascent: use `with opt.ascent(): opt.ascend(loss)` and "
             "`with opt.perturbed(): …` before opt.step(), or pass a closure; "
             "in a transformers or trl trainer, use shapo.integrations.ShaPOTrainerMixin"
-        )
-
-
-def _check_base(base: Any) -> None:
-    if isinstance(base, type):
-        raise TypeError(
-            f"base_optimizer is the class {base.__name__}: pass an instance, {base.__name__}(model.parameters(), …)"
-        )
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer is a {type(base).__name__}: expected an instance of a torch.optim.Optimizer")
-    if isinstance(base, ShaPOOptimizer):
-        raise TypeError("base_optimizer is a ShaPOOptimizer already: wrap its base once")
-    if any(kind.__name__ in _REFUSED for kind in type(base).__mro__):
-        raise TypeError(
-            f"{type(base).__name__} cannot be wrapped: it calls closures by itself or needs sparse gradients"
         )
 
 
