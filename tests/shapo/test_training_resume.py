@@ -103,6 +103,22 @@ def test_resumed_equals_uninterrupted_at_every_update(stop, optimizer, model, pa
     assert without_times(tmp_path / "parts" / "metrics.jsonl") == without_times(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_resumed_run_draws_the_rows_and_takes_the_radii_of_the_uninterrupted_one(stop, model, pairs, tmp_path):
+    shapo = ShaPOConfig(rho=0.2, interval=2, plain_updates=1, rho_warmup=4, ascent_pairs=1)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    train(model, pairs, tmp_path / "whole", shapo=shapo)
+    hook = interrupt_in_update(first, stop, lambda update: 3 if update % 2 == 0 else 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, pairs, tmp_path / "parts", shapo=shapo)
+    hook.remove()
+    train(second, pairs, tmp_path / "parts", shapo=shapo, resume=True)
+    assert all(torch.equal(second.state_dict()[name], value) for name, value in model.state_dict().items())
+    lines = without_times(tmp_path / "whole" / "metrics.jsonl")
+    assert without_times(tmp_path / "parts" / "metrics.jsonl") == lines
+    assert len({line["shapo"]["epsilon_norm"] for line in lines if "shapo" in line}) == 3
+
+
 def test_lines_written_after_the_checkpoint_are_cut_off_on_resume(model, pairs, tmp_path):
     loop = LoopConfig(**{**LOOP.__dict__, "save_every": 4})
     start = copy.deepcopy(model)

@@ -80,12 +80,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain-updates", type=int, metavar="N", help="plain updates before the first ShaPO update (default: 0)"
     )
     shapo.add_argument(
+        "--rho-warmup", type=int, metavar="N", help="then a linear rise of rho over N updates (default: 0)"
+    )
+    shapo.add_argument(
         "--ascent",
         choices=settings.ASCENTS,
         help="gradient of the selected neurons alone, or .grad (default: selective)",
     )
-    shapo.add_argument(
+    part = shapo.add_mutually_exclusive_group()
+    part.add_argument(
         "--ascent-fraction", type=float, help="share of a batch's pairs for the ascent, in (0, 1] (default: 1)"
+    )
+    part.add_argument(
+        "--ascent-pairs", type=int, metavar="N", help="number of a batch's pairs for the ascent (default: all)"
+    )
+    shapo.add_argument(
+        "--per-micro-batch",
+        action="store_true",
+        default=None,
+        help="a perturbation for each micro-batch, from its own ascent (default: one for the batch)",
     )
     shapo.add_argument(
         "--perturbation", choices=settings.PERTURBATIONS, help="write the weights or add in the forward (default: auto)"
@@ -176,7 +189,10 @@ def _loss_config(arguments: argparse.Namespace) -> settings.LossConfig:
 def _shapo_config(arguments: argparse.Namespace) -> settings.ShaPOConfig | None:
     from shapo.errors import UserError
 
-    names = ("interval", "plain_updates", "ascent", "ascent_fraction", "perturbation", "norm")
+    names = (
+        *("interval", "plain_updates", "rho_warmup", "ascent", "ascent_fraction", "ascent_pairs", "per_micro_batch"),
+        *("perturbation", "norm"),
+    )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.rho is None:
         useless = [*given, *(name for name in ("subspace", "relative_rho") if getattr(arguments, name))]

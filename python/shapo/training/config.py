@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from shapo.ascents import AscentPart, RhoSchedule
 from shapo.errors import UserError
 
 LOSSES = ("dpo", "cdpo", "rdpo", "ipo", "ipo_mean", "simpo", "hinge", "reward_level")
@@ -89,7 +90,11 @@ class ShaPOConfig:
             draws it from.
         interval: A ShaPO update every `interval`-th update, plain updates between.
         plain_updates: Plain updates before the first ShaPO update.
-        ascent_fraction: Share of a batch's pairs that the ascent looks at, in (0, 1].
+        rho_warmup: Updates after those over which rho rises linearly from rho / rho_warmup to rho.
+        ascent_fraction, ascent_pairs: The share, or the number, of the pairs that an ascent looks at; drawn with the
+            loop's seed. See `shapo.ascents.AscentPart`.
+        per_micro_batch: Each micro-batch has an ascent and a perturbation of its own (m-sharpness), in the place of
+            one of the whole batch.
     """
 
     rho: float | tuple[float, float]
@@ -99,22 +104,35 @@ class ShaPOConfig:
     perturbation: str = "auto"
     norm: str = "global"
     plain_updates: int = 0
+    rho_warmup: int = 0
     ascent_fraction: float = 1.0
+    ascent_pairs: int | None = None
+    per_micro_batch: bool = False
 
     def __post_init__(self) -> None:
         for bound in self.rho if isinstance(self.rho, tuple) else (self.rho,):
             _positive("rho", bound)
         _at_least("interval", self.interval, 1)
-        _at_least("plain_updates", self.plain_updates, 0)
         _choice("ascent", self.ascent, ASCENTS)
         _choice("perturbation", self.perturbation, PERTURBATIONS)
         _choice("norm", self.norm, NORMS)
-        if not 0 < self.ascent_fraction <= 1:
-            raise UserError(f"the ascent fraction is {self.ascent_fraction}, but a share in (0, 1] is expected")
+        try:
+            self.schedule()
+            self.part(0)
+        except ValueError as error:
+            raise UserError(error) from error
         if isinstance(self.rho, tuple) and (self.norm != "none" or self.rho[0] > self.rho[1]):
             raise UserError(f"rho is the range {self.rho}; a range low,high needs the norm none and low <= high")
         if self.relative and self.norm == "none":
             raise UserError("a relative rho needs a normalised perturbation: choose the norm global or layer")
+
+    def schedule(self) -> RhoSchedule:
+        """The radius of every update."""
+        return RhoSchedule(self.rho, self.plain_updates, self.rho_warmup)
+
+    def part(self, seed: int) -> AscentPart:
+        """What ascents look at."""
+        return AscentPart(self.ascent_fraction, self.ascent_pairs, seed)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ One update, with K micro-batches:
     descent               loss of each micro-batch at theta + eps    -> .grad, clipped once -> base optimizer ->
     scheduler
 
+The ascent may look at a part of the pairs; with `per_micro_batch` the two passes alternate, a direction for each
+micro-batch.
+
 The reference and the reward model are not run here: their numbers are looked up by the pair's index.
 """
 
@@ -13,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -77,6 +79,8 @@ def train_preferences(
         raise UserError("ShaPO needs both a radius and a subspace, plain training neither")
     if loss.uses_rewards != (rewards is not None):
         raise UserError("the reward level needs rewards, and no other loss takes any")
+    if shapo is not None:
+        _require_an_ascent_that_fits(shapo, loss, loop)
     start = digest_model(model)
     run = {
         "kind": "preference",
@@ -125,6 +129,29 @@ def train_preferences(
 
 
 @dataclass
+class _Pass:
+    """What one pass over some micro-batches has seen: the loss and the margin of every pair."""
+
+    indices: list[int] = field(default_factory=list)
+    per_pair: list[Tensor] = field(default_factory=list)
+    margins: list[Tensor] = field(default_factory=list)
+
+    def add(self, indices: Sequence[int], output: losses.PreferenceOutput) -> None:
+        self.indices.extend(indices)
+        self.per_pair.append(output.per_pair.detach())
+        self.margins.append(output.margin)
+
+    def losses_of(self, indices: Sequence[int]) -> Tensor:
+        """The losses of the pairs of `indices`, all of which were seen."""
+        position = {index: number for number, index in enumerate(self.indices)}
+        return torch.cat(self.per_pair)[[position[index] for index in indices]]
+
+    def accuracy_and_margin(self) -> dict[str, float]:
+        margins = torch.cat(self.margins)
+        return {"accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
+
+
+@dataclass
 class _Update:
     """One update of the weights from the pairs of some indices, and what to log of it."""
 
@@ -140,48 +167,58 @@ class _Update:
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
         self._objective = make_loss(self.loss)
+        if self.shapo is not None:
+            self._part, self._schedule = self.shapo.part(self.loop.seed), self.shapo.schedule()
 
     def __call__(self, indices: list[int]) -> dict[str, Any]:
-        ascent: dict[str, float] | None = None
-        perturbed: Any = nullcontext()
-        random = RandomState(self._device)
+        micro_batches = split(indices, self.loop.micro_batch_size)
+        ascent, descent = _Pass(), _Pass()
         if self.shapo is not None:
-            self.optimizer.rho = self.shapo.rho if self.optimizer.updates >= self.shapo.plain_updates else 0.0
-            if self.optimizer.due:
-                part = indices[: math.ceil(self.shapo.ascent_fraction * len(indices))]
-                with self.optimizer.ascent():
-                    ascent = self._pass(part, self.optimizer.ascend)
-                random.restore()
-            perturbed = self.optimizer.perturbed()
-        with perturbed:
-            descent = self._pass(indices, Tensor.backward)
-        if not math.isfinite(descent["loss"]):
-            raise UserError(f"the loss is {descent['loss']}: training has diverged; lower the learning rate or rho")
+            self.optimizer.rho = self._schedule.at(self.optimizer.updates)
+        if self.shapo is not None and self.optimizer.due:
+            each = self.shapo.per_micro_batch
+            for number, own in enumerate([[micro] for micro in micro_batches] if each else [micro_batches]):
+                self._ascend(own, number, ascent)
+                with self.optimizer.perturbed():
+                    self._run(own, Tensor.backward, descent, pairs=len(indices))
+        else:
+            self._run(micro_batches, Tensor.backward, descent, pairs=len(indices))
+        loss = self._aggregate(descent, indices)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: training has diverged; lower the learning rate or rho")
         norm = clip_gradients(self.model.parameters(), self.loop.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         # Accuracy and margin are those of the weights themselves, before they were moved.
-        values: dict[str, Any] = {**(ascent or descent), "loss": descent["loss"], "grad_norm": norm.item()}
-        if ascent is not None:
-            gap = descent["loss"] - ascent["loss"]
-            values |= {"ascent_loss": ascent["loss"], "gap": gap, "shapo": dict(self.optimizer.stats)}
+        seen = ascent if ascent.indices else descent
+        values: dict[str, Any] = {"loss": loss, **seen.accuracy_and_margin(), "grad_norm": norm.item()}
+        if ascent.indices:
+            before = self._aggregate(ascent, ascent.indices)
+            gap = self._aggregate(descent, ascent.indices) - before
+            values |= {"ascent_loss": before, "gap": gap, "shapo": dict(self.optimizer.stats)}
         return values
 
-    def _pass(self, indices: Sequence[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
-        micro_batches = split(list(indices), self.loop.micro_batch_size)
+    def _ascend(self, micro_batches: Sequence[list[int]], number: int, seen: _Pass) -> None:
+        drawn = self._part.draw([len(micro) for micro in micro_batches], self.optimizer.updates, number)
+        part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
+        random = RandomState(self._device)
+        with self.optimizer.ascent():
+            self._run(part, self.optimizer.ascend, seen, pairs=sum(map(len, part)))
+        random.restore()
+
+    def _run(
+        self, micro_batches: Sequence[list[int]], backward: Callable[[Tensor], Any], seen: _Pass, *, pairs: int
+    ) -> None:
+        """Forward and backward over micro-batches, whose losses are shares of a mean over `pairs`."""
         whole = self._whole_batch(micro_batches)
-        outputs = []
         for micro in micro_batches:
             output = self._forward(micro, whole)
             # The mean's shares by the number of pairs, which may differ in the last micro-batch.
-            backward(output.per_pair.sum() / len(indices) if self.loss.aggregation == "mean" else output.loss)
-            outputs.append((output.per_pair.detach(), output.margin))
-        per_pair, margin = (torch.cat(column) for column in zip(*outputs, strict=True))
-        return {
-            "loss": self._objective.aggregate(per_pair).item(),
-            "accuracy": (margin > 0).float().mean().item(),
-            "margin": margin.mean().item(),
-        }
+            backward(output.per_pair.sum() / pairs if self.loss.aggregation == "mean" else output.loss)
+            seen.add(micro, output)
+
+    def _aggregate(self, seen: _Pass, indices: Sequence[int]) -> float:
+        return self._objective.aggregate(seen.losses_of(indices)).item()
 
     def _whole_batch(self, micro_batches: Sequence[Sequence[int]]) -> losses.WholeBatch | None:
         """What Dr.DPO's micro-batches must know of one another; one more forward pass over the batch finds it."""
@@ -234,6 +271,19 @@ class _Evaluation:
     def _logps(self, data: TokenizedPairs) -> PairLogps:
         size = self.loop.micro_batch_size or self.loop.batch_size
         return compute_logps(self.model, data, batch_size=2 * size, bf16=self.loop.bf16, progress=False)
+
+
+def _require_an_ascent_that_fits(shapo: ShaPOConfig, loss: LossConfig, loop: LoopConfig) -> None:
+    size = loop.micro_batch_size or loop.batch_size
+    if shapo.per_micro_batch and loss.aggregation != "mean" and size < loop.batch_size:
+        raise UserError(
+            f"the aggregation {loss.aggregation} is over the whole batch and per_micro_batch takes its micro-batches "
+            "apart: choose the mean, or one ascent of the whole batch"
+        )
+    try:
+        shapo.part(loop.seed).require_at_most(min(size, loop.batch_size) if shapo.per_micro_batch else loop.batch_size)
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def _digest_subspace(subspace: Subspace) -> str:
