@@ -180,7 +180,7 @@ class ShaPOOptimizer(OptimizerWrapper):
         ascent.begin()
         self._ascending = ascent
         try:
-            with without_reduction(self.model) if self._perturber.selective else contextlib.nullcontext():
+            with without_reduction(self.model):
                 yield
             self._direction = self._agreed(ascent.finish())
             self._ascended = True
@@ -350,7 +350,8 @@ class ShaPOOptimizer(OptimizerWrapper):
         with torch.enable_grad():
             ascent.begin()
             try:
-                loss = closure()
+                with without_reduction(self.model):
+                    loss = closure()
                 ascent.collect()
                 direction = self._agreed(ascent.finish())
             finally:
@@ -364,9 +365,8 @@ class ShaPOOptimizer(OptimizerWrapper):
         return loss
 
     def _agreed(self, direction: Direction) -> Direction:
-        # What the grad ascent finds in .grad has been averaged already, by whoever reduces gradients.
-        over_ranks = self.sync and self._perturber.selective
-        return self._perturber.agreed(direction, data_parallel_groups(self.model) if over_ranks else [])
+        # Pass 1 reduces no gradients, whichever the ascent: only the compact direction crosses ranks, if anything does.
+        return self._perturber.agreed(direction, data_parallel_groups(self.model) if self.sync else [])
 
     def _move(self, direction: Direction) -> None:
         self._perturber.move(direction, self._radii, self._stats, norm=self.norm, relative=self.relative, eta=self.eta)
