@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
-from .distributed import local_rows, sum_over_shards, why_unsupported
+from .distributed import total
+from .layout import Layout, Layouts, UnsupportedLayout
 from .naming import owners
 from .ops.subspace_update import compute_dtype_of
 from .subspace import Subspace, SubspaceError
@@ -19,14 +21,15 @@ from .taps import Tap, stores_features_first
 
 
 class Target:
-    """One selected weight.
+    """One selected weight, as far as this rank computes with it.
 
     Args:
         names: what the subspace calls it; several where tied weights are named twice.
         parameter: the model's parameter.
-        index: sorted neuron indices.
+        index: sorted neuron indices in the whole weight.
         axis: the neuron axis.
         modules: the layers that compute with it, and under which attribute they hold it.
+        layout: how it lies over ranks.
         tapped: put taps on the layers (they must all be linear); otherwise the parameter itself is differentiated.
     """
 
@@ -37,23 +40,31 @@ class Target:
         index: Tensor,
         axis: int,
         modules: list[tuple[nn.Module, str]],
+        layout: Layout,
         *,
         tapped: bool,
     ) -> None:
-        self.names, self.parameter, self.modules = names, parameter, modules
-        self._index = index
-        shape = tuple(parameter.shape)
+        self.names, self.parameter, self.modules, self.layout = names, parameter, modules, layout
+        shape = layout.shape
         self._whole = index.numel() == (shape[axis] if shape else 1)
         # A whole weight is one run of memory, whatever its dimensions: rows along its first axis.
         self.axis = axis if len(shape) == 2 and not self._whole else 0
-        self._matrix = _matrix_shape(names[0], shape, self._whole)
+        self._matrix = _matrix_shape(layout.computed.size, self._whole)
+        self._held_matrix = _matrix_shape(layout.held.size, self._whole)
         if self._whole:
-            self._index = torch.arange(self._matrix[0])
+            self._index, self._held_index = torch.arange(self._matrix[0]), torch.arange(self._held_matrix[0])
+        else:
+            self._index, self._held_index = layout.computed.places(index, axis), layout.held.places(index, axis)
         self.taps: tuple[Tap, ...] = ()
         if tapped:
-            tap_index = None if self._whole else index
+            tap_index = None if self._whole else self._index
             self.taps = tuple(
-                Tap(features_first=bool(stores_features_first(module)), axis=axis, index=tap_index)
+                Tap(
+                    features_first=bool(stores_features_first(module)),
+                    axis=axis,
+                    index=tap_index,
+                    sharded=bool(layout.computed_over),
+                )
                 for module, _ in modules
             )
         self._handles: list[RemovableHandle] = []
@@ -64,7 +75,7 @@ class Target:
 
     @property
     def index(self) -> Tensor:
-        """The indices on the parameter's device."""
+        """The selected neurons of the part that is computed with, on the parameter's device."""
         if self._index.device != self.parameter.device:
             self._index = self._index.to(self.parameter.device)
         return self._index
@@ -81,17 +92,14 @@ class Target:
 
     def weight(self) -> Tensor:
         """The weight as the 2-D tensor that the operators write to: a view, made anew as storage may have moved."""
-        return self.parameter.detach().view(self._matrix)
+        return self.layout.local(self.parameter).view(self._matrix)
 
-    def local_neurons(self) -> tuple[Tensor, Tensor]:
-        """This rank's part of the weight as a matrix, and the selected neurons in it; all where it is not sharded."""
-        if not isinstance(self.parameter, DTensor):
-            return self.weight(), self.index
-        rows, first = local_rows(self.parameter)
-        if self.axis == 1:
-            return rows, self.index
-        here = (self.index >= first) & (self.index < first + rows.shape[0])
-        return rows, self.index[here] - first
+    def held_neurons(self) -> tuple[Tensor, Tensor]:
+        """What this rank holds of the weight as a matrix, and the selected neurons in it."""
+        held = self.layout.local(self.parameter).view(self._held_matrix)
+        if self._held_index.device != held.device:
+            self._held_index = self._held_index.to(held.device)
+        return held, self._held_index
 
     def gradient(self) -> Tensor | None:
         """The parameter's ``.grad`` as such a tensor.
@@ -106,11 +114,11 @@ class Target:
             raise TypeError(
                 f"the gradient of {self.name!r} is {grad.layout}: ShaPO needs dense gradients (sparse=False)"
             )
-        return grad.detach().reshape(self._matrix)
+        return self._as_matrix(grad)
 
     def compact(self, gradient: Tensor) -> Tensor:
-        """The selected neurons of a gradient of the whole parameter, in the compute dtype."""
-        matrix = gradient.detach().reshape(self._matrix)
+        """The selected neurons of a gradient of the parameter, in the compute dtype."""
+        matrix = self._as_matrix(gradient)
         selected = matrix if self._whole else matrix.index_select(self.axis, self.index)
         return selected.to(self.compute_dtype)
 
@@ -118,6 +126,12 @@ class Target:
         """A direction that is zero everywhere and takes no memory, to differentiate with respect to."""
         zero = torch.zeros((), dtype=self.compute_dtype, device=self.parameter.device)
         return zero.expand(self.compact_shape).requires_grad_()
+
+    def _as_matrix(self, gradient: Tensor) -> Tensor:
+        if isinstance(gradient, DTensor):
+            # Sums over a mesh's dimension may still be outstanding (Partial).
+            gradient = gradient.redistribute(placements=cast(DTensor, self.parameter).placements).to_local()
+        return gradient.detach().reshape(self._matrix)
 
     def attach(self) -> None:
         self._handles = [
@@ -130,25 +144,32 @@ class Target:
         self._handles = []
 
 
-def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
+def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True) -> list[Target]:
     """The targets of a subspace in a model, a tied weight once.
 
     Args:
         delta: every weight must be perturbed without being written, so each of its layers must be linear.
+        sync: directions are to be averaged over data-parallel ranks.
 
     Raises:
         SubspaceError: the subspace does not fit the model; a weight that the perturbation cannot be applied to.
     """
+    try:
+        layouts = Layouts(model, sync)
+    except UnsupportedLayout as error:
+        raise SubspaceError(f"the model cannot be perturbed: {error}") from error
     owner_of = owners(model)
     grouped: dict[int, list[str]] = {}
-    resolved = subspace.resolve(model)
+    resolved = subspace.resolve(model, shape_of=layouts.shape)
     for name, parameter in resolved.items():
         grouped.setdefault(id(parameter), []).append(name)
     targets = []
     for names in grouped.values():
         parameter = resolved[names[0]]
-        if (reason := why_unsupported(model, parameter)) is not None:
-            raise SubspaceError(f"{names[0]!r} cannot be perturbed: {reason}")
+        try:
+            layout = layouts.of(parameter)
+        except UnsupportedLayout as error:
+            raise SubspaceError(f"{names[0]!r} cannot be perturbed: {error}") from error
         axis = subspace.axis(names[0])
         if any(subspace.axis(name) != axis for name in names):
             raise SubspaceError(f"{' and '.join(map(repr, names))} are one tied weight, selected on different axes")
@@ -161,9 +182,8 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
         linear = all(
             attribute == "weight" and stores_features_first(module) is not None for module, attribute in modules
         )
-        partial = parameter.dim() > 0 and index.numel() < parameter.shape[axis]
-        sharded = isinstance(parameter, DTensor)
-        if sharded and not linear:
+        partial = bool(layout.shape) and index.numel() < layout.shape[axis]
+        if layout.gathered and not linear:
             raise SubspaceError(
                 f"{names[0]!r} is sharded and no nn.Linear's or Conv1D's alone: only linear layers' weights can be both"
             )
@@ -171,19 +191,32 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool) -> list[Target]:
             raise SubspaceError(
                 f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
             )
-        targets.append(
-            Target(tuple(names), parameter, index, axis, modules, tapped=linear and (partial or delta or sharded))
-        )
+        tapped = linear and (partial or delta or layout.gathered)
+        targets.append(Target(tuple(names), parameter, index, axis, modules, layout, tapped=tapped))
     return targets
+
+
+def complete(targets: Sequence[Target], found: Sequence[Target], values: Sequence[Tensor]) -> list[Tensor]:
+    """A value for every target, zeros for those not found: what a rank brings to a collective."""
+    held = dict(zip(found, values, strict=True))
+    return [
+        held[t] if t in held else torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device)
+        for t in targets
+    ]
 
 
 def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
     """||W_S||^2 of each target, float64 ``[n]``: of the whole weight where ranks hold parts of it (a collective)."""
-    parts = [target.local_neurons() for target in targets]
+    parts = [target.held_neurons() for target in targets]
     squares = ops.selected_squared_norms(
         [rows for rows, _ in parts], [index for _, index in parts], [target.axis for target in targets]
     )
-    return sum_over_shards(squares, [target.parameter for target in targets])
+    return total(squares, [target.layout.held_over for target in targets])
+
+
+def total_over_parts(sums: Tensor, targets: Sequence[Target]) -> Tensor:
+    """Sums over what each rank computes with, a row for each target -> sums over whole weights (a collective)."""
+    return total(sums, [target.layout.computed_over for target in targets])
 
 
 def attach(targets: Iterable[Target]) -> None:
@@ -196,7 +229,7 @@ def detach(targets: Iterable[Target]) -> None:
         target.detach()
 
 
-def _matrix_shape(name: str, shape: tuple[int, ...], whole: bool) -> tuple[int, int]:
+def _matrix_shape(shape: tuple[int, ...], whole: bool) -> tuple[int, int]:
     if len(shape) == 2:
         return shape[0], shape[1]
     if len(shape) > 2:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ascent import Ascent, GradAscent, clear_gradients
-from .distributed import data_parallel_groups, without_reduction
+from .distributed import without_reduction
 from .ops.subspace_update import NORMS
 from .perturber import Direction, Perturber
 from .radius import Radii, Rho, checked_rho
@@ -111,7 +111,11 @@ class ShaPOOptimizer(OptimizerWrapper):
 
     def _bind(self) -> None:
         self._perturber = Perturber(
-            self.model, self.subspace, ascent=self._ascent_kind, perturbation=self._perturbation_kind
+            self.model,
+            self.subspace,
+            ascent=self._ascent_kind,
+            perturbation=self._perturbation_kind,
+            sync=self.sync,
         )
         self._ascending: Ascent | None = None
         self._direction: Direction | None = None
@@ -182,7 +186,7 @@ class ShaPOOptimizer(OptimizerWrapper):
         try:
             with without_reduction(self.model):
                 yield
-            self._direction = self._agreed(ascent.finish())
+            self._direction = self._perturber.agreed(ascent.finish())
             self._ascended = True
         finally:
             ascent.abort()
@@ -263,11 +267,11 @@ class ShaPOOptimizer(OptimizerWrapper):
         direction = self._direction
         if direction is None:
             if self.due:
-                if self._perturber.sharded:
+                if self._perturber.gathered:
                     raise RuntimeError(
                         "the selected weights are sharded: use `with opt.ascent():` or a closure instead"
                     )
-                direction = GradAscent(self._perturber.targets, []).finish()
+                direction = self._perturber.agreed(GradAscent(self._perturber.targets, []).finish(), averaged=True)
                 self._ascended = True
             clear_gradients(self._parameters())
         self._direction = None
@@ -353,7 +357,7 @@ class ShaPOOptimizer(OptimizerWrapper):
                 with without_reduction(self.model):
                     loss = closure()
                 ascent.collect()
-                direction = self._agreed(ascent.finish())
+                direction = self._perturber.agreed(ascent.finish())
             finally:
                 ascent.abort()
             clear_gradients(self._parameters())
@@ -363,10 +367,6 @@ class ShaPOOptimizer(OptimizerWrapper):
             finally:
                 self.restore()
         return loss
-
-    def _agreed(self, direction: Direction) -> Direction:
-        # Pass 1 reduces no gradients, whichever the ascent: only the compact direction crosses ranks, if anything does.
-        return self._perturber.agreed(direction, data_parallel_groups(self.model) if self.sync else [])
 
     def _move(self, direction: Direction) -> None:
         self._perturber.move(direction, self._radii, self._stats, norm=self.norm, relative=self.relative, eta=self.eta)

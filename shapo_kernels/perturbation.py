@@ -12,15 +12,18 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import ops
-from .binding import Target, selected_weight_squared_norms
+from .binding import Target, selected_weight_squared_norms, total_over_parts
 
 
 class Perturbation(Protocol):
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
-        """Move to theta + scale * values. Returns float64 ``[n, 3]`` as :func:`shapo_kernels.ops.perturb_` does."""
+        """Move to theta + scale * values.
+
+        Returns float64 ``[n, 3]`` as :func:`shapo_kernels.ops.perturb_` does, of whole weights: a collective where
+        ranks hold parts of them.
+        """
 
     def remove(self) -> None:
         """Back to theta, bit for bit; nothing to do where nothing is applied."""
@@ -33,6 +36,7 @@ class InPlace:
         self._targets: list[Target] = []
         self._backups: list[Tensor] = []
         self._written = False
+        self._mark: Tensor | None = None
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
@@ -40,7 +44,9 @@ class InPlace:
         backups = [torch.empty_like(value, dtype=w.dtype) for value, w in zip(values, weights, strict=True)]
         # An interrupt is delivered when the operator returns, before its caller can note that it ran. The mark tells
         # then: it is gone once the backups are filled.
-        backups[0].view(-1)[:1].fill_(torch.nan)
+        self._mark = next((b.view(-1)[0] for b in backups if b.numel()), None)
+        if self._mark is not None:
+            self._mark.fill_(torch.nan)
         self._targets, self._backups, self._written = targets, backups, False
         for target in targets:
             for module, _ in target.modules:
@@ -55,10 +61,10 @@ class InPlace:
             compute_dtype=_lower_compute_dtype(targets),
         )
         self._written = True
-        return realised
+        return total_over_parts(realised, targets)
 
     def remove(self) -> None:
-        if self._targets and (self._written or not bool(self._backups[0].view(-1)[0].isnan())):
+        if self._targets and (self._written or (self._mark is not None and not bool(self._mark.isnan()))):
             try:
                 self._restore()
             except KeyboardInterrupt:
@@ -93,7 +99,7 @@ class Delta:
                 tap.add(eps)
             realised = eps.to(_compute_dtype(target)).double()
             rows.append(torch.stack([realised.square().sum(), (realised * eps).sum()]))
-        return torch.cat([torch.stack(rows), weight_squares.unsqueeze(1)], dim=1)
+        return torch.cat([total_over_parts(torch.stack(rows), targets), weight_squares.unsqueeze(1)], dim=1)
 
     def remove(self) -> None:
         for target in self._targets:
@@ -103,15 +109,15 @@ class Delta:
 
 
 def suits_in_place(targets: Sequence[Target]) -> bool:
-    """Whether weights are whole, and they and computation wide enough for eps to survive: the rule of ``auto``."""
+    """Whether there are weights to write to, and they and computation wide enough for eps: the rule of ``auto``."""
     wide = (torch.float32, torch.float64)
-    return not any_sharded(targets) and all(
+    return not any_gathered(targets) and all(
         target.parameter.dtype in wide and _compute_dtype(target) in wide for target in targets
     )
 
 
-def any_sharded(targets: Sequence[Target]) -> bool:
-    return any(isinstance(target.parameter, DTensor) for target in targets)
+def any_gathered(targets: Sequence[Target]) -> bool:
+    return any(target.layout.gathered for target in targets)
 
 
 def suits_delta(targets: Sequence[Target]) -> bool:

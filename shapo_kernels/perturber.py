@@ -6,16 +6,24 @@ This module knows of no update, no interval and no base optimizer; see :mod:`sha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .ascent import Ascent, GradAscent, SelectiveAscent
-from .binding import Target, attach, bind, detach, selected_weight_squared_norms
+from .binding import (
+    Target,
+    attach,
+    bind,
+    complete,
+    detach,
+    selected_weight_squared_norms,
+    total_over_parts,
+)
 from .distributed import average
-from .perturbation import Delta, InPlace, Perturbation, any_sharded, suits_delta, suits_in_place
+from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
 from .subspace import Subspace
@@ -28,15 +36,15 @@ class Perturber:
     """A subspace bound to a model, with hooks on its layers until :meth:`detach`.
 
     Args:
-        model, subspace, ascent, perturbation: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
+        model, subspace, ascent, perturbation, sync: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
 
     Raises:
         SubspaceError: the subspace does not fit the model. ValueError: the options do not fit sharded weights.
     """
 
-    def __init__(self, model: nn.Module, subspace: Subspace, *, ascent: str, perturbation: str) -> None:
-        self.targets = bind(model, subspace, delta=perturbation == "delta")
-        if self.sharded and (perturbation == "in_place" or ascent == "grad"):
+    def __init__(self, model: nn.Module, subspace: Subspace, *, ascent: str, perturbation: str, sync: bool) -> None:
+        self.targets = bind(model, subspace, delta=perturbation == "delta", sync=sync)
+        if self.gathered and (perturbation == "in_place" or ascent == "grad"):
             raise ValueError(
                 "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
             )
@@ -46,25 +54,27 @@ class Perturber:
         attach(self.targets)
 
     @property
-    def sharded(self) -> bool:
-        """Whether some selected weights are held in parts by several ranks."""
-        return any_sharded(self.targets)
+    def gathered(self) -> bool:
+        """Whether some selected weights are whole in a forward pass only, and gathered for it."""
+        return any_gathered(self.targets)
 
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
         """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in."""
         return SelectiveAscent(self.targets) if self.selective else GradAscent(self.targets, parameters)
 
     @torch.no_grad()
-    def agreed(self, direction: Direction, groups: Sequence[Any]) -> Direction:
-        """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not."""
-        if not groups:
+    def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
+        """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not.
+
+        Args:
+            averaged: it was found in gradients that somebody has reduced. An ascent's own passes reduce none: only the
+                compact direction crosses ranks, if anything does.
+        """
+        layouts = [target.layout for target in self.targets]
+        over = [() if averaged else layout.averaged_over for layout in layouts]
+        if not any(over) and not any(layout.held_over or layout.computed_over for layout in layouts):
             return direction
-        held = dict(zip(*direction, strict=True))
-        complete = [
-            held.get(t, torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device))
-            for t in self.targets
-        ]
-        return list(self.targets), average(complete, groups)
+        return self.targets, average(complete(self.targets, *direction), over)
 
     @torch.no_grad()
     def move(
@@ -75,9 +85,15 @@ class Perturber:
         if not targets:
             return
         weight_squares = selected_weight_squared_norms(targets) if relative else None
-        squares, scale = ops.norms_and_scale(
-            values, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
-        )
+        if any(target.layout.computed_over for target in targets):
+            squares = total_over_parts(ops.squared_norms(values), targets)
+            scale = ops.perturbation_scale(
+                squares, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
+            )
+        else:
+            squares, scale = ops.norms_and_scale(
+                values, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
+            )
         self.active = self._choose(targets)
         realised = self.active.apply(targets, values, scale)
         stats.record(squares, scale, realised)

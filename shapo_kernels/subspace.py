@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +249,13 @@ class Subspace(Mapping[str, Tensor]):
         """
         self.resolve(model)
 
-    def resolve(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def resolve(
+        self, model: nn.Module, *, shape_of: Callable[[Tensor], tuple[int, ...]] | None = None
+    ) -> dict[str, nn.Parameter]:
         """Each selected weight's parameter in ``model``, whatever wrappers stand before its name.
+
+        Args:
+            shape_of: the shape of the whole weight where a parameter's own may be that of a part of it.
 
         Raises:
             SubspaceError: as :meth:`validate`.
@@ -267,12 +272,12 @@ class Subspace(Mapping[str, Tensor]):
                 raise SubspaceError(
                     f"{name!r} is {parameter.dtype}: only floating-point weights have neurons to perturb"
                 )
-            self._check_range(name, index, parameter)
+            self._check_range(name, index, tuple(parameter.shape) if shape_of is None else shape_of(parameter))
             resolved[name] = parameter
         return resolved
 
-    def _check_range(self, name: str, index: Tensor, parameter: nn.Parameter) -> None:
-        axis, shape = self._axes[name], tuple(parameter.shape) or (1,)
+    def _check_range(self, name: str, index: Tensor, whole: tuple[int, ...]) -> None:
+        axis, shape = self._axes[name], whole or (1,)
         if axis >= len(shape) or (axis == 1 and len(shape) > 2):
             raise SubspaceError(f"{name!r} has shape {list(shape)}: its neurons cannot lie on axis {axis}")
         if (largest := int(index[-1])) >= shape[axis]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
@@ -23,14 +24,16 @@ class Tap:
     Args:
         features_first: the weight is stored ``[in_features, out_features]`` (``Conv1D``), not the other way round.
         axis: the weight's neuron axis.
-        index: selected neurons, ``None`` for all of them.
+        index: selected neurons of the part of the weight that this rank computes with, ``None`` for all of them.
+        sharded: that part is not the whole weight (tensor parallelism): inputs and outputs are DTensors.
 
     Neurons on the input side of the layer (value vectors) contribute ``x[..., S] D^T`` to all outputs; neurons on the
     output side contribute ``x D^T`` to the outputs S.
     """
 
-    def __init__(self, *, features_first: bool, axis: int, index: Tensor | None) -> None:
+    def __init__(self, *, features_first: bool, axis: int, index: Tensor | None, sharded: bool = False) -> None:
         self._features_first = features_first
+        self._sharded = sharded
         self._on_input_side = (axis == 0) == features_first
         self._axis = axis
         self._index = index
@@ -45,7 +48,8 @@ class Tap:
             if isinstance(hook, Tap) and hook._is_copy:
                 del module._forward_hooks[handle]
                 module._forward_hooks_with_kwargs.pop(handle, None)
-        return module.register_forward_hook(self, with_kwargs=True)
+        # First of all hooks: those of tensor parallelism add up or gather what the layer puts out, FSDP's may cast it.
+        return module.register_forward_hook(self, with_kwargs=True, prepend=True)
 
     _is_copy = False
 
@@ -68,28 +72,77 @@ class Tap:
             return output
         self.forwards += 1
         input = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+        if isinstance(output, DTensor):
+            return self._on_parts(output, input, self._direction)
+        if self._sharded:
+            raise RuntimeError(
+                f"a {type(module).__name__} with a tensor-parallel weight took or gave a plain tensor, whose ranks "
+                "cannot be seen: use torch's parallelize_module, or ascent='grad' with perturbation='in_place'"
+            )
+        return self._joined(output, input, self._direction)
+
+    def _joined(self, output: Tensor, input: Tensor, direction: Tensor) -> Tensor:
         index = self._index
         if index is not None and index.device != output.device:
             index = self._index = index.to(output.device)
         # Rows of the matrix are what the layer puts out, columns what it takes in.
-        matrix = self._direction.t() if self._features_first else self._direction
+        matrix = direction.t() if self._features_first else direction
         if self._on_input_side:
             join = ops.neuron_update if self._adding else ops.neuron_tap
             return join(output, input, matrix, index)
         change = nn.functional.linear(input.to(output.dtype), matrix.to(output.dtype))
         return output + change if index is None else output.index_add(-1, index, change)
 
+    def _on_parts(self, output: DTensor, input: Tensor, direction: Tensor) -> DTensor:
+        """Each rank adds its own neurons' part to its own part of the output."""
+        if not isinstance(input, DTensor):
+            raise RuntimeError(f"the layer's output is a DTensor and its input a {type(input).__name__}: expected two")
+        gradients = _input_gradient_placements(input.placements, output.placements, output.ndim - 1)
+        parts = self._joined(output.to_local(), input.to_local(grad_placements=gradients), direction)
+        return DTensor.from_local(
+            parts,
+            output.device_mesh,
+            output.placements,
+            run_check=False,
+            shape=output.shape,
+            stride=torch.empty(output.shape, device="meta").stride(),
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        return _copied_tap(self._features_first, self._axis, self._index)
+        return _copied_tap(self._features_first, self._axis, self._index, self._sharded)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied_tap, (self._features_first, self._axis, self._index)
+        return _copied_tap, (self._features_first, self._axis, self._index, self._sharded)
 
 
-def _copied_tap(features_first: bool, axis: int, index: Tensor | None) -> Tap:
-    tap = Tap(features_first=features_first, axis=axis, index=index)
+def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: bool) -> Tap:
+    tap = Tap(features_first=features_first, axis=axis, index=index, sharded=sharded)
     tap._is_copy = True
     return tap
+
+
+def _input_gradient_placements(
+    inputs: tuple[Placement, ...], outputs: tuple[Placement, ...], features: int
+) -> list[Placement]:
+    """How the gradient of a linear layer's input lies over ranks, given how its input and output do.
+
+    The ranks hold the weight's rows (they share the input and put out parts of the features, as ``ColwiseParallel``
+    makes it), or its columns (parts of the features come in, parts of a sum go out, ``RowwiseParallel``), or all of it.
+    """
+    gradients: list[Placement] = []
+    for given, put_out in zip(inputs, outputs, strict=True):
+        if given.is_replicate() and put_out.is_shard(features):
+            gradients.append(Partial())
+        elif given.is_shard(features) and put_out.is_partial():
+            gradients.append(Shard(features))
+        elif given.is_replicate() and put_out.is_replicate():
+            gradients.append(Replicate())
+        else:
+            raise RuntimeError(
+                f"a tensor-parallel layer took {inputs} and put out {outputs}: neurons are perturbed in layers sharded "
+                "as RowwiseParallel and ColwiseParallel do it"
+            )
+    return gradients
 
 
 def stores_features_first(module: nn.Module) -> bool | None:

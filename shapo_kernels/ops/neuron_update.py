@@ -65,7 +65,8 @@ class _NeuronTap(torch.autograd.Function):
         # Only the selected features are kept for backward: a layer whose weight is frozen saves no input of its own.
         ctx.save_for_backward(input if index is None else input.index_select(-1, index))
         ctx.direction_dtype = direction.dtype
-        return output.view_as(output)
+        # The same memory, but no view to autograd: the model may write to it in place, and FSDP may hang hooks on it.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,95 @@
+"""What each rank of :func:`ranks.run_ranks` does: three ShaPO updates of one model under one engine."""
+
+import torch
+import torch.distributed as dist
+from engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
+from ranks import on_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import shapo_kernels as sk
+
+
+def wrap(model, engine):
+    """The model under an engine, how many ways the data is split, and this rank's place among them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layers = (model.up, model.down, model.conv, model.head)
+    if engine == "ddp":
+        return DistributedDataParallel(model), world, rank
+    if engine in ("fsdp", "fsdp_ignoring"):
+        ignored = {model.head.weight} if engine == "fsdp_ignoring" else None
+        for layer in (*layers, model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (world,)), ignored_params=ignored)
+        return model, world, rank
+    if engine == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        for layer in (*layers, model):
+            fully_shard(layer, mesh=mesh)
+        return model, world, rank
+    if engine.startswith("fsdp1"):
+        strategy = {"fsdp1": "FULL_SHARD", "fsdp1_zero2": "SHARD_GRAD_OP", "fsdp1_whole": "NO_SHARD"}[engine]
+        policy = ModuleWrapPolicy({type(model.up), type(model.conv)})
+        model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=policy,
+            use_orig_params=True,
+            sharding_strategy=ShardingStrategy[strategy],
+            device_id=torch.device("cpu"),
+        )
+        return model, world, rank
+    ways = world // 2 if engine.startswith("fsdp_tp") else 1
+    mesh = init_device_mesh("cpu", (ways, world // ways), mesh_dim_names=("dp", "tp"))
+    # Parts of different sizes pass between the layers as DTensors only.
+    plan = {"up": ColwiseParallel(use_local_output=model.up.out_features % 2 == 0), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tp"], plan)
+    if engine.startswith("fsdp_tp"):
+        for layer in (*layers, model):
+            fully_shard(layer, mesh=mesh["dp"])
+    return model, ways, mesh.get_coordinate()[0]
+
+
+def closure(model, opt, data):
+    def run():
+        opt.zero_grad()
+        loss = mse(model, data)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def train(case):
+    model, ways, place = wrap(build(case.get("width", 8)), case["engine"])
+    parameters = dict(model.named_parameters())
+    pieces = case.get("accumulate", 1)
+    base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR)
+    opt = sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
+    for x, y in batches():
+        if case.get("closure"):
+            opt.step(closure(model, opt, (x.chunk(ways)[place], y.chunk(ways)[place])))
+            continue
+        mine = x.chunk(ways)[place].chunk(pieces), y.chunk(ways)[place].chunk(pieces)
+        with opt.ascent():
+            for piece in zip(*mine, strict=True):
+                opt.ascend(mse(model, piece) / pieces)
+        with opt.perturbed():
+            for piece in zip(*mine, strict=True):
+                (mse(model, piece) / pieces).backward()
+        if case["engine"] == "fsdp_ignoring":
+            dist.all_reduce(model.head.weight.grad, op=dist.ReduceOp.SUM)
+            model.head.weight.grad /= ways
+        opt.step()
+        opt.zero_grad()
+    stats = opt.stats
+    if case["engine"] in ("fsdp1", "fsdp1_zero2"):
+        with FullyShardedDataParallel.summon_full_params(model):
+            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    else:
+        whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
+    return {"parameters": {plain_name(name): p.detach() for name, p in whole.items()}, "stats": stats}
+
+
+on_rank(train)
