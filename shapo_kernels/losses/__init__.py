@@ -5,7 +5,7 @@ Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``p
 """
 
 from .aggregation import WholeBatch, drdpo, mean, whole_batch
-from .logps import linear_sequence_logps, sequence_logps
+from .logps import TokenLogps, linear_sequence_logps, linear_token_logps, sequence_logps
 from .preference import cdpo, dpo, hinge, ipo, rdpo, reward_level, simpo, soft_preference, token_mean
 from .registry import AGGREGATIONS, PAIRWISE, LossSpec, PreferenceBatch, PreferenceLoss, PreferenceOutput
 
@@ -16,6 +16,7 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceLoss",
     "PreferenceOutput",
+    "TokenLogps",
     "WholeBatch",
     "cdpo",
     "dpo",
@@ -23,6 +24,7 @@ __all__ = [
     "hinge",
     "ipo",
     "linear_sequence_logps",
+    "linear_token_logps",
     "mean",
     "rdpo",
     "reward_level",

@@ -2,24 +2,22 @@
 
     log p = logit[label] - log sum exp(logit),   summed over a response's tokens
 
-The two public functions check and sum; the mathematics is with ``ops.token_logps`` and ``linear_token_logps``, which do
-the work. ``linear_sequence_logps`` never holds the logits of more than a chunk of tokens. Log-sum-exp is taken in
+The public functions check and sum; the mathematics is with ``ops.token_logps`` and ``linear_head``, which do the work.
+``linear_sequence_logps`` never holds more than a tile of the logits. Log-sum-exp is taken in
 fp32 (fp64 for fp64 inputs), sums over tokens in fp64: bf16 sums over 256 tokens are off by 2 and more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from .. import ops
-from ..ops.sequence_logps import check_labels as check_label_values
+from . import linear_head
 from ._checks import check_device, check_floating, check_labels, check_positive
-from .linear_token_logps import Head, linear_token_logps
 
 
 def sequence_logps(
@@ -63,13 +61,6 @@ def _count(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels[:, 1:] != ignore_index).sum(1)
 
 
-def _shift(labels: Tensor, ignore_index: int) -> Tensor:
-    """``[B, T]``: at each position the label that its logits are to predict; nothing at the last one."""
-    targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
-    targets[:, :-1] = labels[:, 1:]
-    return targets
-
-
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -78,7 +69,7 @@ def linear_sequence_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_size: int | None = None,
+    chunk_bytes: int | None = None,
     ignore_index: int = -100,
     group: Any = None,
 ) -> tuple[Tensor, Tensor]:
@@ -96,36 +87,121 @@ def linear_sequence_logps(
         bias: ``[V]``, of the weight's dtype.
         softcap: above 0, or ``None``.
         scale: above 0.
-        chunk_size: tokens whose logits are held at once. By default as many as have 256 MiB of fp32 logits, or a 64th
-            of the device's memory where that is less.
+        chunk_bytes: what the logits held at once may take. By default 256 MiB, or a 64th of the device's memory where
+            that is less. Where they all fit, the backward pass need not compute any again.
         ignore_index: the label of positions that do not count. Nothing is computed for them.
         group: a process group over whose ranks, in their order, the rows of ``weight`` (and ``bias``) are divided: the
             vocabulary-parallel head of tensor parallelism. ``hidden`` and ``labels``, which hold ids of the whole
             vocabulary, are the same on every rank, and so are the results and the gradient of ``hidden``.
 
     Returns:
-        ``(sums [B], counts [B])`` as :func:`sequence_logps`. 16-bit factors are multiplied in their dtype, into fp32
-        logits on CUDA, into logits of their dtype elsewhere, as the model's head would. Gradients of weight and bias
-        are accumulated over chunks in fp32 and rounded once to their dtype; they are left out where autograd does not
-        want them (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent). Differentiable
-        once.
+        ``(sums [B], counts [B])`` as :func:`sequence_logps`. 16-bit factors are multiplied into fp32 logits on CUDA; on
+        CPUs without instructions for them they are multiplied as fp32; elsewhere into logits of their dtype, as the
+        model's head would. Gradients of weight and bias are summed in fp32 and rounded once to their dtype; they are
+        left out where autograd does not want them (a frozen head; ``torch.autograd.grad`` with other inputs, as in a
+        selective ascent). Differentiable once.
 
     Raises:
         TypeError, ValueError: as :func:`sequence_logps`; also for dtypes that differ outside autocast.
     """
+    logps, _ = _from_hidden(
+        hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index, group=group, shift=1, statistics=False
+    )
+    return _sum(logps), _count(labels, ignore_index)
+
+
+class TokenLogps(NamedTuple):
+    """Numbers of each token ``[B, T]``, beside its logits; 0 (``False``) where a token does not count.
+
+    ``logps`` can be differentiated. The others cannot, and are ``None`` where they were not asked for: the entropy in
+    nats, the mean of the logits over the vocabulary, and whether the label is the most likely token (of several, the
+    first).
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top: Tensor | None = None
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_bytes: int | None = None,
+    ignore_index: int = -100,
+    shift: int = 1,
+    statistics: bool = False,
+) -> TokenLogps:
+    """As :func:`linear_sequence_logps`, of each token; with ``statistics`` also what trainers log of its distribution.
+
+    Args:
+        shift: 1 where labels lie beside their inputs, 0 where they lie beside the hidden states that predict them.
+    """
+    logps, facts = _from_hidden(
+        hidden,
+        weight,
+        labels,
+        bias,
+        softcap,
+        scale,
+        chunk_bytes,
+        ignore_index,
+        group=None,
+        shift=shift,
+        statistics=statistics,
+    )
+    return TokenLogps(logps, facts[0], facts[1], facts[2].bool()) if statistics else TokenLogps(logps)
+
+
+def _from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    chunk_bytes: int | None,
+    ignore_index: int,
+    *,
+    group: Any,
+    shift: int,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
     weight, bias = _gather(weight), None if bias is None else _gather(bias)
     _check_head(hidden, weight, bias)
-    first, vocabulary = _place(weight, group)
     check_labels(labels, "hidden", hidden)
-    check_label_values(labels, ignore_index, vocabulary)
     if softcap is not None:
         check_positive("softcap", softcap)
     check_positive("scale", scale)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size is {chunk_size!r}: expected a number of tokens, at least 1, or None")
-    targets = _shift(labels, ignore_index)
-    head = Head(_compute_dtype(hidden, weight), scale, softcap, chunk_size, vocabulary, first, group)
-    return _sum(linear_token_logps(hidden, weight, bias, targets, ignore_index, head)), _count(labels, ignore_index)
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes is {chunk_bytes!r}: expected a number of bytes, at least 1, or None")
+    if shift not in (0, 1):
+        raise ValueError(f"shift is {shift!r}: expected 0 or 1")
+    recording = torch.is_grad_enabled()
+    logps, facts, *_ = linear_head.linear_token_logps(
+        hidden,
+        # A view, because the engine can be asked about its node and not about a leaf: see linear_head._is_wanted.
+        weight.view_as(weight),
+        bias,
+        labels,
+        ignore_index,
+        shift,
+        _compute_dtype(hidden, weight),
+        float(scale),
+        None if softcap is None else float(softcap),
+        chunk_bytes,
+        None if group is None else group.group_name,
+        statistics,
+        recording and hidden.requires_grad,
+        recording and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        torch.compiler.is_compiling(),
+    )
+    return logps, facts
 
 
 def _gather(tensor: Tensor) -> Tensor:
@@ -133,17 +209,6 @@ def _gather(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
-
-
-def _place(weight: Tensor, group: Any) -> tuple[int, int]:
-    """The first row of this rank's part of the weight, and the rows of all parts."""
-    if group is None:
-        return 0, weight.shape[0]
-    own = torch.tensor([weight.shape[0]], device=weight.device)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    rows = torch.cat(parts).tolist()
-    return sum(rows[: dist.get_rank(group)]), sum(rows)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

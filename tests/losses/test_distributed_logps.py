@@ -14,6 +14,9 @@ COMMON = textwrap.dedent(
     import torch
     import torch.distributed as dist
     from shapo_kernels import losses
+    from shapo_kernels.losses import linear_tiles
+
+    linear_tiles.FEWEST_COLUMNS = 3  # a small vocabulary is cut as a large one is
 
     rank, world = map(int, sys.argv[1:])
     torch.set_num_threads(1)
@@ -34,14 +37,14 @@ COMMON = textwrap.dedent(
 VOCABULARY_PARALLEL = COMMON + textwrap.dedent(
     """
     rows = slice(0, 7) if rank == 0 else slice(7, 11)  # uneven parts
-    for chunk_size in (None, 4):
+    for chunk_bytes in (None, 240, 48):
         for options in ({}, {"softcap": 2.0, "scale": 0.7}):
             hidden, weight, bias, labels, slope = data()
-            sums, counts = losses.linear_sequence_logps(hidden, weight, labels, bias=bias, chunk_size=4, **options)
+            sums, counts = losses.linear_sequence_logps(hidden, weight, labels, bias=bias, chunk_bytes=240, **options)
             expected = torch.autograd.grad((sums * slope).sum(), [hidden, weight, bias])
             mine, my_bias = (x.detach()[rows].clone().requires_grad_() for x in (weight, bias))
             own_sums, own_counts = losses.linear_sequence_logps(
-                hidden, mine, labels, bias=my_bias, chunk_size=chunk_size, group=dist.group.WORLD, **options
+                hidden, mine, labels, bias=my_bias, chunk_bytes=chunk_bytes, group=dist.group.WORLD, **options
             )
             torch.testing.assert_close(own_sums, sums, rtol=1e-12, atol=1e-12)
             assert torch.equal(own_counts, counts)
@@ -91,7 +94,7 @@ FSDP2 = COMMON + textwrap.dedent(
     hidden = hidden.detach()
 
     def loss(model, rows):
-        sums, _ = losses.linear_sequence_logps(model(hidden[rows]), model.head.weight, labels[rows], chunk_size=3)
+        sums, _ = losses.linear_sequence_logps(model(hidden[rows]), model.head.weight, labels[rows], chunk_bytes=8 * 9)
         return (sums * slope[rows]).mean()
 
     alone = Model()
