@@ -242,13 +242,18 @@ def _flattened(model: nn.Module) -> Iterator[tuple[int, _Run]]:
             raise UnsupportedLayout(
                 "FullyShardedDataParallel hides the weights: pass use_orig_params=True, or use fully_shard"
             )
+        if not handle.uses_sharded_strategy:
+            # After a backward pass that reaches no weight it does not put its parameters back, and pass 2 finds none.
+            raise UnsupportedLayout(
+                "FullyShardedDataParallel with NO_SHARD, which it turns to on a single rank, is not supported: use "
+                "DistributedDataParallel, or the model as it is"
+            )
         flat = handle.flat_param
         between = getattr(module, "_inter_node_pg", None)
-        sharded = handle.uses_sharded_strategy
-        data = tuple(g for g in (handle.process_group, between) if g is not None and dist.get_world_size(g) > 1)
-        shards = (handle.process_group,) if sharded and dist.get_world_size(handle.process_group) > 1 else ()
+        shards = (handle.process_group,)
+        data = (*shards, between) if between is not None else shards
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            start = (info.intra_param_start_idx or 0) if sharded and info.in_shard else 0
+            start = (info.intra_param_start_idx or 0) if info.in_shard else 0
             yield id(parameter), _Run(tuple(shape), start, shards, data)
 
 

@@ -22,7 +22,6 @@ ON_TWO = [
     {"engine": "tp", "width": 7, "options": {"perturbation": "in_place", "norm": "layer"}},
     {"engine": "fsdp1", "width": 7, "options": {"relative": True}, "rhos": {"down.weight": 0.2}},
     {"engine": "fsdp1_zero2", "options": {"norm": "layer"}, "accumulate": 2},
-    {"engine": "fsdp1_whole"},
     *({"engine": engine, "closure": True} for engine in ("ddp", "fsdp", "fsdp1", "tp")),
 ]
 ON_FOUR = [
@@ -35,6 +34,7 @@ ON_FOUR = [
     {"engine": "fsdp_tp", "options": {"sync": False}},
     {"engine": "fsdp_tp", "closure": True},
     {"engine": "fsdp1", "width": 7, "accumulate": 2},
+    {"engine": "fsdp1_hybrid", "options": {"relative": True}},
 ]
 
 

@@ -30,13 +30,15 @@ def wrap(model, engine):
             fully_shard(layer, mesh=mesh)
         return model, world, rank
     if engine.startswith("fsdp1"):
-        strategy = {"fsdp1": "FULL_SHARD", "fsdp1_zero2": "SHARD_GRAD_OP", "fsdp1_whole": "NO_SHARD"}[engine]
+        strategy = {"fsdp1": "FULL_SHARD", "fsdp1_zero2": "SHARD_GRAD_OP", "fsdp1_hybrid": "HYBRID_SHARD"}[engine]
+        hybrid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         policy = ModuleWrapPolicy({type(model.up), type(model.conv)})
         model = FullyShardedDataParallel(
             model,
             auto_wrap_policy=policy,
             use_orig_params=True,
             sharding_strategy=ShardingStrategy[strategy],
+            device_mesh=hybrid if engine == "fsdp1_hybrid" else None,
             device_id=torch.device("cpu"),
         )
         return model, world, rank
@@ -84,7 +86,7 @@ def train(case):
         opt.step()
         opt.zero_grad()
     stats = opt.stats
-    if case["engine"] in ("fsdp1", "fsdp1_zero2"):
+    if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     else:

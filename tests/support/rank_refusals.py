@@ -5,7 +5,7 @@ import torch.distributed as dist
 from engines import AXES, INDICES, batches, build, mse
 from ranks import on_rank
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +19,12 @@ def made(engine):
     if engine == "fully_shard":
         fully_shard(model)
     elif engine.startswith("fsdp1"):
-        model = FullyShardedDataParallel(model, use_orig_params=engine == "fsdp1_orig", device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(
+            model,
+            use_orig_params=engine != "fsdp1_flat",
+            sharding_strategy=ShardingStrategy["NO_SHARD" if engine == "fsdp1_no_shard" else "FULL_SHARD"],
+            device_id=torch.device("cpu"),
+        )
     elif engine == "partial":
         parameter = DTensor.from_local(model.down.weight.detach(), mesh, [Partial()])
         model.down.weight = torch.nn.Parameter(parameter)
