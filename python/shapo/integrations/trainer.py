@@ -12,76 +12,84 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from shapo.random_state import RandomState
 from shapo_kernels import ShaPOOptimizer
 
 from .arguments import ShaPOArguments
+from .batches import Cutter
+from .refusals import refuse_before, refuse_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
     Trainer = object  # the real one comes in beside the mixin
 
-
-_TWO_REFERENCE_PASSES = (
-    "the reference model would run in both passes, and for an adapter's policy on perturbed weights: "
-    "set precompute_ref_log_probs=True"
-)
+_LOGGED = ("grad_norm", "epsilon_norm", "relative_radius", "realised_cosine", "skipped")
 
 
 class ShaPOTrainerMixin(Trainer):
     """Put before a trainer in a class's bases; takes one more keyword, ``shapo``.
 
     Logged beside the trainer's numbers: ``shapo/ascent_loss`` (the loss at the weights themselves), ``shapo/gap`` (what
-    the perturbation adds; ``loss`` itself is taken at the perturbed weights) and the last update's
+    the perturbation adds; ``loss`` itself is taken at the perturbed weights) and the last perturbation's
     ``shapo/grad_norm``, ``epsilon_norm``, ``relative_radius``, ``realised_cosine``, ``skipped``. The trainer's own
-    metrics are counted once: at the weights themselves where the ascent sees the whole batch.
+    metrics are counted once: at the weights themselves where the ascent sees the whole batch. Where it sees a part,
+    the ascent's loss is of that part, and the gap is between other rows.
+
+    A DPO trainer's reference model is asked once for each micro-batch, before the weights are moved.
+
+    Args:
+        shapo: the options; may be left out where ``optimizers`` has a ready :class:`shapo_kernels.ShaPOOptimizer`.
 
     Raises:
-        TypeError: ``shapo`` is no :class:`ShaPOArguments`.
-        ValueError: a DPO trainer that would run its reference model in both passes (set
-            ``precompute_ref_log_probs=True``); DeepSpeed, which keeps gradients and weights to itself.
+        TypeError: ``shapo`` is no :class:`ShaPOArguments`, or lacks what it takes to wrap an optimizer.
+        ValueError: options of a ready optimizer given twice; more ``ascent_pairs`` than an ascent is over; DeepSpeed,
+            ``nn.DataParallel``, trainers that generate their batches, reentrant checkpointing with the selective
+            ascent.
     """
 
-    def __init__(self, *args: Any, shapo: ShaPOArguments, **kwargs: Any) -> None:
-        if not isinstance(shapo, ShaPOArguments):
-            raise TypeError(f"shapo is a {type(shapo).__name__}: expected ShaPOArguments(subspace, rho=…)")
-        self.shapo = shapo
+    def __init__(self, *args: Any, shapo: ShaPOArguments | None = None, **kwargs: Any) -> None:
+        # Looked at first where it can be: making a trainer may take as long as precomputing a data set.
+        self.shapo = refuse_before(shapo, args, kwargs)
         self._micro_batches: list[Any] = []
         self._position = 0
         self._ascended = False
-        self._drawn_rows = torch.Generator().manual_seed(shapo.seed)
+        self._wrapped: ShaPOOptimizer | None = None
         self._ascent_losses: list[Tensor] = []
         self._gaps: list[Tensor] = []
-        # Looked at first where it can be: making the trainer may load a second model for nothing.
-        if any(getattr(value, "precompute_ref_log_probs", True) is False for value in (*args, *kwargs.values())):
-            raise ValueError(_TWO_REFERENCE_PASSES)
         super().__init__(*args, **kwargs)
-        if getattr(self, "precompute_ref_logps", True) is False:
-            raise ValueError(_TWO_REFERENCE_PASSES)
-        if self.is_deepspeed_enabled:
-            raise ValueError("ShaPO does not run under DeepSpeed: use DDP or FSDP2")
+        refuse_trainer(self, self.shapo)
+        self._part = self.shapo.part()
+        self._cutter = None if self._part.is_whole else Cutter(self)
+        self.add_callback(_RestoreBeforeAnEpochEnds(self))
 
     # -- the optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's optimizer, or the one it was given, wrapped."""
-        base = super().create_optimizer(*args, **kwargs)
-        if not isinstance(base, ShaPOOptimizer):
+        """The trainer's optimizer, or the one it was given, wrapped; a ready ShaPOOptimizer as it is."""
+        created = super().create_optimizer(*args, **kwargs)
+        found = _beneath_accelerate(created)
+        if found is self._wrapped:
+            return created  # a second train()
+        if isinstance(found, ShaPOOptimizer):
+            self.shapo.refuse_an_optimizers_options()
+        else:
             model: Any = next((m for m in (*args, kwargs.get("model")) if m is not None), self.model)
-            base = self.optimizer = self.shapo.wrap(base, model)
-        return base
+            created = self.optimizer = found = self.shapo.wrap(created, model)
+        self._wrapped, self._schedule = found, self.shapo.schedule(found.rho)
+        if not self._schedule.is_constant and _have_radii_of_their_own(found):
+            raise ValueError("plain_updates and rho_warmup set opt.rho, but a param group has a radius of its own")
+        return created
 
     def _shapo_optimizer(self) -> ShaPOOptimizer:
-        # Accelerate puts a wrapper of its own around it.
-        found = getattr(self.optimizer, "optimizer", self.optimizer)
+        found = _beneath_accelerate(self.optimizer)
         if not isinstance(found, ShaPOOptimizer):
             raise RuntimeError("the trainer's optimizer is no ShaPOOptimizer: leave create_optimizer to the mixin")
         return found
@@ -98,18 +106,19 @@ class ShaPOTrainerMixin(Trainer):
     ) -> Tensor:
         optimizer = self._shapo_optimizer()
         if self._position == 0:
-            optimizer.model = model  # wrapped by now, where it is going to be
-            optimizer.rho = self.shapo.rho if optimizer.updates >= self.shapo.plain_updates else 0.0
-            self._ascended = optimizer.due
-            if self._ascended:
-                self._ascend(optimizer, model, num_items_in_batch)
-        counted = self._ascended and self.shapo.ascent_fraction == 1
-        with self._metrics_as_they_are() if counted else contextlib.nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+            self._begin_update(optimizer, model)
+        with self._reference_answers() if self._ascended else contextlib.nullcontext():
+            if self._ascended and self.shapo.per_micro_batch:
+                self._ascend(optimizer, model, num_items_in_batch, [self._micro_batches[self._position]])
+            elif self._ascended and self._position == 0:
+                self._ascend(optimizer, model, num_items_in_batch, self._micro_batches)
+            counted = self._ascended and self._part.is_whole
+            with self._metrics_as_they_are() if counted else contextlib.nullcontext():
+                loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self._ascended:
             self._gaps[-1] = self._gaps[-1] + loss.detach()
         self._position += 1
-        if self._position == len(self._micro_batches):
+        if self.shapo.per_micro_batch or self._position == len(self._micro_batches):
             optimizer.restore()
         return loss
 
@@ -117,31 +126,61 @@ class ShaPOTrainerMixin(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ShaPOOptimizer):
-                self._shapo_optimizer().restore()
+            if self._wrapped is not None:
+                self._wrapped.restore()
 
-    def _ascend(self, optimizer: ShaPOOptimizer, model: nn.Module, items: Any) -> None:
-        partial = self.shapo.ascent_fraction < 1
+    def _begin_update(self, optimizer: ShaPOOptimizer, model: nn.Module) -> None:
+        # Still perturbed where the last update was given up: an exception that the trainer caught, a smaller batch.
+        optimizer.restore()
+        optimizer.model = model  # wrapped by now, where it is going to be
+        if not self._schedule.is_constant and optimizer.updates <= self._schedule.ends_at():
+            optimizer.rho = self._schedule.at(optimizer.updates)
+        self._ascended = optimizer.due
+        if self._ascended:
+            self._ascent_losses.append(torch.zeros((), device=self.args.device))
+            self._gaps.append(torch.zeros((), device=self.args.device))
+
+    def _ascend(self, optimizer: ShaPOOptimizer, model: nn.Module, items: Any, micro_batches: Sequence[Any]) -> None:
+        """Pass 1 over micro-batches: the whole update's, or one."""
+        parts, shares = self._parts(micro_batches, optimizer.updates)
+        own = items
+        if items is not None and (self._cutter is not None or len(micro_batches) < len(self._micro_batches)):
+            own = self._get_num_items_in_batch(parts, self.args.device)
+        scaled = self._is_scaled(own)
+        total = torch.zeros((), device=self.args.device)
         model.train()
         random = RandomState(self.args.device)
-        losses = []
         # A partial ascent's numbers are of other rows than the descent's, so the trainer does not count them.
-        with optimizer.ascent(), self._metrics_as_they_are() if partial else contextlib.nullcontext():
-            for inputs in self._micro_batches:
-                inputs = self._prepare_inputs(self._part(inputs) if partial else dict(inputs))
+        with (
+            optimizer.ascent(),
+            contextlib.nullcontext() if self._part.is_whole else self._metrics_as_they_are(),
+            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
+        ):
+            for part, share in zip(parts, shares, strict=True):
+                inputs = self._prepare_inputs(dict(part))
                 with self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(model, inputs, num_items_in_batch=items)
-                loss = loss.mean()
-                if not self._is_scaled(items):
-                    loss = loss / len(self._micro_batches)
-                losses.append(loss.detach())
+                    loss: Any = self.compute_loss(model, inputs, num_items_in_batch=own)
+                loss = loss.mean() if scaled else loss.mean() * share
+                total = total + loss.detach()
                 scaler = getattr(self.accelerator, "scaler", None)
                 optimizer.ascend(loss if scaler is None else scaler.scale(loss))
         random.restore()
         optimizer.perturb()
-        total = torch.stack(losses).sum()
-        self._ascent_losses.append(total)
-        self._gaps.append(-total)
+        if self.shapo.per_micro_batch:
+            # Its own mean, for its own direction; of the update's loss it is the share that the descent's is.
+            total = total * (own / items if scaled else 1 / len(self._micro_batches))
+        self._ascent_losses[-1] = self._ascent_losses[-1] + total
+        self._gaps[-1] = self._gaps[-1] - total
+
+    def _parts(self, micro_batches: Sequence[Any], update: int) -> tuple[list[Any], list[float]]:
+        """What the ascent sees of each micro-batch, and its share of a mean over everything that it sees."""
+        if self._cutter is None:
+            return list(micro_batches), [1 / len(micro_batches)] * len(micro_batches)
+        number = self._position if self.shapo.per_micro_batch else 0
+        drawn = self._part.draw([self._cutter.count(inputs) for inputs in micro_batches], update, number)
+        seen = [(inputs, pairs) for inputs, pairs in zip(micro_batches, drawn, strict=True) if pairs]
+        together = sum(len(pairs) for _, pairs in seen)
+        return [self._cutter.take(*one) for one in seen], [len(pairs) / together for _, pairs in seen]
 
     def _is_scaled(self, items: Any) -> bool:
         """Whether the loss comes divided for the whole update already, by the model or by ``compute_loss_func``."""
@@ -150,32 +189,34 @@ class ShaPOTrainerMixin(Trainer):
             return bool(known)
         return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
-    def _part(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Some rows of a micro-batch; of preference pairs, B chosen rows above B rejected ones, both of a pair."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
-        lengths = {value.shape[0] for value in tensors.values()}
-        rows = max(lengths)
-        pairs = rows // 2 if self._is_preference_trainer() else rows
-        if not lengths <= {rows, pairs}:
-            raise ValueError(f"a batch of tensors with {sorted(lengths)} rows cannot be cut: use ascent_fraction=1")
-        count = math.ceil(self.shapo.ascent_fraction * pairs)
-        chosen = torch.randperm(pairs, generator=self._drawn_rows)[:count].sort().values
-        both = torch.cat([chosen, chosen + pairs]) if pairs < rows else chosen
-        return {
-            name: value[(both if value.shape[0] == rows else chosen).to(value.device)] if name in tensors else value
-            for name, value in inputs.items()
-        }
+    # -- the reference
 
-    def _is_preference_trainer(self) -> bool:
-        return hasattr(self, "precompute_ref_logps")
+    @contextlib.contextmanager
+    def _reference_answers(self) -> Iterator[None]:
+        """Inside, a DPO trainer finds its reference's log-probabilities in the micro-batches, as if precomputed."""
+        if getattr(self, "precompute_ref_logps", True):
+            yield
+            return
+        if self._position == 0:
+            trainer: Any = self  # of the class that the mixin stands before
+            for inputs in self._micro_batches:
+                reference = trainer.ref_model or self.model
+                logps = trainer.compute_ref_log_probs(reference, self._prepare_inputs(dict(inputs)))
+                inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps
+        self.precompute_ref_logps = True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = False
 
     # -- what is logged
 
     @contextlib.contextmanager
     def _metrics_as_they_are(self) -> Iterator[None]:
-        """Forget what ``compute_loss`` counts inside: trl keeps means of metrics and a number of tokens."""
-        names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)]
-        kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        """Forget what ``compute_loss`` counts inside: trl keeps lists of metrics and a number of tokens."""
+        kept = {name: getattr(self, name) for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)}
+        if "_metrics" in kept:
+            self._metrics = {mode: _emptied(values) for mode, values in kept["_metrics"].items()}
         try:
             yield
         finally:
@@ -185,13 +226,41 @@ class ShaPOTrainerMixin(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._ascent_losses and "loss" in logs:
             stats = self._shapo_optimizer().stats
+            # Over the ranks, as the trainer's own loss is.
+            means = torch.stack([torch.stack(self._ascent_losses).mean(), torch.stack(self._gaps).mean()])
+            ascent_loss, gap = self.accelerator.gather(means.unsqueeze(0)).mean(0).tolist()
             logs |= {
-                "shapo/ascent_loss": torch.stack(self._ascent_losses).mean().item(),
-                "shapo/gap": torch.stack(self._gaps).mean().item(),
-                **{
-                    f"shapo/{name}": stats[name]
-                    for name in ("grad_norm", "epsilon_norm", "relative_radius", "realised_cosine", "skipped")
-                },
+                "shapo/ascent_loss": ascent_loss,
+                "shapo/gap": gap,
+                **{f"shapo/{name}": stats[name] for name in _LOGGED},
             }
             self._ascent_losses, self._gaps = [], []
         super().log(logs, *args, **kwargs)
+
+
+class _RestoreBeforeAnEpochEnds(TrainerCallback):
+    """An epoch may be stopped between the micro-batches of an update; evaluation and saving follow at once."""
+
+    def __init__(self, trainer: ShaPOTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._shapo_optimizer().restore()
+
+
+def _beneath_accelerate(optimizer: Any) -> Any:
+    """Accelerate puts a wrapper of its own around an optimizer."""
+    return (
+        getattr(optimizer, "optimizer", optimizer) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
+    )
+
+
+def _have_radii_of_their_own(optimizer: ShaPOOptimizer) -> bool:
+    key = "shapo_rho" if "rho" in optimizer.defaults else "rho"
+    return any(key in group for group in optimizer.param_groups)
+
+
+def _emptied(values: Any) -> Any:
+    emptied = copy.copy(values)
+    emptied.clear()
+    return emptied

@@ -1,0 +1,73 @@
+"""What a trainer cannot be combined with, told in one line: before it is made where possible, else right after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shapo_kernels import ShaPOOptimizer
+
+from .arguments import ShaPOArguments
+
+
+def refuse_before(shapo: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShaPOArguments:
+    """The options, looked at before the trainer is made.
+
+    Raises:
+        TypeError: they are no options, or not enough to wrap an optimizer.
+        ValueError: they say again what a ready ShaPOOptimizer says.
+    """
+    if shapo is not None and not isinstance(shapo, ShaPOArguments):
+        raise TypeError(f"shapo is a {type(shapo).__name__}: expected ShaPOArguments(subspace, rho=…)")
+    values = (*args, *kwargs.values())
+    pairs = [value for value in values if isinstance(value, tuple) and len(value) == 2]
+    ready = any(isinstance(optimizer, ShaPOOptimizer) for optimizer, _ in pairs)
+    options = shapo or ShaPOArguments()
+    if ready:
+        options.refuse_an_optimizers_options()
+    else:
+        options.require_an_optimizers_options()
+    return options
+
+
+def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
+    """Raises ValueError for a trainer, or arguments of one, under which an update would be another than it seems."""
+    arguments = trainer.args
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("the Trainer mixin does not run under DeepSpeed: use DDP or FSDP2")
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs in one process would run under nn.DataParallel: launch with torchrun or "
+            "`accelerate launch`, or make one GPU visible"
+        )
+    kinds = type(trainer).__mro__
+    if any("_prepare_inputs" in vars(kind) for kind in kinds if kind.__module__.startswith("trl.")):
+        raise ValueError(
+            "a trainer that generates its batches would generate others for the second pass: use an offline one"
+        )
+    if getattr(trainer, "precompute_ref_logps", True) is False and not _asks_reference_once(kinds):
+        raise ValueError(
+            "the reference model would run in both passes, and for an adapter's policy on perturbed weights: "
+            "set precompute_ref_log_probs=True"
+        )
+    selective = not isinstance(trainer.optimizer, ShaPOOptimizer) and shapo.ascent == "selective"
+    if selective and _checkpoints_reentrantly(arguments):
+        raise ValueError(
+            "reentrant checkpointing refuses the selective ascent: set use_reentrant=False in "
+            "activation_checkpointing_kwargs (gradient_checkpointing_kwargs), or ascent='grad'"
+        )
+    micro_batches = 1 if shapo.per_micro_batch else arguments.gradient_accumulation_steps
+    shapo.part().require_at_most(arguments.per_device_train_batch_size * micro_batches)
+
+
+def _asks_reference_once(kinds: Sequence[type]) -> bool:
+    """Whether the mixin can put the reference's numbers where the trainer looks for precomputed ones."""
+    return any(kind.__name__ == "DPOTrainer" and hasattr(kind, "compute_ref_log_probs") for kind in kinds)
+
+
+def _checkpoints_reentrantly(arguments: Any) -> bool:
+    # transformers 5 has a new name, and the old one beside it.
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(arguments, name, False):
+            return bool((getattr(arguments, f"{name}_kwargs", None) or {}).get("use_reentrant", False))
+    return False
