@@ -94,4 +94,5 @@ def train(case):
     return {"parameters": {plain_name(name): p.detach() for name, p in whole.items()}, "stats": stats}
 
 
-on_rank(train)
+if __name__ == "__main__":
+    on_rank(train)
