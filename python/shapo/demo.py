@@ -58,8 +58,8 @@ _REWARDS_KEY = {"split": "train"}
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What a worker process is told: everything else is read from the output folder."""
+class Task:
+    """What a step, in a worker process or not, is told: everything else is read from the output folder."""
 
     output: str
     size: Size
@@ -81,12 +81,12 @@ def run_demo(
         device: "cpu" or a CUDA device.
     """
     started = time.perf_counter()
-    task = _Task(str(output), SIZES[size], seed, device)
+    task = Task(str(output), SIZES[size], seed, device)
     quiet_transformers()
     with threads(1):
-        _prepare(task, progress)
+        prepare_model(task, progress)
         with workers(jobs) as spread:
-            probe, rewards = spread([(_prepare_subspaces, task), (_prepare_rewards, task)])
+            probe, rewards = spread([(prepare_subspaces, task), (_prepare_rewards, task)])
             if progress:
                 print(
                     f"probe: validation accuracy {100 * probe['accuracy']:.1f} %; "
@@ -110,7 +110,7 @@ def run_demo(
     return results
 
 
-def _train_all(spread: Spread, task: _Task, progress: bool) -> list[dict[str, Any]]:
+def _train_all(spread: Spread, task: Task, progress: bool) -> list[dict[str, Any]]:
     work = [(_train, replace(task, method=method)) for method in methods()]
     rows = []
     with tqdm(total=len(work), desc="methods", unit="method", disable=not progress) as bar:
@@ -126,7 +126,7 @@ def _train_all(spread: Spread, task: _Task, progress: bool) -> list[dict[str, An
     return rows
 
 
-def _prepare(task: _Task, progress: bool) -> None:
+def prepare_model(task: Task, progress: bool) -> None:
     """Data, tokenizer, a model of random weights, and SFT on both styles of answer, which leaves no preference."""
     output, size = Path(task.output), task.size
     synthetic.write(output / "data", task.seed, **size.rows)
@@ -150,11 +150,11 @@ def _prepare(task: _Task, progress: bool) -> None:
     save_model(output / "sft" / "model", model, tokenizer)
 
 
-def _prepare_subspaces(task: _Task) -> dict[str, Any]:
+def prepare_subspaces(task: Task) -> dict[str, Any]:
     """Probe and selections from the SFT model; nothing here sees a training or test pair."""
     output, size = Path(task.output), task.size
-    model, encoder = _load(output / "sft" / "model", task)
-    pairs = _pairs(output, "sft")[: size.probe_rows]
+    model, encoder = load_model(output / "sft" / "model", task)
+    pairs = split_pairs(output, "sft")[: size.probe_rows]
     examples = probe_examples(pairs)
     features = extract_features(model, encoder, examples, batch_size=32, progress=False)
     labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
@@ -162,7 +162,7 @@ def _prepare_subspaces(task: _Task) -> dict[str, Any]:
     probe.save(output / "probe" / "probe.safetensors")
     curve = [epoch.validation_accuracy for epoch in probe.curve]
     plot_probe(output / "probe.png", curve, baseline=probe.majority, title="safety probe on the SFT model")
-    held_out = _pairs(output, "selection")
+    held_out = split_pairs(output, "selection")
     spaces = {
         "probe": selection.select_by_probe(model, probe.direction, size.percent),
         "gradient": selection.select_by_gradient(
@@ -177,7 +177,7 @@ def _prepare_subspaces(task: _Task) -> dict[str, Any]:
     return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
 
 
-def _prepare_rewards(task: _Task) -> dict[str, Any]:
+def _prepare_rewards(task: Task) -> dict[str, Any]:
     """A small reward model, trained on clean labels of the selection split, and its scores of the training pairs."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -190,26 +190,26 @@ def _prepare_rewards(task: _Task) -> dict[str, Any]:
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(task.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scorer = RewardScorer(model, tokenizer, batch_size=64)
-    held_out, noisy = _pairs(output, "selection"), _noisy_pairs(task)
+    held_out, noisy = split_pairs(output, "selection"), noisy_pairs(task)
     updates = task.size.reward_updates
     train_reward_model(scorer, held_out, updates=updates, lr=5e-4, seed=task.seed, progress=False)
     save_model(output / "reward_model", model, tokenizer)
     rewards = scorer.score_pairs(noisy, progress=False)
     save_cached(output / "rewards.safetensors", _REWARDS_KEY, {"chosen": rewards.chosen, "rejected": rewards.rejected})
-    test = scorer.score_pairs(_pairs(output, "test"), progress=False)
+    test = scorer.score_pairs(split_pairs(output, "test"), progress=False)
     return {"pairs": len(held_out), "test_accuracy": test.agreement(), "training_label_agreement": rewards.agreement()}
 
 
-def _train(task: _Task) -> dict[str, Any]:
+def _train(task: Task) -> dict[str, Any]:
     """Trains one method and measures its end."""
     method, output, size = task.method, Path(task.output), task.size
     if method is None:
         raise ValueError("the task names no method")
     folder = output / "methods" / method.slug
-    model, encoder = _load(output / "sft" / "model", task)
-    reference, _ = _load(output / "sft" / "model", task)
-    data = TokenizedPairs(_noisy_pairs(task), encoder)
-    test = TokenizedPairs(_pairs(output, "test"), encoder)
+    model, encoder = load_model(output / "sft" / "model", task)
+    reference, _ = load_model(output / "sft" / "model", task)
+    data = TokenizedPairs(noisy_pairs(task), encoder)
+    test = TokenizedPairs(split_pairs(output, "test"), encoder)
     space = _subspace(output, method, model)
     updates_an_epoch = -(-len(data) // BATCH)
     summary = train_preferences(
@@ -238,9 +238,9 @@ def _train(task: _Task) -> dict[str, Any]:
     }
 
 
-def _measure(task: _Task, model: Any, reference: Any, encoder: PairEncoder, test: TokenizedPairs) -> dict[str, Any]:
+def _measure(task: Task, model: Any, reference: Any, encoder: PairEncoder, test: TokenizedPairs) -> dict[str, Any]:
     output, size = Path(task.output), task.size
-    unseen = TokenizedPairs(_pairs(output, "test_unseen"), encoder)
+    unseen = TokenizedPairs(split_pairs(output, "test_unseen"), encoder)
     result: dict[str, Any] = {}
     for name, data in (("test", test), ("unseen", unseen)):
         policy, base = (compute_logps(m, data, batch_size=32, progress=False) for m in (model, reference))
@@ -251,10 +251,10 @@ def _measure(task: _Task, model: Any, reference: Any, encoder: PairEncoder, test
     result["increase"] = loss_increase(loss, Subspace.full(model), YARDSTICK_RHO)
     if task.method and task.method.slug == "dpo":
         spaces = {
-            "critical by probe": _load_subspace(output, "probe"),
-            "critical by gradient": _load_subspace(output, "gradient"),
-            "random": _load_subspace(output, "random"),
-            "random, layers as probe": _load_subspace(output, "random-like-probe"),
+            "critical by probe": load_subspace(output, "probe"),
+            "critical by gradient": load_subspace(output, "gradient"),
+            "random": load_subspace(output, "random"),
+            "random, layers as probe": load_subspace(output, "random-like-probe"),
             "all neurons": selection.full_neurons(model),
         }
         curves = measure(loss, spaces, rhos=RHOS, ratios=RATIOS, progress=False)
@@ -305,7 +305,8 @@ def _encoder(tokenizer: Any) -> PairEncoder:
     return PairEncoder(tokenizer, max_length=128, max_prompt_length=64)
 
 
-def _load(folder: Path, task: _Task) -> tuple[Any, PairEncoder]:
+def load_model(folder: Path, task: Task) -> tuple[Any, PairEncoder]:
+    """A saved model in eval mode, and the encoder that goes with it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
@@ -313,12 +314,14 @@ def _load(folder: Path, task: _Task) -> tuple[Any, PairEncoder]:
     return model.to(task.device).eval(), _encoder(AutoTokenizer.from_pretrained(folder))
 
 
-def _pairs(output: Path, split: str) -> list[PreferencePair]:
+def split_pairs(output: Path, split: str) -> list[PreferencePair]:
+    """The clean pairs of a split that `prepare_model` has written."""
     return load_pairs(output / "data" / f"{split}.jsonl").pairs
 
 
-def _noisy_pairs(task: _Task) -> list[PreferencePair]:
-    return flip_labels(_pairs(Path(task.output), "train"), NOISE, seed=task.seed)
+def noisy_pairs(task: Task) -> list[PreferencePair]:
+    """The training pairs with their flipped labels."""
+    return flip_labels(split_pairs(Path(task.output), "train"), NOISE, seed=task.seed)
 
 
 def _loss(method: Method) -> LossConfig:
@@ -337,8 +340,9 @@ def _rewards(output: Path) -> PairRewards:
 def _subspace(output: Path, method: Method, model: Any) -> Subspace | None:
     if method.subspace is None:
         return None
-    return Subspace.full(model) if method.subspace == "all" else _load_subspace(output, method.subspace)
+    return Subspace.full(model) if method.subspace == "all" else load_subspace(output, method.subspace)
 
 
-def _load_subspace(output: Path, name: str) -> Subspace:
+def load_subspace(output: Path, name: str) -> Subspace:
+    """One of those that `prepare_subspaces` has written."""
     return Subspace.load(output / "subspaces" / f"{name}.safetensors")

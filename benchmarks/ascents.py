@@ -1,0 +1,376 @@
+"""Cheaper ascents: what a part of the batch, or every k-th update, costs and loses. Rows under results/ascents/.
+
+    python benchmarks/ascents.py fidelity --seed 0    # how well a part's direction stands for the whole batch's
+    python benchmarks/ascents.py effect --seed 0      # what is left of the method's effect at the end of training
+    python benchmarks/ascents.py price                # time of an update, in multiples of a plain one
+    python benchmarks/ascents.py table --into docs/combinations.md
+
+Fidelity and effect train the demo's model on its data with 30 % of the labels flipped, the neurons chosen by its probe;
+their rows are added to those of other seeds. The price is that of the Llama of test_shapo_update.py.
+
+For a batch and the gradient g_S of its loss L on the subspace, eps = rho g_S / ||g_S||; a part of its pairs gives eps'.
+Reported are cos(eps, eps') and (L(theta + eps') - L(theta)) / (L(theta + eps) - L(theta)), L being of the whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import between_markers
+from rows import RESULTS, environment, interleaved, ratios, row
+from torch import Tensor
+
+import shapo_kernels as sk
+from shapo.ascents import AscentPart
+from shapo_kernels import losses
+
+FOLDER = RESULTS / "ascents"
+FRACTIONS = (0.5, 0.25, 0.125)
+INTERVALS = (2, 5, 10)
+MEASURED_EVERY, MEASURED_BATCHES, DRAWS = 8, 4, 2
+ROUNDS = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("fidelity", "effect", "price", "table"))
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights, order, flips and draws")
+    parser.add_argument("--size", default="full", help="of the demo")
+    parser.add_argument("--variants", nargs="*", help="effect: these alone, by name")
+    parser.add_argument("--work", type=Path, default=Path("runs/ascents"), help="where the SFT models are kept")
+    parser.add_argument("--into", type=Path, help="table: a Markdown file with the two markers")
+    options = parser.parse_args()
+    if options.part == "price":
+        save("price", measure_price(), keep=())
+    elif options.part == "table":
+        text = table(*(json.loads((FOLDER / f"{name}.json").read_text()) for name in ("fidelity", "effect", "price")))
+        if options.into:
+            options.into.write_text(between_markers(options.into.read_text(), text))
+        else:
+            print(text)
+    else:
+        prepared = Prepared(options.work, options.size, options.seed)
+        if options.part == "fidelity":
+            save("fidelity", measure_fidelity(prepared), keep=("seed",))
+        else:
+            save("effect", measure_effect(prepared, options.variants), keep=("seed", "variant"))
+
+
+def save(name: str, rows: Iterable[dict[str, Any]], keep: Sequence[str]) -> None:
+    """Write rows beside earlier ones that differ in one of the columns ``keep``; each says of which commit it is."""
+    now, path = environment(), FOLDER / f"{name}.json"
+    new = [{**one, "commit": now["commit"]} for one in rows]
+    earlier = json.loads(path.read_text())["rows"] if keep and path.exists() else []
+    replaced = {tuple(one[column] for column in keep) for one in new}
+    kept = [one for one in earlier if tuple(one[column] for column in keep) not in replaced]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": now, "rows": [*kept, *new]}, indent=1) + "\n")
+
+
+class Prepared:
+    """The demo's SFT model, its probe's neurons and its noisy pairs, made once for each seed."""
+
+    def __init__(self, work: Path, size: str, seed: int) -> None:
+        from shapo import demo
+        from shapo.demo_settings import SIZES
+        from shapo.training.logps import TokenizedPairs
+
+        self.seed, self.folder = seed, work / f"{size}-{seed}"
+        task = demo.Task(str(self.folder), SIZES[size], seed, "cpu")
+        torch.set_num_threads(1)
+        if not (self.folder / "subspaces" / "probe.safetensors").exists():
+            demo.prepare_model(task, progress=False)
+            demo.prepare_subspaces(task)
+        self.epochs = SIZES[size].epochs
+        self.subspace = demo.load_subspace(self.folder, "probe")
+        self.model, encoder = demo.load_model(self.folder / "sft" / "model", task)
+        self.data = TokenizedPairs(demo.noisy_pairs(task), encoder)
+        self.test = TokenizedPairs(demo.split_pairs(self.folder, "test"), encoder)
+
+
+# -- fidelity
+
+
+def measure_fidelity(prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """Along a run of ShaPO whose ascents see the whole batch: at every 8th update, on 4 batches that it is not at."""
+    from shapo.demo_settings import BATCH, BETA, LR, RHO_NEURONS
+    from shapo.training.logps import batch_logps, compute_logps
+    from shapo.training.order import DataOrder
+
+    model, data = prepared.model, prepared.data
+    reference = compute_logps(model, data, progress=False)
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        policy, ref = batch_logps(model, data.batch(indices, torch.device("cpu"))), reference[indices]
+        return losses.dpo(policy.chosen, policy.rejected, ref.chosen, ref.rejected, beta=BETA).mean()
+
+    model.train()
+    opt = sk.ShaPOOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model, prepared.subspace, rho=RHO_NEURONS)
+    order, other = (DataOrder(len(data), BATCH, prepared.seed + offset) for offset in (0, 1000))
+    total = prepared.epochs * order.updates_per_epoch
+    measured = 0
+    for update in range(total):
+        if update % MEASURED_EVERY == 0:
+            batches = [other.batch(measured + i) for i in range(MEASURED_BATCHES + 1)]
+            measured += MEASURED_BATCHES
+            for one in fidelity_of(loss, model, prepared.subspace, batches, RHO_NEURONS, prepared.seed, update):
+                yield {"seed": prepared.seed, "update": update, "of": total, "batch": BATCH, **one}
+        batch = order.batch(update)
+        with opt.ascent():
+            opt.ascend(loss(batch))
+        with opt.perturbed():
+            loss(batch).backward()
+        opt.step()
+        opt.zero_grad()
+    opt.detach()
+
+
+def fidelity_of(
+    loss: Callable[[Sequence[int]], Tensor],
+    model: Any,
+    subspace: sk.Subspace,
+    batches: list[list[int]],
+    rho: float,
+    seed: int,
+    update: int,
+) -> Iterator[dict[str, Any]]:
+    """Means over the batches but the last, which only lends its predecessor a direction that is not its own."""
+    weights = {name: model.get_parameter(name) for name in subspace.names}
+
+    def direction(indices: Sequence[int]) -> list[Tensor]:
+        gradients = torch.autograd.grad(loss(indices), list(weights.values()))
+        selected = [g.index_select(subspace.axis(n), subspace[n]) for n, g in zip(weights, gradients, strict=True)]
+        norm = torch.sqrt(sum(g.double().square().sum() for g in selected))
+        return [g / norm for g in selected]
+
+    def loss_at(eps: list[Tensor] | None, indices: Sequence[int]) -> float:
+        with torch.no_grad(), moved(weights, subspace, eps, rho):
+            return loss(indices).item()
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    for number, batch in enumerate(batches[:-1]):
+        whole, here = direction(batch), loss_at(None, batch)
+        increase = loss_at(whole, batch) - here
+        parts = [("another batch", batches[number + 1])]
+        for fraction in FRACTIONS:
+            for draw in range(DRAWS):
+                (rows,) = AscentPart(fraction, seed=seed).draw([len(batch)], update, DRAWS * number + draw)
+                parts.append((part_name(fraction), [batch[i] for i in rows]))
+        for name, indices in parts:
+            eps = direction(indices)
+            cosine = sum((a.double() * b.double()).sum().item() for a, b in zip(whole, eps, strict=True))
+            found.setdefault(name, []).append((cosine, (loss_at(eps, batch) - here) / increase))
+    for name, values in found.items():
+        cosines, shares = zip(*values, strict=True)
+        yield {
+            "variant": name,
+            "cosine": statistics.mean(cosines),
+            "share": statistics.mean(shares),
+            "directions": len(values),
+        }
+
+
+@contextmanager
+def moved(weights: dict[str, Tensor], subspace: sk.Subspace, eps: list[Tensor] | None, rho: float) -> Iterator[None]:
+    """The weights at theta + rho * eps inside; plainly written, not by the library's own perturbation."""
+    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+    for (name, weight), e in zip(weights.items(), eps or [], strict=eps is not None):
+        weight.data.index_add_(subspace.axis(name), subspace[name], rho * e)
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(kept[name])
+
+
+# -- effect
+
+
+def effect_variants() -> dict[str, dict[str, Any] | None]:
+    """Name -> the options of ShaPO, or None for plain training."""
+    parts = {part_name(fraction): {"ascent_fraction": fraction} for fraction in FRACTIONS}
+    intervals = {f"interval {k}": {"interval": k} for k in INTERVALS}
+    return {
+        "plain DPO": None,
+        "whole batch": {},
+        **parts,
+        "each micro-batch of 4": {"per_micro_batch": True},
+        **intervals,
+    }
+
+
+def measure_effect(prepared: Prepared, names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """The demo's run with each kind of ascent: accuracy on clean test pairs, and the share of the flips fitted."""
+    import copy
+
+    from shapo.demo_settings import BATCH, BETA, LR, NOISE, RHO_NEURONS
+    from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
+    from shapo.training.preference import train_preferences
+
+    loop = LoopConfig(epochs=prepared.epochs, batch_size=BATCH, lr=LR, seed=prepared.seed)
+    for name, options in effect_variants().items():
+        if names and name not in names:
+            continue
+        micro = 4 if options and options.get("per_micro_batch") else None
+        with tempfile.TemporaryDirectory() as folder:
+            summary = train_preferences(
+                copy.deepcopy(prepared.model),
+                prepared.data,
+                loss=LossConfig("dpo", beta=BETA),
+                loop=replace(loop, micro_batch_size=micro),
+                shapo=None if options is None else ShaPOConfig(rho=RHO_NEURONS, **options),
+                subspace=None if options is None else prepared.subspace,
+                evaluation=prepared.test,
+                output=Path(folder),
+                progress=False,
+            )
+        final = summary["final"]
+        yield {
+            "seed": prepared.seed,
+            "variant": name,
+            "accuracy": final["accuracy"],
+            "flips_fitted": final["flips_fitted"],
+            "updates": summary["updates"],
+            "test_pairs": len(prepared.test),
+            "noise": NOISE,
+        }
+        print(f"{name}: accuracy {final['accuracy']:.3f}, flips fitted {final['flips_fitted']:.3f}", flush=True)
+
+
+# -- price
+
+
+def measure_price() -> list[dict[str, Any]]:
+    """Milliseconds of an update (of k updates, divided by k, for interval k), all variants in turn."""
+    from test_shapo_update import build_model, check_agreement
+
+    model = build_model()
+    check_agreement(model)
+    runs = {name: make_updates(model, options) for name, options in effect_variants().items() if "each" not in name}
+    seconds = interleaved({name: run for name, (run, _) in runs.items()}, rounds=ROUNDS)
+    seconds = {name: [value / runs[name][1] for value in values] for name, values in seconds.items()}
+    found = ratios(seconds, "plain DPO")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = f"{millions:.0f} M parameters, {PRICE_PAIRS} pairs of {PRICE_TOKENS} tokens"
+    return [
+        row("ascents", "price", name, values, dtype="float32", shape=shape, ratio_to_plain=found[name])
+        for name, values in seconds.items()
+    ]
+
+
+PRICE_PAIRS, PRICE_TOKENS = 8, 64
+
+
+def make_updates(model: Any, options: dict[str, Any] | None) -> tuple[Callable[[], None], int]:
+    """A whole interval of updates, and how many they are. The learning rate is 0: all variants share the model."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 4096, (2, PRICE_PAIRS, PRICE_TOKENS), generator=generator)
+    base = torch.optim.AdamW(model.parameters(), lr=0.0)
+    reference = torch.full((PRICE_PAIRS,), -150.0)
+
+    def loss(pairs: list[int]) -> Tensor:
+        rows = tokens[:, pairs].flatten(0, 1)
+        labels = rows.clone()
+        labels[:, : PRICE_TOKENS // 2] = -100
+        logps, _ = losses.sequence_logps(model(rows).logits, labels)
+        chosen, rejected = logps.chunk(2)
+        return losses.dpo(chosen, rejected, reference[pairs], reference[pairs], beta=0.1).mean()
+
+    everything = list(range(PRICE_PAIRS))
+    if options is None:
+
+        def plain() -> None:
+            loss(everything).backward()
+            base.step()
+            base.zero_grad()
+
+        return plain, 1
+    interval, part = options.get("interval", 1), AscentPart(options.get("ascent_fraction", 1.0))
+    sizes = {name: p.shape[1] for name, p in model.named_parameters() if name.endswith("down_proj.weight")}
+    opt = sk.ShaPOOptimizer(base, model, sk.Subspace.random(sizes, 1, seed=0), rho=0.05, interval=interval)
+
+    def shapo() -> None:
+        for _ in range(interval):
+            if opt.due:
+                with opt.ascent():
+                    opt.ascend(loss(part.draw([PRICE_PAIRS], opt.updates)[0]))
+            with opt.perturbed():
+                loss(everything).backward()
+            opt.step()
+            opt.zero_grad()
+
+    return shapo, interval
+
+
+# -- the table
+
+
+def table(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[str, Any]) -> str:
+    """What a user chooses by: a line for each kind of ascent."""
+    columns = ("ascent", "time of an update", "cosine", "share of the increase", "clean accuracy", "flips fitted")
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    names = {"plain DPO": "none (plain DPO)", "whole batch": "the whole batch", "another batch": "another whole batch"}
+    for variant in [*effect_variants(), "another batch"]:
+        cells = [
+            _one(price["rows"], variant, "ratio_to_plain", "{:.2f}"),
+            *(_spread(fidelity["rows"], variant, column) for column in ("cosine", "share")),
+            *(_over_seeds(effect["rows"], variant, column) for column in ("accuracy", "flips_fitted")),
+        ]
+        if variant == "whole batch":
+            cells[1:3] = "1", "1"
+        lines.append(f"| {names.get(variant, variant)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _provenance(fidelity, effect, price)])
+
+
+def part_name(fraction: float) -> str:
+    return f"1/{round(1 / fraction)} of the pairs"
+
+
+def _one(rows: list[dict[str, Any]], variant: str, column: str, form: str) -> str:
+    return next((form.format(one[column]) for one in rows if one["variant"] == variant), "")
+
+
+def _spread(rows: list[dict[str, Any]], variant: str, column: str) -> str:
+    """The mean over training and seeds, and between which means it lies at single points of training."""
+    values = [one[column] for one in rows if one["variant"] == variant]
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+
+
+def _over_seeds(rows: list[dict[str, Any]], variant: str, column: str) -> str:
+    values = [100 * one[column] for one in rows if one["variant"] == variant]
+    return f"{statistics.mean(values):.1f} % ({min(values):.1f} to {max(values):.1f})" if values else ""
+
+
+def _provenance(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[str, Any]) -> str:
+    measured, trained, timed = fidelity["rows"], effect["rows"], price["rows"]
+    seeds = sorted({one["seed"] for one in measured}), sorted({one["seed"] for one in trained})
+    points = len({one["update"] for one in measured})
+    machine = price["environment"]
+    time = (
+        f"Time: {timed[0]['shape']}, {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, medians "
+        f"of {timed[0]['rounds']} rounds with the variants in turn, commit {timed[0]['commit']}."
+    )
+    directions = (
+        f"Cosine with the whole batch's direction, and share of its increase of the whole batch's loss, for batches of "
+        f"{measured[0]['batch']} pairs: means over {points} points of a run of {measured[0]['of']} updates and seeds "
+        f"{', '.join(map(str, seeds[0]))} (least and greatest mean at one point), commit {measured[0]['commit']}."
+    )
+    ends = (
+        f"Accuracy on {trained[0]['test_pairs']} clean test pairs, and share of the flipped labels fitted, after "
+        f"{trained[0]['updates']} updates with {100 * trained[0]['noise']:.0f} % of the labels flipped: means over "
+        f"seeds {', '.join(map(str, seeds[1]))} (least and greatest), commit {trained[0]['commit']}."
+    )
+    return f"{time} {directions} {ends}"
+
+
+if __name__ == "__main__":
+    main()
