@@ -17,6 +17,7 @@ from shapo.architectures import ValueVectors, value_vectors
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
+from shapo.fused_head import find_fused_head
 from shapo.rewards import PairRewards
 from shapo.training.config import LossConfig
 from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, evaluating
@@ -131,6 +132,7 @@ def gradient_scores(
     weights = _plain_weights(vectors)
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()]
     device = next(iter(weights.values())).device
+    head = find_fused_head(model)
     with (
         evaluating(model),
         _only_trainable(model, list(weights.values())),
@@ -139,7 +141,7 @@ def gradient_scores(
     ):
         for start in range(0, len(data), batch_size):
             indices = list(range(start, min(start + batch_size, len(data))))
-            policy = batch_logps(model, data.batch(indices, device), bf16=bf16)
+            policy = batch_logps(model, data.batch(indices, device), bf16=bf16, head=head)
             compared = None
             if config.uses_reference:
                 compared = _detached(policy) if reference is None else reference[indices].to(device)

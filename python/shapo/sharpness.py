@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shapo.errors import UserError
+from shapo.fused_head import find_fused_head
 from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, evaluating
 from shapo_kernels import Subspace, losses
 
@@ -93,6 +94,7 @@ class PairLoss:
     ) -> None:
         self.model, self._data, self._reference = model, data, reference
         self._beta, self._batch_size = beta, batch_size
+        self._head = find_fused_head(model)
         self._device = next(model.parameters()).device
 
     def __len__(self) -> int:
@@ -117,7 +119,7 @@ class PairLoss:
     def _parts(self) -> Iterator[Tensor]:
         for start in range(0, len(self._data), self._batch_size):
             indices = list(range(start, min(start + self._batch_size, len(self._data))))
-            policy = batch_logps(self.model, self._data.batch(indices, self._device))
+            policy = batch_logps(self.model, self._data.batch(indices, self._device), head=self._head)
             reference = self._reference[indices].to(self._device)
             per_pair = losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self._beta)
             yield per_pair.sum() / len(self._data)

@@ -85,6 +85,12 @@ def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None
     group.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay in --dtype"
     )
+    group.add_argument(
+        "--fused-head",
+        default=base["fused_head"],
+        choices=settings.FUSED_HEADS,
+        help="log-probabilities without the logits: where the model allows it, always (or an error), never",
+    )
     group.add_argument("--seed", type=int, default=base["seed"], help="of data order and dropout")
     group.add_argument(
         "--eval-every",
@@ -144,6 +150,7 @@ def loop_config(arguments: argparse.Namespace) -> settings.LoopConfig:
         schedule=arguments.schedule,
         clip=arguments.clip,
         bf16=arguments.bf16,
+        fused_head=arguments.fused_head,
         seed=arguments.seed,
         eval_every=arguments.eval_every,
         save_every=arguments.save_every,

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     subspaces = _subspaces(model, files, arguments)
     data = TokenizedPairs(pairs, common.make_encoder(arguments, common.load_tokenizer(arguments.model)))
     judge = common.load_model(arguments.reference, arguments) if arguments.reference else model
-    quiet = {"progress": not arguments.quiet}
+    quiet: dict[str, Any] = {"progress": not arguments.quiet}
     reference = compute_logps(judge, data, batch_size=arguments.batch_size, description="reference", **quiet)
     loss = PairLoss(model, data, reference, beta=arguments.beta, batch_size=arguments.batch_size)
     result = measure(loss, subspaces, rhos=arguments.rhos, ratios=arguments.ratios, **quiet)

@@ -1,6 +1,7 @@
 """ShaPO inside other people's training loops: a mixin for ``transformers.Trainer`` and ``trl``'s trainers."""
 
 from .arguments import ShaPOArguments
+from .fused_head import FusedHeadMixin
 from .trainer import ShaPOTrainerMixin
 
-__all__ = ["ShaPOArguments", "ShaPOTrainerMixin"]
+__all__ = ["FusedHeadMixin", "ShaPOArguments", "ShaPOTrainerMixin"]

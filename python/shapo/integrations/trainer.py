@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,14 @@ from shapo_kernels import ShaPOOptimizer
 
 from .arguments import ShaPOArguments
 from .batches import Cutter
+from .fused_head import FusedHeadMixin
 from .refusals import refuse_before, refuse_trainer
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # the real one comes in beside the mixin
 
 _LOGGED = ("grad_norm", "epsilon_norm", "relative_radius", "realised_cosine", "skipped")
 
 
-class ShaPOTrainerMixin(Trainer):
-    """Put before a trainer in a class's bases; takes one more keyword, ``shapo``.
+class ShaPOTrainerMixin(FusedHeadMixin):
+    """Put before a trainer in a class's bases; takes one more keyword, ``shapo``, and ``fused_head`` of its base.
 
     Logged beside the trainer's numbers: ``shapo/ascent_loss`` (the loss at the weights themselves), ``shapo/gap`` (what
     the perturbation adds; ``loss`` itself is taken at the perturbed weights) and the last perturbation's

@@ -19,6 +19,7 @@ OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 ASCENTS = ("selective", "grad")
 PERTURBATIONS = ("auto", "in_place", "delta")
+FUSED_HEADS = ("auto", "on", "off")
 NORMS = ("global", "layer", "none")
 
 
@@ -145,6 +146,7 @@ class LoopConfig:
         micro_batch_size: What goes through the model at once; None for the whole batch.
         warmup: Updates over which the learning rate rises linearly from lr / warmup to lr.
         clip: Largest norm of the gradient, clipped once, in pass 2; 0 for none.
+        fused_head: "auto" never makes the logits of a model whose head is a plain linear layer, "on" refuses another.
         eval_every, save_every: In updates; 0 for the end only.
     """
 
@@ -159,6 +161,7 @@ class LoopConfig:
     schedule: str = "constant"
     clip: float = 1.0
     bf16: bool = False
+    fused_head: str = "auto"
     seed: int = 0
     eval_every: int = 0
     save_every: int = 0
@@ -173,6 +176,7 @@ class LoopConfig:
         _positive("the learning rate", self.lr)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
+        _choice("fused head", self.fused_head, FUSED_HEADS)
         for name in ("warmup", "eval_every", "save_every", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("clip", "weight_decay"):

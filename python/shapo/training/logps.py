@@ -23,6 +23,7 @@ from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
 from shapo.files import atomic_file
+from shapo.fused_head import FusedHead, find_fused_head, unusable, unwrapped
 from shapo.training.fingerprint import digest_rows
 from shapo_kernels import losses
 
@@ -100,14 +101,26 @@ class TokenizedPairs:
         return digest_rows((_key(c), _key(r)) for c, r in zip(self.chosen, self.rejected, strict=True))
 
 
-def batch_logps(model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False) -> PairLogps:
+def batch_logps(
+    model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False, head: FusedHead | None = None
+) -> PairLogps:
     """One forward pass over a batch of `TokenizedPairs.batch`; gradients flow to the model."""
-    device = batch["input_ids"].device
-    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    sums, counts = losses.sequence_logps(output.logits, batch["labels"])
+    sums, counts = response_logps(model, batch, bf16=bf16, head=head)
     half = sums.shape[0] // 2
     return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
+
+
+def response_logps(
+    model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool, head: FusedHead | None
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities and numbers of tokens of `labels`, without the model's logits where `head` serves it."""
+    device = batch["input_ids"].device
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        if head is not None and unusable(unwrapped(model)) is None:
+            return head.sequence_logps(model, batch["labels"], **inputs)
+        logits = model(**inputs).logits
+    return losses.sequence_logps(logits, batch["labels"])
 
 
 def compute_logps(
@@ -116,11 +129,13 @@ def compute_logps(
     *,
     batch_size: int = 16,
     bf16: bool = False,
+    fused_head: str = "auto",
     progress: bool = True,
     description: str = "log-probabilities",
 ) -> PairLogps:
     """Log-probabilities of every pair in eval mode, without gradients, on the CPU in the order of `data`."""
     device = next(model.parameters()).device
+    head = find_fused_head(model, fused_head)
     # Neighbours in length share a batch, so that little is spent on padding.
     order = sorted(range(len(data)), key=data.length)
     parts = []
@@ -131,7 +146,8 @@ def compute_logps(
     ):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            parts.append(batch_logps(model, data.batch(indices, device), bf16=bf16).to(torch.device("cpu")))
+            logps = batch_logps(model, data.batch(indices, device), bf16=bf16, head=head)
+            parts.append(logps.to(torch.device("cpu")))
             bar.update(len(indices))
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
@@ -146,14 +162,16 @@ def cached_logps(
     *,
     model_digest: str,
     bf16: bool,
+    fused_head: str,
     **options: Any,
 ) -> PairLogps:
-    """`compute_logps`, or what an earlier call wrote to `path` from the same weights, tokens and precision."""
-    key = {"model": model_digest, "data": data.digest(), "precision": "bf16" if bf16 else "full"}
+    """`compute_logps`, or what an earlier call wrote to `path` from the same weights, tokens, precision and head."""
+    precision = "bf16" if bf16 else "full"
+    key = {"model": model_digest, "data": data.digest(), "precision": precision, "fused_head": fused_head}
     found = load_cached(path, key)
     if found is not None:
         return PairLogps(**found)
-    values = compute_logps(model, data, bf16=bf16, **options)
+    values = compute_logps(model, data, bf16=bf16, fused_head=fused_head, **options)
     save_cached(path, key, values.tensors())
     return values
 

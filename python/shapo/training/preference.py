@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
+from shapo.fused_head import FusedHead, find_fused_head
 from shapo.random_state import RandomState
 from shapo.rewards import PairRewards
 from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig, identity
@@ -94,7 +95,9 @@ def train_preferences(
     }
     state = read_state(output, run, resume=resume)
     size = loop.micro_batch_size or loop.batch_size
-    cached: dict[str, Any] = {"model_digest": start, "bf16": loop.bf16, "batch_size": size, "progress": progress}
+    head = find_fused_head(model, loop.fused_head)
+    precision = {"bf16": loop.bf16, "fused_head": loop.fused_head}
+    cached: dict[str, Any] = {"model_digest": start, **precision, "batch_size": size, "progress": progress}
     reference = held_out = None
     if loss.uses_reference:
         reference = cached_logps(output / "reference.safetensors", model, data, description="reference", **cached)
@@ -115,8 +118,10 @@ def train_preferences(
             norm=shapo.norm,
             seed=loop.seed,
         )
+        if loop.fused_head == "on":
+            find_fused_head(model, "on")  # a perturbed head cannot be left out
     scheduler = make_scheduler(optimizer, loop, loop.total_updates(len(data)))
-    update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards)
+    update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards, head)
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
     try:
         Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
@@ -163,6 +168,7 @@ class _Update:
     shapo: ShaPOConfig | None
     reference: PairLogps | None
     rewards: PairRewards | None
+    head: FusedHead | None
 
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
@@ -231,7 +237,8 @@ class _Update:
         return self._objective.whole_batch(per_pair)
 
     def _forward(self, micro: Sequence[int], whole: losses.WholeBatch | None) -> losses.PreferenceOutput:
-        policy = batch_logps(self.model, self.data.batch(micro, self._device), bf16=self.loop.bf16)
+        batch = self.data.batch(micro, self._device)
+        policy = batch_logps(self.model, batch, bf16=self.loop.bf16, head=self.head)
         reference = None if self.reference is None else self.reference[micro]
         rewards = None if self.rewards is None else self.rewards[micro]
         return self._objective(make_batch(policy, reference, rewards), whole=whole)
@@ -270,7 +277,8 @@ class _Evaluation:
 
     def _logps(self, data: TokenizedPairs) -> PairLogps:
         size = self.loop.micro_batch_size or self.loop.batch_size
-        return compute_logps(self.model, data, batch_size=2 * size, bf16=self.loop.bf16, progress=False)
+        options: dict[str, Any] = {"bf16": self.loop.bf16, "fused_head": self.loop.fused_head, "progress": False}
+        return compute_logps(self.model, data, batch_size=2 * size, **options)
 
 
 def _require_an_ascent_that_fits(shapo: ShaPOConfig, loss: LossConfig, loop: LoopConfig) -> None:

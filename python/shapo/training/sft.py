@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
+from shapo.fused_head import FusedHead, find_fused_head
 from shapo.training.config import LoopConfig, identity
 from shapo.training.fingerprint import digest_model, digest_rows
-from shapo.training.logps import evaluating
+from shapo.training.logps import evaluating, response_logps
 from shapo.training.loop import Loop, read_state
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
-from shapo_kernels import losses
 
 
 def train_sft(
@@ -44,6 +43,7 @@ def train_sft(
         raise UserError("there are no examples to fine-tune on")
     rows = [encoder.encode(prompt, response) for prompt, response in examples]
     checks = [encoder.encode(prompt, response) for prompt, response in held_out]
+    head = find_fused_head(model, config.fused_head)
     optimizer = make_optimizer(model.parameters(), config)
     run = {
         "kind": "sft",
@@ -59,7 +59,7 @@ def train_sft(
         tokens = sum(_response_tokens(rows[index]) for index in indices)
         total = 0.0
         for micro in split(indices, config.micro_batch_size):
-            loss = _loss_sum(model, encoder, [rows[index] for index in micro], bf16=config.bf16) / tokens
+            loss = _loss_sum(model, encoder, [rows[index] for index in micro], bf16=config.bf16, head=head) / tokens
             loss.backward()
             total += loss.item()
         norm = clip_gradients(model.parameters(), config.clip)
@@ -71,18 +71,18 @@ def train_sft(
         with evaluating(model), torch.no_grad():
             size = config.micro_batch_size or config.batch_size
             batches = [checks[start : start + size] for start in range(0, len(checks), size)]
-            total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16).item() for batch in batches)
+            total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16, head=head).item() for batch in batches)
         return {"loss": total / sum(_response_tokens(row) for row in checks)}
 
     loop.train(update, evaluate if checks else None, state=state, progress=progress, name="sft")
 
 
-def _loss_sum(model: torch.nn.Module, encoder: PairEncoder, rows: Sequence[Encoded], *, bf16: bool) -> Tensor:
+def _loss_sum(
+    model: torch.nn.Module, encoder: PairEncoder, rows: Sequence[Encoded], *, bf16: bool, head: FusedHead | None
+) -> Tensor:
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in encoder.collate(rows).items()}
-    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    sums, _ = losses.sequence_logps(output.logits, batch["labels"])
+    sums, _ = response_logps(model, batch, bf16=bf16, head=head)
     return -sums.sum()
 
 

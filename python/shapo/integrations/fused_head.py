@@ -1,0 +1,125 @@
+"""An option of trl's trainers: per-token log-probabilities by ``losses.linear_token_logps``, not by trl's own head.
+
+trl's trainers ask their model for log-probabilities by ``model(..., labels=labels, fused_lm_head=True)`` and take from
+the answer the losses' log-probabilities and the metrics' entropy, mean logit and top-1 accuracy. That one call is
+answered here; every ``loss_type`` and every metric stays trl's.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from shapo.errors import UserError
+from shapo.fused_head import FusedHead, find_fused_head, unusable, unwrapped
+from shapo_kernels import losses
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # the real one comes in beside the mixin
+
+
+class FusedHeadMixin(Trainer):
+    """Put before a trainer of trl in a class's bases; takes one more keyword, ``fused_head``.
+
+    ``"off"`` (by default) leaves trl's head, ``"auto"`` replaces it where the model and the options allow it, ``"on"``
+    raises where they do not. Reference log-probabilities are made the same way as the policy's.
+
+    Raises:
+        ValueError: another ``fused_head``; ``"on"`` with a trainer or a model that it cannot serve, with the reason.
+    """
+
+    def __init__(self, *args: Any, fused_head: str = "off", **kwargs: Any) -> None:
+        if fused_head not in ("auto", "on", "off"):
+            raise ValueError(f"fused_head is {fused_head!r}: expected 'auto', 'on' or 'off'")
+        self._fused_head = fused_head
+        super().__init__(*args, **kwargs)
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                self._install(model)
+
+    def compute_ref_log_probs(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Called while the trainer is made too, when the reference's numbers are computed beforehand.
+        self._install(model)
+        return super().compute_ref_log_probs(model, *args, **kwargs)  # type: ignore[misc]
+
+    def _install(self, model: nn.Module) -> None:
+        if self._fused_head == "off":
+            return
+        reason = self._refusal(model)
+        if reason is None:
+            try:
+                head = find_fused_head(model, self._fused_head)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+            if head is not None:
+                _answer(unwrapped(model), head)
+        elif self._fused_head == "on":
+            raise ValueError(f"fused_head='on' cannot serve this trainer, because {reason}: use 'auto' or 'off'")
+
+    def _refusal(self, model: nn.Module) -> str | None:
+        if not _is_asked_for_logps(unwrapped(model)):
+            return "it does not ask its model for log-probabilities by trl's fused_lm_head"
+        if getattr(self, "use_weighting", False):
+            return "use_weighting needs log(sum p^2) of every token"
+        if getattr(self, "aux_loss_enabled", False) or getattr(unwrapped(model).config, "output_router_logits", False):
+            return "a mixture of experts adds a loss of its router"
+        return None
+
+
+def _is_asked_for_logps(model: Any) -> bool:
+    code = getattr(getattr(model.__dict__.get("forward"), "__func__", None), "__code__", None)
+    return code is not None and "fused_lm_head" in code.co_varnames
+
+
+def _is_answered(model: Any) -> bool:
+    return hasattr(model.__dict__.get("forward"), "shapo_fused_head")
+
+
+def _answer(model: Any, head: FusedHead) -> None:
+    """From now on the model answers ``fused_lm_head=True`` by ``head``, and all other calls as before."""
+    if _is_answered(model):
+        return
+    theirs = model.forward
+
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head or unusable(self) is not None:
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return theirs(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        # As trl has them: labels beside the hidden states that predict them.
+        shift = 1 if shift_labels is None else 0
+        beside: Any = labels if shift_labels is None else shift_labels
+        found = losses.linear_token_logps(
+            hidden, labels=beside.to(hidden.device), shift=shift, statistics=True, **head.options(self)
+        )
+        logps, entropy, mean_logit, is_top = (value[:, : value.shape[1] - shift] for value in found)  # type: ignore[index, union-attr]
+        mask = beside[:, shift:] != -100
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        return FusedCausalLMOutput(
+            loss=-logps.sum() / count,
+            log_probs=logps,
+            entropy=entropy,
+            mean_logits=mean_logit,
+            is_top1=is_top,
+            label_mask=mask,
+        )
+
+    # `generate` validates its arguments against the signature, which is the model's own.
+    forward.__wrapped__ = getattr(theirs, "__wrapped__", theirs)  # type: ignore[attr-defined]
+    forward.shapo_fused_head = head  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
