@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .ascent import Ascent, GradAscent, clear_gradients
@@ -244,6 +245,8 @@ class ShaPOOptimizer(OptimizerWrapper):
             loss: Any = self.base.step(lambda: self._two_passes(closure))
         elif closure is not None:
             loss = self.base.step(closure)
+        elif self._creates_state():
+            return self.base.step()
         else:
             self._require_ascent()
             loss = self.base.step()
@@ -301,8 +304,15 @@ class ShaPOOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
-        state = self.base.state_dict()
-        state["shapo"] = {
+        return {**self.base.state_dict(), "shapo": self.shapo_state_dict()}
+
+    def shapo_state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the base's state: update counter, radius, draws; the same on every rank.
+
+        ``torch.distributed.checkpoint``'s ``get_state_dict`` keeps the base's part of :meth:`state_dict` only: save
+        this beside it.
+        """
+        return {
             "version": _STATE_VERSION,
             "updates": self._updates,
             "rho": self.rho,
@@ -312,7 +322,6 @@ class ShaPOOptimizer(OptimizerWrapper):
             "draws": self._radii.draws_state(),
             **self._stats.state(),
         }
-        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
@@ -324,17 +333,26 @@ class ShaPOOptimizer(OptimizerWrapper):
         """
         self._require_unperturbed("load a state")
         own = state_dict.get("shapo")
-        if own is not None and own.get("version") != _STATE_VERSION:
-            raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
+        if own is not None:
+            _check_version(own)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
-        if own is None:
-            return
+        if own is not None:
+            self.load_shapo_state_dict(own)
+
+    def load_shapo_state_dict(self, own: Mapping[str, Any]) -> None:
+        """Take what :meth:`shapo_state_dict` gave; the base's state stays as it is.
+
+        Raises:
+            RuntimeError: while perturbed. ValueError: of another version.
+        """
+        self._require_unperturbed("load a state")
+        _check_version(own)
         self.relative, self.interval = own["relative"], own["interval"]
         self.norm = self._radii.norm = own["norm"]
         self.rho = own["rho"]
         self._updates = own["updates"]
         self._radii.load_draws(own["draws"])
-        self._stats.load(own)
+        self._stats.load(dict(own))
         self._direction, self._ascended = None, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -384,16 +402,31 @@ class ShaPOOptimizer(OptimizerWrapper):
                 "leave `with opt.perturbed():` or call opt.restore() first"
             )
 
+    def _creates_state(self) -> bool:
+        """Whether a step is no update but torch.distributed.checkpoint's, which makes the base create its state."""
+        if self._ascended or self.base.state or not self._rates_are_zero():
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and not any(
+            bool((g.to_local() if isinstance(g, DTensor) else g).any()) for g in gradients
+        )
+
+    def _rates_are_zero(self) -> bool:
+        return all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group)
+
     def _require_ascent(self) -> None:
-        if not self.due or self._ascended:
+        if not self.due or self._ascended or self._rates_are_zero():
             return
-        if all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group):
-            return  # nothing is updated: loading a distributed checkpoint makes such a step to create its state
         raise RuntimeError(
             "this update is due and had no ascent: use `with opt.ascent(): opt.ascend(loss)` and "
             "`with opt.perturbed(): …` before opt.step(), or pass a closure; "
             "in a transformers or trl trainer, use shapo.integrations.ShaPOTrainerMixin"
         )
+
+
+def _check_version(own: Mapping[str, Any]) -> None:
+    if own.get("version") != _STATE_VERSION:
+        raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

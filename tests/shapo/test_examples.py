@@ -46,5 +46,6 @@ def test_the_trl_example_trains_on_files(tiny_llama, tiny_tokenizer, tmp_path):
 
 
 def test_every_example_is_run_by_a_test():
-    covered = {"plain_pytorch.py", "accelerate_loop.py", "hf_trainer.py", "trl_dpo.py"}
+    # torchrun_fsdp2.py: tests/distributed/test_checkpoint.py
+    covered = {"torchrun_fsdp2.py", "plain_pytorch.py", "accelerate_loop.py", "hf_trainer.py", "trl_dpo.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == covered
