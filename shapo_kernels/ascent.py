@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .binding import Target
+from .ops.subspace_update import compute_dtype_of
 
 
 class Ascent(Protocol):
@@ -118,8 +119,14 @@ class GradAscent:
 def gather_gradients(targets: Sequence[Target]) -> tuple[list[Target], list[Tensor]]:
     """The compact ``.grad`` of each target that has one."""
     found = [(target, grad) for target in targets if (grad := target.gradient()) is not None]
-    values, _ = ops.gather([g for _, g in found], [t.index for t, _ in found], [t.axis for t, _ in found])
-    return [target for target, _ in found], values
+    targets = [target for target, _ in found]
+    values, _ = ops.gather(
+        [grad for _, grad in found],
+        [t.index for t in targets],
+        [t.axis for t in targets],
+        values=[t.buffer("direction", compute_dtype_of(grad.dtype)) for t, grad in found],
+    )
+    return targets, values
 
 
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -41,7 +41,7 @@ class InPlace:
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         weights = [target.weight() for target in targets]
-        backups = [torch.empty_like(value, dtype=w.dtype) for value, w in zip(values, weights, strict=True)]
+        backups = [target.buffer("backup", weight.dtype) for target, weight in zip(targets, weights, strict=True)]
         # An interrupt is delivered when the operator returns, before its caller can note that it ran. The mark tells
         # then: it is gone once the backups are filled.
         self._mark = next((b.view(-1)[0] for b in backups if b.numel()), None)

@@ -138,20 +138,37 @@ def test_extra_memory_is_a_few_times_the_selected_elements(loss):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
     s = sk.Subspace({f"{i}.weight": list(range(0, 512, 50)) for i in range(4)})
-    opt = wrap(model, s, perturbation="in_place")
+    opt = wrap(model, s, perturbation="in_place", ascent="grad")
     selected = s.count * 512 * 4
 
     def held():
-        tensors = [*opt._perturber.active._backups, *(opt._direction or ([], []))[1]]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        active = opt._perturber.active
+        tensors = [*(active._backups if active else []), *(opt._direction or ([], []))[1]]
+        tensors += [buffer for target in opt._perturber.targets for buffer in target._buffers.values()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
 
-    x = torch.randn(4, 512)
-    with opt.ascent():
-        opt.ascend(model(x).square().mean())
-    with opt.perturbed():
-        assert held() <= 3 * selected
+    x, places = torch.randn(4, 512), []
+    for _ in range(3):
+        with opt.ascent():
+            opt.ascend(model(x).square().mean())
+        with opt.perturbed():
+            assert held() <= 3 * selected
+            places.append([backup.data_ptr() for backup in opt._perturber.active._backups])
+            model(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
     assert opt._perturber.active is None
     assert opt._direction is None
+    assert held() <= 2 * selected
+    assert places[0] == places[1] == places[2]
+
+
+def test_nothing_is_kept_between_updates_where_whole_weights_are_selected(toy, batch, loss):
+    model = toy()
+    opt = wrap(model, sk.Subspace.full(model), perturbation="in_place", ascent="grad")
+    update(opt, model, batch(0), loss)
+    assert all(not target._buffers for target in opt._perturber.targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -27,7 +27,13 @@ def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gather(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+def gather(
+    sources: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    axes: Sequence[int],
+    *,
+    values: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
     r"""The selected neurons of each layer, compact, and their squared norms.
 
     .. math:: v_l = \mathrm{source}_l[S_l], \qquad n_l = \sum v_l^2
@@ -36,23 +42,29 @@ def gather(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[
         sources: n floating-point tensors ``[rows, columns]`` of any stride (gradients, usually).
         indices: n int64 tensors of neuron indices, sorted for speed.
         axes: n times 0 (neurons are rows) or 1 (neurons are columns).
+        values: n contiguous compact tensors in the compute dtype to write to; by default they are made.
 
     Returns:
-        n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in
+        ``values``: n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in
         an order that does not depend on the number of threads.
 
     Raises:
-        TypeError: a tensor that is not floating point, an index that is not int64.
+        TypeError: a tensor that is not floating point, an index that is not int64, ``values`` of another dtype.
         ValueError: lists of different lengths, tensors that are not 2-D or lie on several devices, an axis other than
-            0, 1.
+            0, 1, ``values`` of another shape.
     """
     _check_layers("sources", sources, indices, axes)
+    dtypes = [compute_dtype_of(source.dtype) for source in sources]
+    if values is not None:
+        _check_compact("values", values, sources, indices, axes, dtypes)
     if not sources:
         return [], torch.empty(0, dtype=torch.float64)
-    values = [
-        torch.empty(_compact_shape(source, index, axis), dtype=compute_dtype_of(source.dtype), device=source.device)
-        for source, index, axis in zip(sources, indices, axes, strict=True)
-    ]
+    if values is None:
+        values = [
+            torch.empty(_compact_shape(source, index, axis), dtype=dtype, device=source.device)
+            for source, index, axis, dtype in zip(sources, indices, axes, dtypes, strict=True)
+        ]
+    values = list(values)
     squares = torch.empty(len(sources), dtype=torch.float64, device=sources[0].device)
     backends.function(sources[0].device, "gather_into")(list(sources), list(indices), list(axes), values, squares)
     torch.autograd.graph.increment_version([*values, squares])

@@ -36,6 +36,19 @@ def test_gather_takes_the_neurons_and_their_norms(dtype):
     assert torch.equal(ops.selected_squared_norms(weights, indices, axes), squares)
 
 
+def test_gather_writes_to_the_memory_that_it_is_given():
+    weights, indices, axes = layers()
+    given = [torch.full((5, 3), torch.nan), torch.full((2, 4), torch.nan)]
+    values, _ = ops.gather(weights, indices, axes, values=given)
+    assert [a is b for a, b in zip(values, given, strict=True)] == [True, True]
+    assert torch.equal(given[0], weights[0][:, [0, 3, 8]])
+    assert torch.equal(given[1], weights[1][[2, 6]])
+    with pytest.raises(ValueError, match=r"values\[0\] has shape \[5, 2\]"):
+        ops.gather(weights, indices, axes, values=[torch.empty(5, 2), given[1]])
+    with pytest.raises(TypeError, match="expected torch.float32"):
+        ops.gather(weights, indices, axes, values=[given[0].double(), given[1]])
+
+
 def test_scales_follow_their_formula():
     squares, rho = torch.tensor([9.0, 16.0], dtype=F64), torch.tensor([0.5, 1.0], dtype=F64)
     close = lambda a, b: torch.testing.assert_close(a, torch.tensor(b, dtype=F64), rtol=1e-12, atol=0)  # noqa: E731
