@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "../layers.h"
@@ -26,12 +27,12 @@ constexpr int64_t ROWS_TOGETHER = 8;
 constexpr int64_t ROWS_IN_PART = 128;
 constexpr int64_t MAX_PARTS = 32;
 constexpr int64_t PANEL = 2048;
-constexpr int64_t NEURONS_IN_BLOCK = 16;
-constexpr int64_t BYTES_AHEAD = 4096;
+constexpr int64_t NEURONS_IN_BLOCK = 128;
+constexpr int64_t BYTES_AHEAD = 1024;
 
 // dots[i] += sum_r rows[r][i] * v[r] and squares[i] += sum_r rows[r][i]^2 for n neighbouring neurons; both sums are
 // padded to a multiple of LANES.
-template <class T>
+template <class T, class>
 SHAPO_INLINE void add_rows(const void* first, int64_t row_elements, int64_t rows, const double* v, int64_t n,
                            double* dots, double* squares) {
   const T* weight = static_cast<const T*>(first);
@@ -66,27 +67,27 @@ SHAPO_VERSIONS(add_rows, void,
 
 // sums = <w, v> and <w, w> for one contiguous neuron of n elements. Two sums of eight lanes each: one would wait for
 // itself at every addition.
-template <class T>
+template <class T, class>
 SHAPO_INLINE void add_neuron(const void* neuron, const double* v, int64_t n, double* dot, double* square) {
   const T* w = static_cast<const T*>(neuron);
-  Double8 dots[2] = {}, squares[2] = {};
+  Double8 even_dots = {}, odd_dots = {}, even_squares = {}, odd_squares = {};
   int64_t i = 0;
   for (; i + 2 * LANES <= n; i += 2 * LANES) {
     __builtin_prefetch(reinterpret_cast<const char*>(w + i) + BYTES_AHEAD);
-    for (int64_t half = 0; half < 2; ++half) {
-      const Double8 x = to_double(Numeric<T>::load(w + i + half * LANES));
-      dots[half] += x * load_bits<Double8>(v + i + half * LANES);
-      squares[half] += x * x;
-    }
+    const Double8 even = to_double(Numeric<T>::load(w + i)), odd = to_double(Numeric<T>::load(w + i + LANES));
+    even_dots += even * load_bits<Double8>(v + i);
+    odd_dots += odd * load_bits<Double8>(v + i + LANES);
+    even_squares += even * even;
+    odd_squares += odd * odd;
   }
   for (; i < n; i += LANES) {
     const int64_t count = std::min(LANES, n - i);
     const Double8 x = to_double(load_some(w + i, count));
-    dots[0] += x * load_some(v + i, count);
-    squares[0] += x * x;
+    even_dots += x * load_some(v + i, count);
+    even_squares += x * x;
   }
-  *dot = add_lanes(dots[0] + dots[1]);
-  *square = add_lanes(squares[0] + squares[1]);
+  *dot = add_lanes(even_dots + odd_dots);
+  *square = add_lanes(even_squares + odd_squares);
 }
 SHAPO_VERSIONS(add_neuron, void, (const void* neuron, const double* v, int64_t n, double* dot, double* square),
                (neuron, v, n, dot, square))
@@ -156,6 +157,15 @@ Cosines sum_neurons(const Weight& weight, const std::vector<double>& v) {
   return sums;
 }
 
+template <class T>
+void write_cosines(const Cosines& sums, double v_norm, int64_t neurons, T* to) {
+  for (int64_t i = 0; i < neurons; ++i) {
+    const double norms = std::sqrt(sums.squares[i]) * v_norm;
+    const double cosine = sums.dots[i] / norms;
+    to[i] = static_cast<T>(norms == 0.0 ? 0.0 : cosine);
+  }
+}
+
 Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   STD_TORCH_CHECK(axis == 0 || axis == 1, "axis is ", axis, ": expected 0 (neurons are rows) or 1 (columns)");
   STD_TORCH_CHECK(weight.dim() == 2 && is_floating(weight.scalar_type()), "weight is ", weight.scalar_type(), " ",
@@ -173,28 +183,27 @@ Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   check_same_device("direction", 0, direction, weight);
 
   std::vector<double> v(w.components);
-  double v_square = 0.0;
   with_type(direction.scalar_type(), [&](auto value) {
     using T = decltype(value);
     const T* from = static_cast<const T*>(direction.data_ptr());
     const int64_t stride = direction.stride(0);
-    for (int64_t r = 0; r < w.components; ++r) {
-      v[r] = to_double(load_some(from + r * stride, 1))[0];
-      v_square += v[r] * v[r];
+    T together[LANES] = {};
+    for (int64_t r = 0; r < w.components; r += LANES) {
+      const int64_t count = std::min(LANES, w.components - r);
+      for (int64_t k = 0; k < count; ++k) together[k] = from[(r + k) * stride];
+      const Double8 x = to_double(Numeric<T>::load(together));
+      for (int64_t k = 0; k < count; ++k) v[r + k] = x[k];
     }
   });
+  const double v_norm = std::sqrt(std::inner_product(v.begin(), v.end(), v.begin(), 0.0));
   const Cosines sums = w.component_stride == 1 && w.neuron_stride != 1 ? sum_neurons(w, v) : sum_rows(w, v);
 
   const ScalarType dtype = compute_dtype_of(w.dtype);
   Tensor result = torch::stable::new_empty(weight, {w.neurons}, dtype);
-  for (int64_t i = 0; i < w.neurons; ++i) {
-    const double norms = std::sqrt(sums.squares[i]) * std::sqrt(v_square);
-    const double cosine = norms == 0.0 ? 0.0 : sums.dots[i] / norms;
-    if (dtype == ScalarType::Double)
-      static_cast<double*>(result.data_ptr())[i] = cosine;
-    else
-      static_cast<float*>(result.data_ptr())[i] = static_cast<float>(cosine);
-  }
+  if (dtype == ScalarType::Double)
+    write_cosines(sums, v_norm, w.neurons, static_cast<double*>(result.data_ptr()));
+  else
+    write_cosines(sums, v_norm, w.neurons, static_cast<float*>(result.data_ptr()));
   return result;
 }
 

@@ -1,4 +1,4 @@
-// exp(x) for x <= 0 on 64 bytes of lanes, the same bits on every instruction set.
+// exp(x) for x <= 0 on a register of lanes, the same bits on every instruction set.
 //
 //     x = n log 2 + r,  |r| <= log(2) / 2,      exp(x) = 2^n P(r)
 //
@@ -16,15 +16,13 @@
 
 namespace shapo::cpu {
 
-// The widest vector of a compute dtype: one AVX-512 register, two of AVX2.
+// What a compute dtype's exponential is made of.
 template <class C>
-struct Wide;
+struct Exponential;
 
 template <>
-struct Wide<float> {
-  static constexpr int64_t LANES = 16;
-  using Vector [[gnu::vector_size(64)]] = float;
-  using Bits [[gnu::vector_size(64)]] = uint32_t;
+struct Exponential<float> {
+  using Word = uint32_t;
   static constexpr float LOWEST = -87.0f, LOG2E = 1.44269504f;
   static constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // n * LN2_HIGH is exact
   static constexpr float TO_INTEGER = 0x1.8p23f;  // the sum with it has the integer in its last bits
@@ -39,10 +37,8 @@ struct Wide<float> {
 };
 
 template <>
-struct Wide<double> {
-  static constexpr int64_t LANES = 8;
-  using Vector [[gnu::vector_size(64)]] = double;
-  using Bits [[gnu::vector_size(64)]] = uint64_t;
+struct Exponential<double> {
+  using Word = uint64_t;
   static constexpr double LOWEST = -708.0, LOG2E = 1.442695040888963407;
   static constexpr double LN2_HIGH = 6.93147180369123816490e-01, LN2_LOW = 1.90821492927058770002e-10;
   static constexpr double TO_INTEGER = 0x1.8p52;
@@ -62,34 +58,35 @@ struct Wide<double> {
                                             1.0};
 };
 
-template <class C>
-SHAPO_INLINE typename Wide<C>::Vector load_wide(const C* from) {
-  typename Wide<C>::Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
+// A register's worth of a compute dtype.
+template <class C, class Registers>
+struct Wide {
+  static constexpr int64_t LANES = Registers::bytes / sizeof(C);
+  using Vector [[gnu::vector_size(Registers::bytes)]] = C;
+  using Bits [[gnu::vector_size(Registers::bytes)]] = typename Exponential<C>::Word;
 
-template <class C>
-SHAPO_INLINE void store_wide(C* to, typename Wide<C>::Vector vector) {
-  std::memcpy(to, &vector, sizeof(vector));
-}
+  static SHAPO_INLINE Vector load(const C* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof(vector));
+    return vector;
+  }
 
-// NaN gives NaN, -infinity gives 0.
-template <class C>
-SHAPO_INLINE typename Wide<C>::Vector exp_below_zero(typename Wide<C>::Vector x) {
-  using W = Wide<C>;
-  using Vector = typename W::Vector;
-  using Bits = typename W::Bits;
-  const Vector lowest = Vector{} + W::LOWEST;
-  const Vector y = x < lowest ? lowest : x;
-  const Vector shifted = y * W::LOG2E + W::TO_INTEGER;
-  const Vector n = shifted - W::TO_INTEGER;
-  const Vector r = (y - n * W::LN2_HIGH) - n * W::LN2_LOW;
-  Vector p = Vector{} + W::COEFFICIENTS[0];
-  for (size_t i = 1; i < sizeof(W::COEFFICIENTS) / sizeof(C); ++i) p = p * r + W::COEFFICIENTS[i];
-  const Bits power = (bit_cast<Bits>(shifted) + W::BIAS) << W::MANTISSA;
-  const Vector result = p * bit_cast<Vector>(power);
-  return x < lowest ? Vector{} : result;
-}
+  static SHAPO_INLINE void store(C* to, Vector vector) { std::memcpy(to, &vector, sizeof(vector)); }
+
+  // NaN gives NaN, -infinity gives 0.
+  static SHAPO_INLINE Vector exp_below_zero(Vector x) {
+    using E = Exponential<C>;
+    const Vector lowest = Vector{} + E::LOWEST;
+    const Vector y = x < lowest ? lowest : x;
+    const Vector shifted = y * E::LOG2E + E::TO_INTEGER;
+    const Vector n = shifted - E::TO_INTEGER;
+    const Vector r = (y - n * E::LN2_HIGH) - n * E::LN2_LOW;
+    Vector p = Vector{} + E::COEFFICIENTS[0];
+    for (size_t i = 1; i < sizeof(E::COEFFICIENTS) / sizeof(C); ++i) p = p * r + E::COEFFICIENTS[i];
+    const Bits power = (bit_cast<Bits>(shifted) + E::BIAS) << E::MANTISSA;
+    const Vector result = p * bit_cast<Vector>(power);
+    return x < lowest ? Vector{} : result;
+  }
+};
 
 }  // namespace shapo::cpu

@@ -28,11 +28,9 @@ namespace shapo::cpu {
 namespace {
 
 constexpr int64_t BLOCK = 2048;
-// Vectors added at once: one sum would wait for itself at every addition.
-constexpr int64_t UNROLL = 4;
-
+// Elements that are added side by side, whatever the registers' width: one sum would wait for itself at every addition.
 template <class C>
-constexpr int64_t STEP = UNROLL * Wide<C>::LANES;
+constexpr int64_t STEP = 256 / sizeof(C);
 
 // A block of a row in the compute dtype, -infinity behind it up to a whole step: where it lies if that serves, else in
 // `buffer`.
@@ -62,20 +60,21 @@ SHAPO_INLINE void write_block(T* to, int64_t stride, int64_t count, const C* buf
     for (i = 0; i < count; ++i) to[i * stride] = packed[i];
 }
 
-template <class C>
+template <class W, class C>
 SHAPO_INLINE C highest_of(const C* x, int64_t count) {
-  using Vector = typename Wide<C>::Vector;
+  using Vector = typename W::Vector;
+  constexpr int64_t UNROLL = STEP<C> / W::LANES;
   Vector highest[UNROLL];
   for (Vector& h : highest) h = Vector{} - std::numeric_limits<C>::infinity();
   for (int64_t i = 0; i < count; i += STEP<C>) {
     for (int64_t u = 0; u < UNROLL; ++u) {
-      const Vector v = load_wide<C>(x + i + u * Wide<C>::LANES);
+      const Vector v = W::load(x + i + u * W::LANES);
       highest[u] = v > highest[u] ? v : highest[u];
     }
   }
   C result = -std::numeric_limits<C>::infinity();
   for (const Vector& h : highest)
-    for (int64_t lane = 0; lane < Wide<C>::LANES; ++lane) result = h[lane] > result ? h[lane] : result;
+    for (int64_t lane = 0; lane < W::LANES; ++lane) result = h[lane] > result ? h[lane] : result;
   return result;
 }
 
@@ -85,10 +84,11 @@ struct Normalizer {
   double weighted = 0.0;  // sum of exp(x - m) (x - m), for the entropy
 };
 
-template <class C, bool ENTROPY>
+template <class W, bool ENTROPY, class C>
 SHAPO_INLINE void add_block(const C* x, int64_t count, Normalizer& total) {
-  using Vector = typename Wide<C>::Vector;
-  const double highest = std::max<double>(total.highest, highest_of(x, count));
+  using Vector = typename W::Vector;
+  constexpr int64_t UNROLL = STEP<C> / W::LANES;
+  const double highest = std::max<double>(total.highest, highest_of<W>(x, count));
   if (highest > total.highest && total.sum != 0.0) {
     const double rise = highest - total.highest, scale = std::exp(-rise);
     if (ENTROPY) total.weighted = scale * (total.weighted - rise * total.sum);
@@ -100,21 +100,21 @@ SHAPO_INLINE void add_block(const C* x, int64_t count, Normalizer& total) {
   Vector sums[UNROLL] = {}, weighted[UNROLL] = {};
   for (int64_t i = 0; i < count; i += STEP<C>) {
     for (int64_t u = 0; u < UNROLL; ++u) {
-      const Vector below = load_wide<C>(x + i + u * Wide<C>::LANES) - shift;
-      const Vector e = exp_below_zero<C>(below);
+      const Vector below = W::load(x + i + u * W::LANES) - shift;
+      const Vector e = W::exp_below_zero(below);
       sums[u] += e;
       if (ENTROPY) weighted[u] += e == 0 ? Vector{} : e * below;  // not 0 * -infinity
     }
   }
   for (int64_t u = 0; u < UNROLL; ++u) {
-    for (int64_t lane = 0; lane < Wide<C>::LANES; ++lane) {
+    for (int64_t lane = 0; lane < W::LANES; ++lane) {
       total.sum += sums[u][lane];
       if (ENTROPY) total.weighted += weighted[u][lane];
     }
   }
 }
 
-template <class T, class Entropy>
+template <class T, class Entropy, class Registers>
 SHAPO_INLINE void normalize(const void* row, int64_t stride, int64_t vocabulary, Normalizer& total) {
   using C = typename Numeric<T>::Compute;
   const T* x = static_cast<const T*>(row);
@@ -122,17 +122,18 @@ SHAPO_INLINE void normalize(const void* row, int64_t stride, int64_t vocabulary,
   for (int64_t begin = 0; begin < vocabulary; begin += BLOCK) {
     const int64_t count = std::min(BLOCK, vocabulary - begin);
     const C* block = read_block<T, C>(x + begin * stride, stride, count, buffer);
-    add_block<C, Entropy::value>(block, ceil_div(count, STEP<C>) * STEP<C>, total);
+    add_block<Wide<C, Registers>, Entropy::value>(block, ceil_div(count, STEP<C>) * STEP<C>, total);
   }
 }
 SHAPO_VERSIONS(normalize, void, (const void* row, int64_t stride, int64_t vocabulary, Normalizer& total),
                (row, stride, vocabulary, total))
 
 // to[v] = factor * exp(from[v] - highest); `to` may be `from`.
-template <class T>
+template <class T, class Registers>
 SHAPO_INLINE void scale_softmax(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t vocabulary,
                                 double highest, double factor) {
   using C = typename Numeric<T>::Compute;
+  using W = Wide<C, Registers>;
   const T* x = static_cast<const T*>(from);
   T* result = static_cast<T*>(to);
   alignas(64) C buffer[BLOCK];
@@ -141,9 +142,9 @@ SHAPO_INLINE void scale_softmax(const void* from, int64_t from_stride, void* to,
     const C* block = read_block<T, C>(x + begin * from_stride, from_stride, count, buffer);
     const bool direct = block != buffer && to_stride == 1;
     C* written = direct ? reinterpret_cast<C*>(result + begin) : buffer;
-    for (int64_t i = 0; i < count; i += Wide<C>::LANES) {
-      const auto e = exp_below_zero<C>(load_wide<C>(block + i) - static_cast<C>(highest));
-      store_wide<C>(written + i, e * static_cast<C>(factor));
+    for (int64_t i = 0; i < count; i += W::LANES) {
+      const auto e = W::exp_below_zero(W::load(block + i) - static_cast<C>(highest));
+      W::store(written + i, e * static_cast<C>(factor));
     }
     if (!direct) write_block(result + begin * to_stride, to_stride, count, buffer);
   }

@@ -58,7 +58,7 @@ template <class T>
 using ComputeOf = typename Numeric<T>::Compute;
 
 // sums += the squares of n values, which are also written to `to` in the compute dtype.
-template <class T, class Write>
+template <class T, class Write, class>
 SHAPO_INLINE void widen_and_square(const void* from, void* to, int64_t n, double* sums) {
   const T* in = static_cast<const T*>(from);
   auto* out = static_cast<ComputeOf<T>*>(to);
@@ -80,7 +80,7 @@ SHAPO_VERSIONS(widen_and_square, void, (const void* from, void* to, int64_t n, d
 
 // fresh = round(old + scale * direction); sums += ||realised||^2, <realised, step>, ||old||^2 in three times eight
 // lanes. The product and the sum are rounded one by one to the compute dtype, then the result once to T.
-template <class T, class R>
+template <class T, class R, class>
 SHAPO_INLINE void step_span(const void* old, const void* direction, double scale, void* fresh, int64_t n,
                             double* sums) {
   using C = ComputeOf<T>;

@@ -1,8 +1,10 @@
 // Eight lanes of arithmetic that give the same bits on every instruction set, and how a kernel is compiled for several.
 //
-// Compiler vectors of a fixed width become one AVX-512 register, two of AVX2 or four of SSE2 or NEON; lane i always
-// sums the elements i, i + 8, ... in float64, so that a sum does not depend on the machine. Sources are compiled with
-// -ffp-contract=off: a product is rounded before it is added, as in the PyTorch reference.
+// Lane i always sums the elements i, i + 8, ... in float64, so that a sum does not depend on the machine. Sources are
+// compiled with -ffp-contract=off: a product is rounded before it is added, as in the PyTorch reference.
+//
+// No vector is wider than a register of the version that it is compiled for, where that version is meant to be fast:
+// GCC keeps wider ones in memory and moves them word by word (column_cosine took four times as long under AVX2).
 
 #pragma once
 
@@ -12,14 +14,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
+#include <type_traits>
 
 namespace shapo::cpu {
 
 constexpr int64_t LANES = 8;
 
 using Float8 [[gnu::vector_size(32)]] = float;
-using Double8 [[gnu::vector_size(64)]] = double;
-using Mask8 [[gnu::vector_size(64)]] = int64_t;
+using Double4 [[gnu::vector_size(32)]] = double;
+using Mask4 [[gnu::vector_size(32)]] = int64_t;
 using Word8 [[gnu::vector_size(32)]] = uint32_t;
 using Short8 [[gnu::vector_size(16)]] = uint16_t;
 
@@ -31,6 +34,18 @@ struct Half {
 };
 
 #define SHAPO_INLINE __attribute__((always_inline)) inline
+
+struct Double8 {
+  Double4 low, high;
+
+  SHAPO_INLINE double operator[](int64_t lane) const { return lane < 4 ? low[lane] : high[lane - 4]; }
+  SHAPO_INLINE Double8& operator+=(Double8 x) { return *this = {low + x.low, high + x.high}; }
+};
+SHAPO_INLINE Double8 operator+(Double8 x, Double8 y) { return {x.low + y.low, x.high + y.high}; }
+SHAPO_INLINE Double8 operator-(Double8 x, Double8 y) { return {x.low - y.low, x.high - y.high}; }
+SHAPO_INLINE Double8 operator*(Double8 x, Double8 y) { return {x.low * y.low, x.high * y.high}; }
+SHAPO_INLINE Double8 operator*(Double8 x, double y) { return {x.low * y, x.high * y}; }
+SHAPO_INLINE Double8 operator+(Double8 x, double y) { return {x.low + y, x.high + y}; }
 
 template <class To, class From>
 SHAPO_INLINE To bit_cast(From from) {
@@ -44,14 +59,24 @@ template <class Vector, class T>
 SHAPO_INLINE Vector load_bits(const T* from) {
   static_assert(sizeof(Vector) == LANES * sizeof(T));
   Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
+  if constexpr (std::is_same_v<Vector, Double8>) {  // a copy of the whole would go through memory
+    std::memcpy(&vector.low, from, sizeof(vector.low));
+    std::memcpy(&vector.high, from + LANES / 2, sizeof(vector.high));
+  } else {
+    std::memcpy(&vector, from, sizeof(vector));
+  }
   return vector;
 }
 
 template <class Vector, class T>
 SHAPO_INLINE void store_bits(T* to, Vector vector) {
   static_assert(sizeof(Vector) == LANES * sizeof(T));
-  std::memcpy(to, &vector, sizeof(vector));
+  if constexpr (std::is_same_v<Vector, Double8>) {
+    std::memcpy(to, &vector.low, sizeof(vector.low));
+    std::memcpy(to + LANES / 2, &vector.high, sizeof(vector.high));
+  } else {
+    std::memcpy(to, &vector, sizeof(vector));
+  }
 }
 
 // How a dtype enters and leaves arithmetic: `Vector` holds eight values in the compute dtype.
@@ -123,8 +148,16 @@ struct Numeric<Half> {
   static SHAPO_INLINE Float8 round(Float8 x) { return widen(narrow(x)); }
 };
 
-SHAPO_INLINE Double8 to_double(Float8 x) { return __builtin_convertvector(x, Double8); }
+// Between eight lanes at once and halves: GCC 12 makes a conversion of each half from conversions of two lanes.
+using Wide8 [[gnu::vector_size(64)]] = double;
+SHAPO_INLINE Double8 to_double(Float8 x) {
+  const Wide8 wide = __builtin_convertvector(x, Wide8);
+  return {__builtin_shufflevector(wide, wide, 0, 1, 2, 3), __builtin_shufflevector(wide, wide, 4, 5, 6, 7)};
+}
 SHAPO_INLINE Double8 to_double(Double8 x) { return x; }
+SHAPO_INLINE Float8 to_float(Double8 x) {
+  return __builtin_convertvector(__builtin_shufflevector(x.low, x.high, 0, 1, 2, 3, 4, 5, 6, 7), Float8);
+}
 
 // Rounds a vector of a compute dtype to the values that R can hold; float64 goes through float32, as in PyTorch.
 template <class R>
@@ -133,7 +166,7 @@ SHAPO_INLINE Double8 rounded_to(Float8 x) {
 }
 template <class R>
 SHAPO_INLINE Double8 rounded_to(Double8 x) {
-  return to_double(Numeric<R>::round(__builtin_convertvector(x, Float8)));
+  return to_double(Numeric<R>::round(to_float(x)));
 }
 template <>
 SHAPO_INLINE Double8 rounded_to<double>(Float8 x) {
@@ -162,7 +195,8 @@ SHAPO_INLINE void store_some(T* to, typename Numeric<T>::Vector x, int64_t count
 }
 
 SHAPO_INLINE Double8 keep_first(Double8 x, int64_t count) {
-  return Mask8{0, 1, 2, 3, 4, 5, 6, 7} < Mask8{} + count ? x : Double8{};
+  const Mask4 places = {0, 1, 2, 3}, end = Mask4{} + count;
+  return {places < end ? x.low : Double4{}, places + 4 < end ? x.high : Double4{}};
 }
 
 // Calls use(T{}) with the C++ type of a floating-point dtype.
@@ -181,9 +215,14 @@ auto with_type(torch::headeronly::ScalarType dtype, const F& use) {
   }
 }
 
-// SHAPO_VERSIONS(name, (parameters), (arguments)) defines name_for_cpu(), which returns name<Args...> compiled for the
-// best instruction set of this machine. `name` must be a SHAPO_INLINE function template: it is inlined into each
-// version.
+// SHAPO_VERSIONS(name, result, (parameters), (arguments)) defines name_for_cpu<Args...>(), which returns
+// name<Args..., Registers<bytes>> compiled for the best instruction set of this machine. `name` must be a SHAPO_INLINE
+// function template: it is inlined into each version.
+template <int64_t BYTES>
+struct Registers {
+  static constexpr int64_t bytes = BYTES;
+};
+
 enum class Isa { BASELINE, AVX2, AVX512 };
 
 // SHAPO_CPU_CAPABILITY=baseline|avx2 keeps to less than the machine has, so that one machine can test every version.
@@ -212,15 +251,15 @@ inline Isa isa() {
 #define SHAPO_VERSIONS(name, result, parameters, arguments)                                                 \
   template <class... Args>                                                                                  \
   static result name##_baseline parameters {                                                                \
-    return name<Args...> arguments;                                                                         \
+    return name<Args..., Registers<16>> arguments;                                                          \
   }                                                                                                         \
   template <class... Args>                                                                                  \
   [[gnu::target("avx2,fma")]] static result name##_avx2 parameters {                                        \
-    return name<Args...> arguments;                                                                         \
+    return name<Args..., Registers<32>> arguments;                                                          \
   }                                                                                                         \
   template <class... Args>                                                                                  \
   [[gnu::target("fma,avx512f,avx512bw,avx512dq,avx512vl")]] static result name##_avx512 parameters {        \
-    return name<Args...> arguments;                                                                         \
+    return name<Args..., Registers<64>> arguments;                                                          \
   }                                                                                                         \
   template <class... Args>                                                                                  \
   static auto name##_for_cpu() {                                                                            \
@@ -231,7 +270,7 @@ inline Isa isa() {
 #define SHAPO_VERSIONS(name, result, parameters, arguments) \
   template <class... Args>                                  \
   static result name##_baseline parameters {                \
-    return name<Args...> arguments;                         \
+    return name<Args..., Registers<16>> arguments;          \
   }                                                         \
   template <class... Args>                                  \
   static auto name##_for_cpu() {                            \
