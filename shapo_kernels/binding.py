@@ -19,7 +19,6 @@ from .ops.subspace_update import compute_dtype_of
 from .subspace import Subspace, SubspaceError
 from .taps import Tap, stores_features_first
 
-
 # A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew, 28 layers'
 # (1 % of 3072 x 2048 each) cost a virtual machine 1400 page faults, and those more time than norm, perturb and restore.
 _KEPT_SHARE = 0.25

@@ -45,8 +45,8 @@ def gather(
         values: n contiguous compact tensors in the compute dtype to write to; by default they are made.
 
     Returns:
-        ``values``: n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in float64 in
-        an order that does not depend on the number of threads.
+        ``values``: n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in
+        float64 in an order that does not depend on the number of threads.
 
     Raises:
         TypeError: a tensor that is not floating point, an index that is not int64, ``values`` of another dtype.

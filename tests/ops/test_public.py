@@ -45,7 +45,7 @@ def test_gather_writes_to_the_memory_that_it_is_given():
     assert torch.equal(given[1], weights[1][[2, 6]])
     with pytest.raises(ValueError, match=r"values\[0\] has shape \[5, 2\]"):
         ops.gather(weights, indices, axes, values=[torch.empty(5, 2), given[1]])
-    with pytest.raises(TypeError, match="expected torch.float32"):
+    with pytest.raises(TypeError, match=r"expected torch\.float32"):
         ops.gather(weights, indices, axes, values=[given[0].double(), given[1]])
 
 
