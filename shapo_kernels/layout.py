@@ -26,6 +26,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+# What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.
+_ZERO_MARKS = ("ds_id", "ds_tensor", "_hp_mapping")
+
 
 class UnsupportedLayout(ValueError):
     """A weight's sharding that cannot be seen through; the message says why and what to do."""
@@ -132,6 +135,7 @@ class Layouts:
     _runs: dict[int, _Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_deepspeed(self.model)
         self._meshes = dict(_fully_sharded(self.model))
         self._runs = dict(_flattened(self.model))
 
@@ -213,6 +217,19 @@ class Layouts:
         raise UnsupportedLayout(
             f"its tensor-parallel mesh has {ranks} of {dist.get_world_size()} ranks, and nothing says which of the "
             "others see other data: wrap the model with fully_shard on the data-parallel mesh, or pass sync=False"
+        )
+
+
+def refuse_deepspeed(model: nn.Module) -> None:
+    """DeepSpeed takes an optimizer's parameters away and steps by itself; recognised by names, not to import it.
+
+    Raises:
+        UnsupportedLayout: the model is a DeepSpeed engine, or ZeRO (any stage) holds some of its parameters.
+    """
+    engine = any(kind.__name__ == "DeepSpeedEngine" for module in model.modules() for kind in type(module).__mro__)
+    if engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in _ZERO_MARKS):
+        raise UnsupportedLayout(
+            "DeepSpeed (ZeRO-1, 2, 3) steps by itself and is not supported: use fully_shard or DistributedDataParallel"
         )
 
 

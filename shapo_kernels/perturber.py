@@ -23,6 +23,7 @@ from .binding import (
     total_over_parts,
 )
 from .distributed import average
+from .layout import refuse_deepspeed
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
@@ -48,6 +49,7 @@ class Perturber:
             raise ValueError(
                 "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
             )
+        self._model, self._begun = model, False
         self.selective = ascent == "selective"
         self._perturbation = perturbation
         self.active: Perturbation | None = None
@@ -59,7 +61,14 @@ class Perturber:
         return any_gathered(self.targets)
 
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
-        """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in."""
+        """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in.
+
+        Raises:
+            UnsupportedLayout: DeepSpeed was given the optimizer after it was made.
+        """
+        if not self._begun:
+            refuse_deepspeed(self._model)
+            self._begun = True
         return SelectiveAscent(self.targets) if self.selective else GradAscent(self.targets, parameters)
 
     @torch.no_grad()
