@@ -8,9 +8,21 @@ This package needs torch alone. The method around it (probe, selection, training
 """
 
 from . import backends, losses, ops
+from .batch_norm import frozen_batch_norm
 from .optimizer import ShaPOOptimizer
+from .random_state import RandomState
 from .subspace import Subspace, SubspaceError
 
 __version__ = "0.1.0"
 
-__all__ = ["ShaPOOptimizer", "Subspace", "SubspaceError", "__version__", "backends", "losses", "ops"]
+__all__ = [
+    "RandomState",
+    "ShaPOOptimizer",
+    "Subspace",
+    "SubspaceError",
+    "__version__",
+    "backends",
+    "frozen_batch_norm",
+    "losses",
+    "ops",
+]

@@ -8,7 +8,7 @@ direction from the ``.grad`` of an ordinary backward pass, as the classic two-st
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class SelectiveAscent:
     def ascend(self, loss: Tensor) -> None:
         check_differentiable(loss)
         grads = torch.autograd.grad(loss, [leaf for _, leaf in self._leaves], allow_unused=True)
+        if any(grad is None and target.unrecorded for (target, _), grad in zip(self._leaves, grads, strict=True)):
+            _refuse_reentrant_checkpoints(loss)
         if self._leaves and all(grad is None for grad in grads):
             raise RuntimeError(
                 "the loss depends on no selected neuron: run its forward pass inside `with opt.ascent():`, "
@@ -132,6 +134,25 @@ def gather_gradients(targets: Sequence[Target]) -> tuple[list[Target], list[Tens
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
+
+
+def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """Where a reentrant checkpoint hides a selected neuron from ``autograd.grad``, others may have their gradients, and
+    the direction would be a wrong one.
+    """
+    seen: set[Any] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
+                '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'
+            )
+        seen.add(node)
+        nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def check_differentiable(loss: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,11 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from .distributed import total
-from .layout import Layout, Layouts, UnsupportedLayout
+from .layout import Block, Layout, Layouts, UnsupportedLayout
 from .naming import owners
 from .ops.subspace_update import compute_dtype_of
+from .quantised import acting_shape, compute_dtype_of_quantised, is_quantised
 from .subspace import Subspace, SubspaceError
 from .taps import Tap, stores_features_first
+from .watch import Watch
 
 # A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew, 28 layers'
 # (1 % of 3072 x 2048 each) cost a virtual machine 1400 page faults, and those more time than norm, perturb and restore.
@@ -49,6 +52,7 @@ class Target:
         tapped: bool,
     ) -> None:
         self.names, self.parameter, self.modules, self.layout = names, parameter, modules, layout
+        self.quantised = is_quantised(parameter)
         shape = layout.shape
         self._whole = index.numel() == (shape[axis] if shape else 1)
         # A whole weight is one run of memory, whatever its dimensions: rows along its first axis.
@@ -64,7 +68,7 @@ class Target:
             tap_index = None if self._whole else self._index
             self.taps = tuple(
                 Tap(
-                    features_first=bool(stores_features_first(module)),
+                    features_first=bool(stores_features_first(module, quantised=self.quantised)),
                     axis=axis,
                     index=tap_index,
                     sharded=bool(layout.computed_over),
@@ -94,6 +98,19 @@ class Target:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of this weight's direction."""
         return compute_dtype_of(self.parameter.dtype)
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """The dtype that the layers were last seen to compute in; the weight's own where they have not run."""
+        seen = next((tap.compute_dtype for tap in self.taps if tap.compute_dtype is not None), None)
+        if seen is not None:
+            return seen
+        return compute_dtype_of_quantised(self.parameter) if self.quantised else self.parameter.dtype
+
+    @property
+    def unrecorded(self) -> bool:
+        """Whether the layers may have run without a graph since the ascent began; unknown where there are no taps."""
+        return not self.taps or any(tap.unrecorded for tap in self.taps)
 
     def weight(self) -> Tensor:
         """The weight as the 2-D tensor that the operators write to: a view, made anew as storage may have moved."""
@@ -147,10 +164,13 @@ class Target:
             gradient = gradient.redistribute(placements=cast(DTensor, self.parameter).placements).to_local()
         return gradient.detach().reshape(self._matrix)
 
-    def attach(self) -> None:
-        self._handles = [
-            tap.attach(module) for tap, (module, _) in zip(self.taps, self.modules, strict=bool(self.taps))
-        ]
+    def attach(self, watch: Watch) -> None:
+        if self.taps:
+            self._handles = [
+                tap.attach(module, watch) for tap, (module, _) in zip(self.taps, self.modules, strict=True)
+            ]
+        else:
+            self._handles = [handle for module, _ in self.modules for handle in watch.attach(module)]
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -181,20 +201,22 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
     for names in grouped.values():
         parameter = resolved[names[0]]
         try:
-            layout = layouts.of(parameter)
+            layout = _acting(layouts.of(parameter), parameter, owner_of[id(parameter)])
         except UnsupportedLayout as error:
             raise SubspaceError(f"{names[0]!r} cannot be perturbed: {error}") from error
         axis = subspace.axis(names[0])
         if any(subspace.axis(name) != axis for name in names):
             raise SubspaceError(f"{' and '.join(map(repr, names))} are one tied weight, selected on different axes")
-        if parameter.dim() > 2 and not parameter.is_contiguous():
+        quantised = is_quantised(parameter)
+        if parameter.dim() > 2 and not quantised and not parameter.is_contiguous():
             raise SubspaceError(
                 f"{names[0]!r} has strides {list(parameter.stride())}: more than two axes must be contiguous"
             )
         index = torch.unique(torch.cat([subspace[name] for name in names]))
         modules = owner_of[id(parameter)]
         linear = all(
-            attribute == "weight" and stores_features_first(module) is not None for module, attribute in modules
+            attribute == "weight" and stores_features_first(module, quantised=quantised) is not None
+            for module, attribute in modules
         )
         partial = bool(layout.shape) and index.numel() < layout.shape[axis]
         if layout.gathered and not linear:
@@ -205,9 +227,18 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
             raise SubspaceError(
                 f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
             )
-        tapped = linear and (partial or delta or layout.gathered)
+        tapped = linear and (partial or delta or layout.gathered or quantised)
         targets.append(Target(tuple(names), parameter, index, axis, modules, layout, tapped=tapped))
     return targets
+
+
+def _acting(layout: Layout, parameter: Tensor, modules: list[tuple[nn.Module, str]]) -> Layout:
+    """The layout of what a quantised weight acts as; others act as they lie."""
+    if not is_quantised(parameter):
+        return layout
+    shape = acting_shape(parameter, modules) or ()
+    whole = Block((0,) * len(shape), shape)
+    return replace(layout, shape=shape, held=whole, computed=whole)
 
 
 def complete(targets: Sequence[Target], found: Sequence[Target], values: Sequence[Tensor]) -> list[Tensor]:
@@ -220,7 +251,14 @@ def complete(targets: Sequence[Target], found: Sequence[Target], values: Sequenc
 
 
 def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
-    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight where ranks hold parts of it (a collective)."""
+    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight where ranks hold parts of it (a collective), NaN
+    where it is quantised.
+    """
+    if any(target.quantised for target in targets):
+        known = [target for target in targets if not target.quantised]
+        norms = iter(selected_weight_squared_norms(known) if known else ())
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=targets[0].parameter.device)
+        return torch.stack([nan if target.quantised else next(norms) for target in targets])
     parts = [target.held_neurons() for target in targets]
     squares = ops.selected_squared_norms(
         [rows for rows, _ in parts], [index for _, index in parts], [target.axis for target in targets]
@@ -233,9 +271,9 @@ def total_over_parts(sums: Tensor, targets: Sequence[Target]) -> Tensor:
     return total(sums, [target.layout.computed_over for target in targets])
 
 
-def attach(targets: Iterable[Target]) -> None:
+def attach(targets: Iterable[Target], watch: Watch) -> None:
     for target in targets:
-        target.attach()
+        target.attach(watch)
 
 
 def detach(targets: Iterable[Target]) -> None:

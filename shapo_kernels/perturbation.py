@@ -7,7 +7,8 @@ of eps reaches the forward pass in the dtype it computes in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .binding import Target, selected_weight_squared_norms, total_over_parts
+from .stochastic_rounding import StochasticRounding
 
 
 class Perturbation(Protocol):
@@ -25,14 +27,22 @@ class Perturbation(Protocol):
         ranks hold parts of them.
         """
 
+    def set_aside(self) -> AbstractContextManager[None]:
+        """Inside, theta again; on leaving, the very bits that were applied."""
+
     def remove(self) -> None:
         """Back to theta, bit for bit; nothing to do where nothing is applied."""
 
 
 class InPlace:
-    """W[:, S] += eps, the old columns kept compact and written back."""
+    """W[:, S] += eps, the old columns kept compact and written back.
 
-    def __init__(self) -> None:
+    Args:
+        rounding: rounds 16-bit weights; to nearest where there is none.
+    """
+
+    def __init__(self, rounding: StochasticRounding | None = None) -> None:
+        self._rounding = rounding
         self._targets: list[Target] = []
         self._backups: list[Tensor] = []
         self._written = False
@@ -42,16 +52,18 @@ class InPlace:
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         weights = [target.weight() for target in targets]
         backups = [target.buffer("backup", weight.dtype) for target, weight in zip(targets, weights, strict=True)]
-        # An interrupt is delivered when the operator returns, before its caller can note that it ran. The mark tells
-        # then: it is gone once the backups are filled.
-        self._mark = next((b.view(-1)[0] for b in backups if b.numel()), None)
+        # An interrupt is delivered when the operator returns, before its caller can note that it ran, and within one
+        # that is Python. The mark tells then: it is gone once the backups are filled, the last of them last, and before
+        # that nothing is written.
+        self._mark = next((b.view(-1)[0] for b in reversed(backups) if b.numel()), None)
         if self._mark is not None:
             self._mark.fill_(torch.nan)
         self._targets, self._backups, self._written = targets, backups, False
         for target in targets:
             for module, _ in target.modules:
                 self._guards.append(module.register_state_dict_pre_hook(_refuse_state_dict))
-        realised = ops.perturb_(
+        perturb = ops.perturb_ if self._rounding is None else self._rounding.perturb_
+        realised = perturb(
             weights,
             [target.index for target in targets],
             [target.axis for target in targets],
@@ -63,23 +75,37 @@ class InPlace:
         self._written = True
         return total_over_parts(realised, targets)
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        weights = [target.weight() for target in self._targets]
+        moved = [
+            weight.index_select(target.axis, target.index)
+            for weight, target in zip(weights, self._targets, strict=True)
+        ]
+        # The same bits come back, so what autograd has saved of these weights stays valid.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+            self._write(self._backups)
+        try:
+            yield
+        finally:
+            with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+                self._write(moved)
+
     def remove(self) -> None:
         if self._targets and (self._written or (self._mark is not None and not bool(self._mark.isnan()))):
             try:
-                self._restore()
+                self._write(self._backups)
             except KeyboardInterrupt:
-                self._restore()  # writing the same bits twice does no harm; leaving them unwritten would
+                self._write(self._backups)  # writing the same bits twice does no harm; leaving them unwritten would
                 raise
         self._targets, self._backups, self._written = [], [], False
         for guard in self._guards:
             guard.remove()
         self._guards = []
 
-    def _restore(self) -> None:
+    def _write(self, bits: list[Tensor]) -> None:
         targets = self._targets
-        ops.restore_(
-            [t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets], self._backups
-        )
+        ops.restore_([t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets], bits)
 
 
 class Delta:
@@ -87,6 +113,7 @@ class Delta:
 
     def __init__(self) -> None:
         self._targets: list[Target] = []
+        self._directions: list[Tensor] = []
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         weight_squares = selected_weight_squared_norms(targets)
@@ -97,22 +124,36 @@ class Delta:
             eps = torch.where(s == 0, 0.0, value * s.to(value.dtype))
             for tap in target.taps:
                 tap.add(eps)
-            realised = eps.to(_compute_dtype(target)).double()
+            self._directions.append(eps)
+            realised = eps.to(target.forward_dtype).double()
             rows.append(torch.stack([realised.square().sum(), (realised * eps).sum()]))
         return torch.cat([total_over_parts(torch.stack(rows), targets), weight_squares.unsqueeze(1)], dim=1)
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        self._rest()
+        try:
+            yield
+        finally:
+            for target, eps in zip(self._targets, self._directions, strict=True):
+                for tap in target.taps:
+                    tap.add(eps)
+
     def remove(self) -> None:
+        self._rest()
+        self._targets, self._directions = [], []
+
+    def _rest(self) -> None:
         for target in self._targets:
             for tap in target.taps:
                 tap.rest()
-        self._targets = []
 
 
 def suits_in_place(targets: Sequence[Target]) -> bool:
     """Whether there are weights to write to, and they and computation wide enough for eps: the rule of ``auto``."""
     wide = (torch.float32, torch.float64)
     return not any_gathered(targets) and all(
-        target.parameter.dtype in wide and _compute_dtype(target) in wide for target in targets
+        not target.quantised and target.parameter.dtype in wide and target.forward_dtype in wide for target in targets
     )
 
 
@@ -124,14 +165,9 @@ def suits_delta(targets: Sequence[Target]) -> bool:
     return all(target.taps for target in targets)
 
 
-def _compute_dtype(target: Target) -> torch.dtype:
-    """The dtype that the target's layers were last seen to compute in; its own where they have not run."""
-    return next((tap.compute_dtype for tap in target.taps if tap.compute_dtype is not None), target.parameter.dtype)
-
-
 def _lower_compute_dtype(targets: Sequence[Target]) -> torch.dtype | None:
     """The one dtype that all layers compute in where it is not their weights' own (autocast), else ``None``."""
-    found = {_compute_dtype(target) for target in targets if target.taps}
+    found = {target.forward_dtype for target in targets if target.taps}
     return found.pop() if len(found) == 1 else None
 
 

@@ -5,7 +5,8 @@ This module knows of no update, no interval and no base optimizer; see :mod:`sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -27,7 +28,9 @@ from .layout import refuse_deepspeed
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
-from .subspace import Subspace
+from .stochastic_rounding import HALVES, StochasticRounding
+from .subspace import Subspace, SubspaceError
+from .watch import Watch
 
 #: Some of the targets and, compact, the gradient of each.
 Direction: TypeAlias = "tuple[list[Target], list[Tensor]]"
@@ -37,23 +40,45 @@ class Perturber:
     """A subspace bound to a model, with hooks on its layers until :meth:`detach`.
 
     Args:
-        model, subspace, ascent, perturbation, sync: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
+        model, subspace, ascent, perturbation, relative, sync: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
+        rounding: how 16-bit weights are rounded in place; to nearest where there is none.
 
     Raises:
-        SubspaceError: the subspace does not fit the model. ValueError: the options do not fit sharded weights.
+        SubspaceError: the subspace does not fit the model, or the options do not fit quantised weights.
+        ValueError: the options do not fit sharded weights.
     """
 
-    def __init__(self, model: nn.Module, subspace: Subspace, *, ascent: str, perturbation: str, sync: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        subspace: Subspace,
+        *,
+        ascent: str,
+        perturbation: str,
+        relative: bool,
+        sync: bool,
+        rounding: StochasticRounding | None = None,
+    ) -> None:
         self.targets = bind(model, subspace, delta=perturbation == "delta", sync=sync)
         if self.gathered and (perturbation == "in_place" or ascent == "grad"):
             raise ValueError(
                 "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
             )
         self._model, self._begun = model, False
+        quantised = next((target.name for target in self.targets if target.quantised), None)
+        if quantised is not None and (perturbation == "in_place" or ascent == "grad" or relative):
+            raise SubspaceError(
+                f"{quantised!r} is quantised: it has no gradient, no norm and takes no sum; "
+                "use ascent='selective' with perturbation='delta' or 'auto', and relative=False"
+            )
+        if rounding is not None and not any(target.parameter.dtype in HALVES for target in self.targets):
+            raise ValueError("stochastic_rounding=True, but no selected weight is bfloat16 or float16")
         self.selective = ascent == "selective"
+        self._rounding = rounding
         self._perturbation = perturbation
         self.active: Perturbation | None = None
-        attach(self.targets)
+        self.watch = Watch(model)
+        attach(self.targets, self.watch)
 
     @property
     def gathered(self) -> bool:
@@ -88,11 +113,12 @@ class Perturber:
     @torch.no_grad()
     def move(
         self, direction: Direction, radii: Radii, stats: UpdateStats, *, norm: str, relative: bool, eta: float
-    ) -> None:
-        """To theta + eps, without waiting for the device."""
+    ) -> Tensor | None:
+        """To theta + eps, without waiting for the device. Returns whether the norm overflowed, a bool on the device."""
+        self.watch.begin()
         targets, values = direction
         if not targets:
-            return
+            return None
         weight_squares = selected_weight_squared_norms(targets) if relative else None
         if any(target.layout.computed_over for target in targets):
             squares = total_over_parts(ops.squared_norms(values), targets)
@@ -105,7 +131,7 @@ class Perturber:
             )
         self.active = self._choose(targets)
         realised = self.active.apply(targets, values, scale)
-        stats.record(squares, scale, realised)
+        return ~stats.record(squares, scale, realised)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -113,6 +139,20 @@ class Perturber:
         if self.active is not None:
             self.active.remove()
             self.active = None
+        self.watch.end()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, theta, for passes without gradients; on leaving, theta + eps again."""
+        if self.active is None:
+            yield
+            return
+        with torch.no_grad(), self.active.set_aside():
+            self.watch.set_aside(True)
+            try:
+                yield
+            finally:
+                self.watch.set_aside(False)
 
     def detach(self) -> None:
         """Leave the model as it was found: restored, without hooks."""
@@ -123,5 +163,5 @@ class Perturber:
         if self._perturbation == "delta":
             return Delta()
         if self._perturbation == "in_place" or suits_in_place(targets) or not suits_delta(targets):
-            return InPlace()
+            return InPlace(self._rounding)
         return Delta()

@@ -45,17 +45,22 @@ class Radii:
         return max(rho[1] if isinstance(rho, tuple) else rho for rho in self._all()) > 0
 
     def of(self, targets: Sequence[Target]) -> Tensor:
-        """Each target's radius, float64 ``[n]`` on its device. A range is drawn from once for all its targets."""
+        """Each target's radius, float64 ``[n]`` on its device. A range is drawn from once for all its targets.
+
+        Negative where the base maximises: what is worst for it lies down the gradient. The loss negated and minimised
+        is the same training.
+        """
         group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
         drawn: dict[tuple[float, float], float] = {}
         radii = []
         for target in targets:
-            rho = checked_rho(group_of.get(id(target.parameter), {}).get(self.key, self.default), self.norm)
+            group = group_of.get(id(target.parameter), self._base.defaults)
+            rho = checked_rho(group.get(self.key, self.default), self.norm)
             if isinstance(rho, tuple):
                 if rho not in drawn:
                     drawn[rho] = self._draw(*rho)
                 rho = drawn[rho]
-            radii.append(rho)
+            radii.append(-rho if group.get("maximize", False) else rho)
         device = targets[0].parameter.device
         key = (device, tuple(radii))
         if self._sent is None or self._sent[0] != key:

@@ -20,20 +20,25 @@ class UpdateStats:
         self._warned = False
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def record(self, squared_norms: Tensor, scale: Tensor, realised: Tensor) -> None:
+    def record(self, squared_norms: Tensor, scale: Tensor, realised: Tensor) -> Tensor:
         """Take in the operators' results; sums only, and no wait for the device.
 
         Args:
             squared_norms: ||g_l||^2, ``[n]``.
             scale: s_l, ``[n]``.
             realised: ``[n, 3]`` of :func:`shapo_kernels.ops.perturb_`.
+
+        Returns:
+            Whether the direction's norm is finite, a bool on the device.
         """
         total = squared_norms.sum()
         epsilon = torch.where(scale == 0, 0.0, scale.square() * squared_norms).sum()
         self._sums = torch.cat([torch.stack([total, epsilon]), realised.sum(0)])
-        self._skipped = self._skipped + (~total.isfinite()).long()
+        finite = total.isfinite()
+        self._skipped = self._skipped + (~finite).long()
         if not self._warned:
             self._watch(self._sums)
+        return finite
 
     def read(self) -> dict[str, float]:
         """Floats; waits for the device. See ``ShaPOOptimizer.stats`` for their meaning."""

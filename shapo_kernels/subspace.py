@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .naming import parameter_aliases, parameters_by_name
+from .naming import owners, parameter_aliases, parameters_by_name
+from .quantised import acting_shape, is_quantised
 
 FORMAT = "shapo-subspace"
 
@@ -261,6 +262,7 @@ class Subspace(Mapping[str, Tensor]):
             SubspaceError: as :meth:`validate`.
         """
         parameters = parameter_aliases(model)
+        owner_of = owners(model)
         resolved = {}
         for name, index in self.items():
             parameter = parameters.get(name)
@@ -268,16 +270,20 @@ class Subspace(Mapping[str, Tensor]):
                 close = difflib.get_close_matches(name, parameters, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise SubspaceError(f"the model has no parameter {name!r}{hint}")
-            if not parameter.is_floating_point():
+            shape = acting_shape(parameter, owner_of[id(parameter)])
+            if shape is None:
                 raise SubspaceError(
-                    f"{name!r} is {parameter.dtype}: only floating-point weights have neurons to perturb"
+                    f"{name!r} is a {type(parameter).__name__} of {parameter.dtype}: only floating-point weights, and "
+                    "quantised ones of linear layers, have neurons to perturb"
                 )
-            self._check_range(name, index, tuple(parameter.shape) if shape_of is None else shape_of(parameter))
+            if shape_of is not None and not is_quantised(parameter):
+                shape = shape_of(parameter)
+            self._check_range(name, index, shape or (1,))
             resolved[name] = parameter
         return resolved
 
-    def _check_range(self, name: str, index: Tensor, whole: tuple[int, ...]) -> None:
-        axis, shape = self._axes[name], whole or (1,)
+    def _check_range(self, name: str, index: Tensor, shape: tuple[int, ...]) -> None:
+        axis = self._axes[name]
         if axis >= len(shape) or (axis == 1 and len(shape) > 2):
             raise SubspaceError(f"{name!r} has shape {list(shape)}: its neurons cannot lie on axis {axis}")
         if (largest := int(index[-1])) >= shape[axis]:

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
+from .quantised import is_linear_by_features
+from .watch import Watch, drop_copies
 
 
 class Tap:
@@ -39,47 +41,49 @@ class Tap:
         self._index = index
         self._direction: Tensor | None = None
         self._adding = False
+        self._watch = Watch(None)
+        #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
+        self.unrecorded = False
         self.compute_dtype: torch.dtype | None = None
-        self.forwards = 0
 
-    def attach(self, module: nn.Module) -> RemovableHandle:
-        for handle, hook in list(module._forward_hooks.items()):
-            # A copied model carries copies of its original's taps, which nobody drives.
-            if isinstance(hook, Tap) and hook._is_copy:
-                del module._forward_hooks[handle]
-                module._forward_hooks_with_kwargs.pop(handle, None)
+    def attach(self, module: nn.Module, watch: Watch) -> RemovableHandle:
+        drop_copies(module)
+        self._watch = watch
         # First of all hooks: those of tensor parallelism add up or gather what the layer puts out, FSDP's may cast it.
         return module.register_forward_hook(self, with_kwargs=True, prepend=True)
 
-    _is_copy = False
+    is_copy = False
 
     def observe(self, leaf: Tensor) -> None:
         """From now on let the gradient of the compact ``leaf`` out; its values are never read."""
-        self._direction, self._adding, self.forwards = leaf, False, 0
+        self._direction, self._adding, self.unrecorded = leaf, False, False
 
     def add(self, direction: Tensor) -> None:
         """From now on compute as if the compact ``direction`` had been added to the weight."""
-        self._direction, self._adding, self.forwards = direction, True, 0
+        self._direction, self._adding = direction, True
 
     def rest(self) -> None:
         """From now on pass outputs on as they are."""
         self._direction, self._adding = None, False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if self.compute_dtype is not output.dtype:
-            self.compute_dtype = output.dtype
-        if self._direction is None:
-            return output
-        self.forwards += 1
-        input = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
-        if isinstance(output, DTensor):
-            return self._on_parts(output, input, self._direction)
-        if self._sharded:
-            raise RuntimeError(
-                f"a {type(module).__name__} with a tensor-parallel weight took or gave a plain tensor, whose ranks "
-                "cannot be seen: use torch's parallelize_module, or ascent='grad' with perturbation='in_place'"
-            )
-        return self._joined(output, input, self._direction)
+        # Written without a look at what it was: a compiled model would be compiled anew for the look.
+        self.compute_dtype = output.dtype
+        if self._direction is not None:
+            if not torch.is_grad_enabled():
+                self.unrecorded = True
+            input = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+            if isinstance(output, DTensor):
+                output = self._on_parts(output, input, self._direction)
+            elif self._sharded:
+                raise RuntimeError(
+                    f"a {type(module).__name__} with a tensor-parallel weight took or gave a plain tensor, whose ranks "
+                    "cannot be seen: use torch's parallelize_module, or ascent='grad' with perturbation='in_place'"
+                )
+            else:
+                output = self._joined(output, input, self._direction)
+        self._watch.see(output)
+        return output
 
     def _joined(self, output: Tensor, input: Tensor, direction: Tensor) -> Tensor:
         index = self._index
@@ -117,7 +121,7 @@ class Tap:
 
 def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: bool) -> Tap:
     tap = Tap(features_first=features_first, axis=axis, index=index, sharded=sharded)
-    tap._is_copy = True
+    tap.is_copy = True
     return tap
 
 
@@ -145,9 +149,12 @@ def _input_gradient_placements(
     return gradients
 
 
-def stores_features_first(module: nn.Module) -> bool | None:
-    """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers."""
-    if isinstance(module, nn.Linear):
+def stores_features_first(module: nn.Module, *, quantised: bool = False) -> bool | None:
+    """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers.
+
+    A layer of quantised weights is a linear one where it says so by its features, whatever its class.
+    """
+    if isinstance(module, nn.Linear) or (quantised and is_linear_by_features(module)):
         return False
     # By name, not to import transformers; of any base, as fully_shard makes a class of its own.
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):

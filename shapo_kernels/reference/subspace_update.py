@@ -58,12 +58,11 @@ def perturb_(
     backups: list[Tensor],
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
+    # Every backup is full before anything is written: an interrupt may come between any two lines here.
+    for weight, index, axis, backup in zip(weights, indices, axes, backups, strict=True):
+        backup.copy_(weight.index_select(axis, index))
     realised = []
-    for weight, index, axis, direction, s, backup in zip(
-        weights, indices, axes, directions, scale, backups, strict=True
-    ):
-        old = weight.index_select(axis, index)
-        backup.copy_(old)
+    for weight, index, axis, direction, s, old in zip(weights, indices, axes, directions, scale, backups, strict=True):
         step = s.to(direction.dtype) * direction
         new = torch.where(s == 0, old, (old.to(direction.dtype) + step).to(weight.dtype))
         weight.index_copy_(axis, index, new)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from shapo.random_state import RandomState
 from shapo_kernels import ShaPOOptimizer
+from shapo_kernels.random_state import RandomState
 
 from .arguments import ShaPOArguments
 from .batches import Cutter
@@ -159,7 +159,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
                 loss = loss.mean() if scaled else loss.mean() * share
                 total = total + loss.detach()
                 scaler = getattr(self.accelerator, "scaler", None)
-                optimizer.ascend(loss if scaler is None else scaler.scale(loss))
+                optimizer.ascend(loss, scaler=scaler)
         random.restore()
         optimizer.perturb()
         if self.shapo.per_micro_batch:

@@ -27,7 +27,6 @@ from torch import Tensor
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
 from shapo.fused_head import FusedHead, find_fused_head
-from shapo.random_state import RandomState
 from shapo.rewards import PairRewards
 from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.training.fingerprint import digest_model, digest_rows, digest_tensors
@@ -38,6 +37,7 @@ from shapo.training.objective import make_batch, make_loss
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
 from shapo_kernels import ShaPOOptimizer, Subspace, losses
+from shapo_kernels.random_state import RandomState
 
 
 def train_preferences(

@@ -1,0 +1,41 @@
+"""Batch normalisation in two passes: its running statistics must count a batch once (davda54/sam#17, #30)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+@contextlib.contextmanager
+def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Inside, batch and instance norms in training mode normalise by the batch as before, but leave their running
+    statistics and the count of batches alone.
+
+    Put it around one of the two passes: best the descent, since it is theta that is evaluated later, not theta + eps:
+    ``with opt.perturbed(), sk.frozen_batch_norm(model): …``. In a closure, which is called in both passes,
+    ``opt.is_perturbed`` tells which one it is.
+    """
+    # Not momentum = 0: a batch would still be counted in num_batches_tracked, which a cumulative average divides by.
+    counting = [m for m in model.modules() if getattr(m, "track_running_stats", False) and m.training]
+    batch_norms: list[Any] = [norm for norm in counting if isinstance(norm, _BatchNorm)]
+    # These look at their buffers whatever track_running_stats says.
+    instance_norms: list[Any] = [norm for norm in counting if isinstance(norm, _InstanceNorm)]
+    statistics = [{name: norm._buffers[name] for name in _STATISTICS} for norm in instance_norms]
+    try:
+        for norm in batch_norms:
+            norm.track_running_stats = False
+        for norm in instance_norms:
+            norm._buffers.update(dict.fromkeys(_STATISTICS))
+        yield
+    finally:
+        for norm in batch_norms:
+            norm.track_running_stats = True
+        for norm, buffers in zip(instance_norms, statistics, strict=True):
+            norm._buffers.update(buffers)

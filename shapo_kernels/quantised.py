@@ -1,0 +1,42 @@
+"""Weights held in another form than they act in: packed or integer (bitsandbytes), tensor subclasses (torchao).
+
+Nothing can be added to them, and their gradient does not exist; but the layer is a linear one of known size, and that
+is all that the selective ascent and the delta perturbation ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Whether a weight's elements are not floating-point numbers that lie in memory as they are."""
+    if isinstance(parameter, DTensor):
+        return False
+    return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
+
+
+def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) -> tuple[int, ...] | None:
+    """The shape that a weight acts in: its own; ``[out_features, in_features]`` where it is quantised and its modules
+    are linear layers; None where they are not.
+    """
+    if not is_quantised(parameter):
+        return tuple(parameter.shape) if parameter.is_floating_point() else None
+    if not all(attribute == "weight" and is_linear_by_features(module) for module, attribute in modules):
+        return None
+    layer, _ = modules[0]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def is_linear_by_features(module: nn.Module) -> bool:
+    """Whether a layer says by ``in_features`` and ``out_features`` that it is a linear one, whatever its class."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def compute_dtype_of_quantised(parameter: Tensor) -> torch.dtype:
+    """The dtype to measure eps in before the layer has run: what a subclass says of itself, else float32."""
+    return parameter.dtype if parameter.is_floating_point() else torch.float32
