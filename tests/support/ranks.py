@@ -18,7 +18,7 @@ def run_ranks(folder, world, cases, script="rank_cases.py"):
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(rank), str(world), str(folder)],
-            env=environment,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
             stderr=subprocess.PIPE,
             text=True,
         )
