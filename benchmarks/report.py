@@ -21,6 +21,7 @@ TITLES = {
     "shapo_update": "A ShaPO update against a plain DPO update",
     "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
     "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
+    "linear_sequence_logps_step": "Log-probabilities from hidden states at the size of a preference step",
 }
 # Column -> heading and format; a table has those that its rows have.
 COLUMNS = {
@@ -35,6 +36,7 @@ COLUMNS = {
     "extra_bytes": ("extra bytes", "{:,}"),
     "extra_of_logits": ("extra, of the logits", "{:.2f}"),
     "of_eager_memory": ("of eager's", "{:.2f}"),
+    "of_eager_beyond": ("beyond gradients, of eager's", "{:.3f}"),
 }
 
 

@@ -53,12 +53,20 @@ HEADS = [
     Case("8x64x32000, width 256 fp32", 8, 64, 32000, width=256),
     Case("8x64x32000, width 512 fp32", 8, 64, 32000, width=512),
     Case("8x64x32000, width 512 fp32, frozen", 8, 64, 32000, width=512, frozen=True),
-    Case("8x64x32000, width 512 bf16", 8, 64, 32000, torch.bfloat16, width=512),
-    Case("8x64x32000, width 256 fp32, half ignored", 8, 64, 32000, width=256, kept=0.5),
+    Case("8x64x32000, width 512 fp32, half ignored", 8, 64, 32000, width=512, kept=0.5),
+    Case("8x8x32000, width 128 bf16", 8, 8, 32000, torch.bfloat16, width=128),
     Case("8x64x128256, width 64 fp32", 8, 64, 128256, width=64),
+    Case("8x64x128256, width 512 fp32", 8, 64, 128256, width=512),
+    Case("2x64x128256, width 2048 fp32", 2, 64, 128256, width=2048),
+]
+# Of a preference step: eager alone is held against ours, for a round takes minutes.
+STEPS = [
+    Case("8x512x128256, width 256 fp32", 8, 512, 128256, width=256),
+    Case("8x512x128256, width 256 fp32, half ignored", 8, 512, 128256, width=256, kept=0.5),
 ]
 _logits_rows: list[dict[str, Any]] = []
 _head_rows: list[dict[str, Any]] = []
+_step_rows: list[dict[str, Any]] = []
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,14 +180,64 @@ def test_linear_sequence_logps(benchmark: Any, case: Case) -> None:
             "shape": [case.rows, case.tokens, case.vocabulary, case.width],
             "backend": backends.serving("cpu"),
             "times_ours": ratios(seconds, OURS)[name],
-            "extra_bytes": memory[name],  # beyond the inputs: gradients too
-            "of_eager_memory": memory[name] / memory["eager"],
+            **memory_columns(memory, name, inputs),
         }
         _head_rows.append(row("linear_sequence_logps", case.name, name, times, **columns))
     write("linear_sequence_logps", _head_rows)
     benchmark.group = case.name
     benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
     benchmark.pedantic(runs[OURS], rounds=3)
+
+
+def memory_columns(memory: dict[str, int], name: str, inputs: list[Tensor]) -> dict[str, float]:
+    """Beyond the inputs; and beyond their gradients too, which every variant must return."""
+    gradients = sum(tensor.nbytes for tensor in inputs)
+    return {
+        "extra_bytes": memory[name],
+        "of_eager_memory": memory[name] / memory["eager"],
+        "of_eager_beyond": (memory[name] - gradients) / (memory["eager"] - gradients),
+    }
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
+    hidden, labels = make(case, case.width)
+    weight = torch.randn(case.vocabulary, case.width, generator=torch.Generator().manual_seed(1)) * case.width**-0.5
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    variants = {
+        "eager": lambda: eager(hidden @ weight.t(), labels),
+        OURS: lambda: losses.linear_sequence_logps(hidden, weight, labels)[0],
+    }
+    upstream = torch.linspace(-1, 1, case.rows)
+    found: dict[str, tuple[Tensor, ...]] = {}
+
+    def runner(name: str) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = torch.autograd.grad((variants[name]() * upstream).sum(), inputs)
+
+        return run
+
+    runs, memory = {name: runner(name) for name in variants}, {}
+    for name, run in runs.items():
+        memory[name] = peak_extra_bytes(run)
+    for got, expected in zip(found[OURS], found["eager"], strict=True):
+        wrong = (got - expected).norm() / expected.norm()
+        assert wrong < 1e-4, f"the gradient differs from eager's by {wrong:.1e}"
+    found.clear()
+    seconds = interleaved(runs, rounds=2, warmup=0)
+    for name, times in seconds.items():
+        columns = {
+            "dtype": "float32",
+            "shape": [case.rows, case.tokens, case.vocabulary, case.width],
+            "backend": backends.serving("cpu"),
+            "times_ours": ratios(seconds, OURS)[name],
+            **memory_columns(memory, name, inputs),
+        }
+        _step_rows.append(row("linear_sequence_logps_step", case.name, name, times, **columns))
+    write("linear_sequence_logps_step", _step_rows)
+    benchmark.group = case.name
+    benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def peers(
@@ -191,6 +249,7 @@ def peers(
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
+        # A chunk of it is a pair, by default; its gradients come out in the forward pass.
         liger = LigerFusedLinearDPOLoss(beta=0.1, compute_nll_loss=False, use_ref_model=False)
         found["Liger, chunked DPO"] = lambda: liger(weight, shifted, targets)[0]
     if importlib.util.find_spec("cut_cross_entropy"):
