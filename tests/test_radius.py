@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from updates import update, wrap
+from updates import bits, same_bits, update, wrap
 
 import shapo_kernels as sk
 
@@ -72,3 +72,34 @@ def test_maximize_moves_the_weights_up(toy, batch, loss, subspace):
     for _ in range(3):
         update(opt, model, batch(), loss)
     assert loss(model, batch()).item() > start
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "delta"])
+@pytest.mark.parametrize("options", [{}, {"norm": "layer"}, {"norm": "none"}, {"relative": True}])
+def test_maximising_a_loss_is_minimising_its_negative_bit_for_bit(toy, batch, loss, subspace, options, perturbation):
+    # What is worst for a loss that is to grow lies down its gradient.
+    models = []
+    for sign in (1, -1):
+        model = toy()
+        base = torch.optim.AdamW(model.parameters(), lr=0.01, maximize=sign > 0)
+        opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.3, perturbation=perturbation, **options)
+        for step in range(3):
+            update(opt, model, batch(step), lambda m, data, sign=sign: sign * loss(m, data))
+        assert opt.stats["epsilon_norm"] > 0
+        models.append(model)
+    assert same_bits(models[0], bits(models[1]))
+
+
+def test_a_group_that_maximises_is_perturbed_down_the_gradient_and_the_others_up(toy, batch, loss, subspace):
+    model = toy()
+    layers = [list(layer.parameters()) for layer in model.layers]
+    base = torch.optim.SGD([{"params": layers[0], "maximize": True}, {"params": layers[1]}], lr=0.1)
+    opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.3)
+    weights = [layer.down_proj.weight for layer in model.layers]
+    grads = torch.autograd.grad(loss(model, batch()), weights)
+    before = [w.detach().clone() for w in weights]
+    with opt.ascent():
+        opt.ascend(loss(model, batch()))
+    with opt.perturbed():
+        along = [((w.detach() - b) * g).sum().item() for w, b, g in zip(weights, before, grads, strict=True)]
+    assert along[0] < 0 < along[1]
