@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-# LBFGS runs its closure as often as it likes, and sparse optimizers have no dense gradient to normalise.
-_REFUSED = ("LBFGS", "SparseAdam")
+# LBFGS runs its closure as often as it likes, SAMs perturb by themselves, sparse optimizers have no dense gradient.
+_REFUSED = ("LBFGS", "SparseAdam", "SAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM")
 
 
 class OptimizerWrapper(Optimizer):
@@ -63,5 +63,6 @@ def _check_base(base: Any) -> None:
         raise TypeError(f"base_optimizer is a {type(base).__name__} already: wrap its base once")
     if any(kind.__name__ in _REFUSED for kind in type(base).__mro__):
         raise TypeError(
-            f"{type(base).__name__} cannot be wrapped: it calls closures by itself or needs sparse gradients"
+            f"{type(base).__name__} cannot be wrapped: it calls closures by itself, perturbs by itself, "
+            "or needs sparse gradients"
         )
