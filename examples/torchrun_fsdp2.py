@@ -76,6 +76,7 @@ def main() -> None:
             print(f"update {training.opt.updates}: {value:.4f}", flush=True)
         if training.opt.updates % options.save_every == 0:
             dcp.save({"training": training}, checkpoint_id=options.checkpoints / str(training.opt.updates))
+    dist.barrier()  # a rank that leaves early would abort those that still write
     dist.destroy_process_group()
 
 
