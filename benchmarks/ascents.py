@@ -37,7 +37,7 @@ FOLDER = RESULTS / "ascents"
 FRACTIONS = (0.5, 0.25, 0.125)
 INTERVALS = (2, 5, 10)
 MEASURED_EVERY, MEASURED_BATCHES, DRAWS = 8, 4, 2
-ROUNDS = 7
+ROUNDS = 21
 
 
 def main() -> None:
@@ -250,14 +250,28 @@ def measure_effect(prepared: Prepared, names: Sequence[str] | None) -> Iterator[
 
 
 def measure_price() -> list[dict[str, Any]]:
-    """Milliseconds of an update (of k updates, divided by k, for interval k), all variants in turn."""
+    """Milliseconds of an update, all variants in turn.
+
+    An interval's is what one ShaPO update and k - 1 that are not due took in the same round, divided by k.
+    """
     from test_shapo_update import build_model, check_agreement
 
     model = build_model()
     check_agreement(model)
-    runs = {name: make_updates(model, options) for name, options in effect_variants().items() if "each" not in name}
-    seconds = interleaved({name: run for name, (run, _) in runs.items()}, rounds=ROUNDS)
-    seconds = {name: [value / runs[name][1] for value in values] for name, values in seconds.items()}
+    parts = {part_name(fraction): make_update(model, fraction=fraction) for fraction in FRACTIONS}
+    seconds = interleaved(
+        {
+            "plain DPO": make_plain_update(model),
+            "whole batch": make_update(model),
+            **parts,
+            "not due": make_update(model, interval=10**9),
+        },
+        rounds=ROUNDS,
+    )
+    not_due = seconds.pop("not due")
+    for k in INTERVALS:
+        together = zip(seconds["whole batch"], not_due, strict=True)
+        seconds[f"interval {k}"] = [(due + (k - 1) * other) / k for due, other in together]
     found = ratios(seconds, "plain DPO")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     shape = f"{millions:.0f} M parameters, {PRICE_PAIRS} pairs of {PRICE_TOKENS} tokens"
@@ -270,11 +284,10 @@ def measure_price() -> list[dict[str, Any]]:
 PRICE_PAIRS, PRICE_TOKENS = 8, 64
 
 
-def make_updates(model: Any, options: dict[str, Any] | None) -> tuple[Callable[[], None], int]:
-    """A whole interval of updates, and how many they are. The learning rate is 0: all variants share the model."""
+def make_loss(model: Any) -> Callable[[list[int]], Tensor]:
+    """The DPO loss of some pairs of random tokens, half of each the prompt."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 4096, (2, PRICE_PAIRS, PRICE_TOKENS), generator=generator)
-    base = torch.optim.AdamW(model.parameters(), lr=0.0)
     reference = torch.full((PRICE_PAIRS,), -150.0)
 
     def loss(pairs: list[int]) -> Tensor:
@@ -285,30 +298,37 @@ def make_updates(model: Any, options: dict[str, Any] | None) -> tuple[Callable[[
         chosen, rejected = logps.chunk(2)
         return losses.dpo(chosen, rejected, reference[pairs], reference[pairs], beta=0.1).mean()
 
-    everything = list(range(PRICE_PAIRS))
-    if options is None:
+    return loss
 
-        def plain() -> None:
-            loss(everything).backward()
-            base.step()
-            base.zero_grad()
 
-        return plain, 1
-    interval, part = options.get("interval", 1), AscentPart(options.get("ascent_fraction", 1.0))
+def make_plain_update(model: Any) -> Callable[[], None]:
+    """The learning rate is 0 here and below: all variants share the model."""
+    loss, base = make_loss(model), torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def plain() -> None:
+        loss(list(range(PRICE_PAIRS))).backward()
+        base.step()
+        base.zero_grad()
+
+    return plain
+
+
+def make_update(model: Any, *, fraction: float = 1.0, interval: int = 1) -> Callable[[], None]:
+    loss, part = make_loss(model), AscentPart(fraction)
     sizes = {name: p.shape[1] for name, p in model.named_parameters() if name.endswith("down_proj.weight")}
-    opt = sk.ShaPOOptimizer(base, model, sk.Subspace.random(sizes, 1, seed=0), rho=0.05, interval=interval)
+    base, subspace = torch.optim.AdamW(model.parameters(), lr=0.0), sk.Subspace.random(sizes, 1, seed=0)
+    opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.05, interval=interval)
 
     def shapo() -> None:
-        for _ in range(interval):
-            if opt.due:
-                with opt.ascent():
-                    opt.ascend(loss(part.draw([PRICE_PAIRS], opt.updates)[0]))
-            with opt.perturbed():
-                loss(everything).backward()
-            opt.step()
-            opt.zero_grad()
+        if opt.due:
+            with opt.ascent():
+                opt.ascend(loss(part.draw([PRICE_PAIRS], opt.updates)[0]))
+        with opt.perturbed():
+            loss(list(range(PRICE_PAIRS))).backward()
+        opt.step()
+        opt.zero_grad()
 
-    return shapo, interval
+    return shapo
 
 
 # -- the table

@@ -1,4 +1,9 @@
-"""The same update under Accelerate, with gradient accumulation: `accelerate launch examples/accelerate_loop.py`."""
+"""One perturbation for all micro-batches of an update, under Accelerate: `accelerate launch` this file.
+
+Accelerate wraps the optimizer: `shapo` is what has `ascent` and `perturbed`, `opt` is what steps.
+"""
+
+import contextlib
 
 import torch
 from accelerate import Accelerator
@@ -10,13 +15,10 @@ torch.manual_seed(0)
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
 data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.randn(64, 1))
-loader = torch.utils.data.DataLoader(data, batch_size=8)
-model, loader = accelerator.prepare(model, loader)
-opt = sk.ShaPOOptimizer(
-    torch.optim.AdamW(model.parameters(), lr=1e-2), model, sk.Subspace({"2.weight": [3, 9]}), rho=0.1
-)
-opt = accelerator.prepare(opt)
-shapo = opt.optimizer  # what Accelerate has wrapped
+model, loader = accelerator.prepare(model, torch.utils.data.DataLoader(data, batch_size=8))
+base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+shapo = sk.ShaPOOptimizer(base, model, sk.Subspace({"2.weight": [3, 9]}), rho=0.1)  # around the prepared model
+opt = accelerator.prepare(shapo)
 
 batches = list(loader)
 for update, micro_batches in enumerate(zip(batches[::2], batches[1::2], strict=True)):
@@ -28,8 +30,9 @@ for update, micro_batches in enumerate(zip(batches[::2], batches[1::2], strict=T
         for batch in micro_batches:
             shapo.ascend(loss(batch))
     with shapo.perturbed():
-        for batch in micro_batches:
-            accelerator.backward(loss(batch))
+        for number, batch in enumerate(micro_batches):
+            with contextlib.nullcontext() if number == 1 else accelerator.no_sync(model):  # reduce gradients once
+                accelerator.backward(loss(batch))
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
     opt.zero_grad()

@@ -26,7 +26,7 @@ trainer = ShaPODPOTrainer(
         "runs/trl_dpo",
         max_steps=4,
         logging_steps=1,
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=True,  # or the reference is asked once for each batch
         bf16=torch.cuda.is_available(),
         report_to=[],
     ),

@@ -27,7 +27,12 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "printed"),
-    [("plain_pytorch.py", "update 4"), ("accelerate_loop.py", "update 3: 0.100"), ("hf_trainer.py", "shapo/gap")],
+    [
+        ("plain_pytorch.py", "update 4"),
+        ("accelerate_loop.py", "update 3: 0.100"),
+        ("accelerate_accumulate.py", "4 updates, cosine of what bfloat16 left of eps 1.000"),
+        ("hf_trainer.py", "shapo/gap"),
+    ],
 )
 def test_the_example_runs(name, printed, tmp_path):
     assert printed in run(name, cwd=tmp_path)
@@ -47,5 +52,5 @@ def test_the_trl_example_trains_on_files(tiny_llama, tiny_tokenizer, tmp_path):
 
 def test_every_example_is_run_by_a_test():
     # torchrun_fsdp2.py: tests/distributed/test_checkpoint.py
-    covered = {"torchrun_fsdp2.py", "plain_pytorch.py", "accelerate_loop.py", "hf_trainer.py", "trl_dpo.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} == covered
+    here = {"plain_pytorch.py", "accelerate_loop.py", "accelerate_accumulate.py", "hf_trainer.py", "trl_dpo.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == here | {"torchrun_fsdp2.py"}

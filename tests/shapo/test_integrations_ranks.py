@@ -19,6 +19,9 @@ WORKER = textwrap.dedent(
     import os
     import sys
     import torch
+    from accelerate import Accelerator
+    from accelerate.state import GradientState
+    from torch import nn
     from torch.utils.data import SequentialSampler
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
     import shapo_kernels as sk
@@ -56,7 +59,48 @@ WORKER = textwrap.dedent(
         logs = [[entry[key] for key in keys] for entry in trainer.state.log_history if "shapo/gap" in entry]
         return [p.detach() for p in model.parameters()], logs
 
-    torch.save([train(case) for case in cases], f"{folder}/{os.environ.get('RANK', '0')}.pt")
+    def accelerate_loop(each):
+        # Two micro-batches an update, spread over the ranks. Accelerate keeps one state a process: not the trainer's.
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        torch.manual_seed(0)
+        model = accelerator.prepare(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)))
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        shapo = sk.ShaPOOptimizer(base, model, sk.Subspace({"2.weight": [3, 9]}), rho=0.3)
+        opt = accelerator.prepare(shapo)
+        data = torch.randn(3, 2, 8, 11, generator=torch.Generator().manual_seed(1))
+        rank = accelerator.process_index
+
+        def loss(batch):
+            return (model(batch[:, :8]) - batch[:, 8:]).square().mean()
+
+        for update in data:
+            micro_batches = [micro.chunk(world)[rank] for micro in update]
+            for number, micro in enumerate(micro_batches):
+                with accelerator.accumulate(model):
+                    if each:
+                        with shapo.ascent():
+                            shapo.ascend(loss(micro))
+                        with shapo.perturbed():
+                            accelerator.backward(loss(micro))
+                    else:
+                        if number == 0:
+                            with shapo.ascent():
+                                for one in micro_batches:
+                                    shapo.ascend(loss(one) / 2)
+                            shapo.perturb()
+                        accelerator.backward(loss(micro))
+                        if accelerator.sync_gradients:
+                            shapo.restore()
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                    opt.step()
+                    opt.zero_grad()
+        assert shapo.updates == 3
+        return [p.detach() for p in model.parameters()]
+
+    ends = {"trainer": [train(case) for case in cases], "accelerate": [accelerate_loop(e) for e in (False, True)]}
+    torch.save(ends, f"{folder}/{os.environ.get('RANK', '0')}.pt")
     """
 )
 CASES = [{}, {"ascent": "grad"}, {"perturbation": "delta", "interval": 2}]
@@ -83,12 +127,28 @@ def train(folder, world, cases):
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def test_a_trainer_on_two_ranks_equals_one_process(tmp_path):
-    (alone,) = train(tmp_path / "one", 1, CASES)
-    for rank in train(tmp_path / "two", 2, CASES):
-        for (parameters, logs), (expected, expected_logs) in zip(rank, alone, strict=True):
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """What one process has at the end, and what each of two ranks has."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return train(folder / "one", 1, CASES)[0], train(folder / "two", 2, CASES)
+
+
+def test_a_trainer_on_two_ranks_equals_one_process(ends):
+    alone, ranks = ends
+    for rank in ranks:
+        for (parameters, logs), (expected, expected_logs) in zip(rank["trainer"], alone["trainer"], strict=True):
             for mine, other in zip(parameters, expected, strict=True):
                 torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
             assert len(logs) == len(expected_logs) > 0
             for mine, other in zip(logs, expected_logs, strict=True):
                 assert mine == pytest.approx(other, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one perturbation", "one for each micro-batch"])
+def test_an_accelerate_loop_with_accumulation_on_two_ranks_equals_one_process(ends, each):
+    alone, ranks = ends
+    for rank in ranks:
+        for mine, other in zip(rank["accelerate"][each], alone["accelerate"][each], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(alone["accelerate"][0][0], alone["accelerate"][1][0])
