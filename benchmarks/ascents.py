@@ -52,7 +52,8 @@ def main() -> None:
     if options.part == "price":
         save("price", measure_price(), keep=())
     elif options.part == "table":
-        text = table(*(json.loads((FOLDER / f"{name}.json").read_text()) for name in ("fidelity", "effect", "price")))
+        files = (FOLDER / f"{name}.json" for name in ("fidelity", "effect", "price"))
+        text = table(*(json.loads(path.read_text()) if path.exists() else {"rows": []} for path in files))
         if options.into:
             options.into.write_text(between_markers(options.into.read_text(), text))
         else:
@@ -336,15 +337,19 @@ def make_update(model: Any, *, fraction: float = 1.0, interval: int = 1) -> Call
 
 def table(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[str, Any]) -> str:
     """What a user chooses by: a line for each kind of ascent."""
-    columns = ("ascent", "time of an update", "cosine", "share of the increase", "clean accuracy", "flips fitted")
+    columns = ["ascent", "time of an update", "cosine", "share of the increase"]
+    ends = ("accuracy", "flips_fitted") if effect["rows"] else ()
+    columns += ["clean accuracy", "flips fitted"] if ends else []
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     names = {"plain DPO": "none (plain DPO)", "whole batch": "the whole batch", "another batch": "another whole batch"}
     for variant in [*effect_variants(), "another batch"]:
         cells = [
             _one(price["rows"], variant, "ratio_to_plain", "{:.2f}"),
             *(_spread(fidelity["rows"], variant, column) for column in ("cosine", "share")),
-            *(_over_seeds(effect["rows"], variant, column) for column in ("accuracy", "flips_fitted")),
+            *(_over_seeds(effect["rows"], variant, column) for column in ends),
         ]
+        if not any(cells):
+            continue
         if variant == "whole batch":
             cells[1:3] = "1", "1"
         lines.append(f"| {names.get(variant, variant)} | {' | '.join(cells)} |")
@@ -384,12 +389,12 @@ def _provenance(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[st
         f"{measured[0]['batch']} pairs: means over {points} points of a run of {measured[0]['of']} updates and seeds "
         f"{', '.join(map(str, seeds[0]))} (least and greatest mean at one point), commit {measured[0]['commit']}."
     )
-    ends = (
+    ends = trained and (
         f"Accuracy on {trained[0]['test_pairs']} clean test pairs, and share of the flipped labels fitted, after "
         f"{trained[0]['updates']} updates with {100 * trained[0]['noise']:.0f} % of the labels flipped: means over "
         f"seeds {', '.join(map(str, seeds[1]))} (least and greatest), commit {trained[0]['commit']}."
     )
-    return f"{time} {directions} {ends}"
+    return f"{time} {directions}{f' {ends}' if trained else ''}"
 
 
 if __name__ == "__main__":
