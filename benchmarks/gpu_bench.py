@@ -1,4 +1,4 @@
-"""The timings of gpu.py: subspace update, neuron update and gradient, column cosine, against the ways without kernels.
+"""The timings of gpu.py: subspace update, neuron update and gradient, delta in a model, column cosine.
 
 Every variant is compared with float64 mathematics first; one that disagrees is recorded as refused and not timed.
 Variants are timed in turn, by CUDA events on a GPU, and a copy between large buffers is one of them: bandwidths and
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from gpu_model import delta_forward
 from rows import ratios, row
 from torch import Tensor
 
@@ -392,4 +393,4 @@ def column_cosine(bench: Bench) -> None:
             )
 
 
-SUITES: tuple[Callable[[Bench], None], ...] = (subspace_update, neuron_operators, column_cosine)
+SUITES: tuple[Callable[[Bench], None], ...] = (subspace_update, neuron_operators, delta_forward, column_cosine)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu
 import gpu_bench
+import gpu_model
 import pytest
 import report
 import torch
@@ -21,16 +22,20 @@ def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert {step["status"] for step in steps} == {"passed"}
-    assert {"time subspace_update", "time neuron_operators", "time column_cosine"} <= {step["step"] for step in steps}
+    suites = ("subspace_update", "neuron_operators", "delta_forward", "column_cosine")
+    assert {f"time {name}" for name in suites} <= {step["step"] for step in steps}
     found = sorted(path.name for path in tmp_path.glob("dry_run_*.json"))
-    assert found == [f"dry_run_gpu_{name}.json" for name in ("column_cosine", "neurons", "subspace_update")]
+    names = ("column_cosine", "delta_forward", "neurons", "subspace_update")
+    assert found == [f"dry_run_gpu_{name}.json" for name in names]
     for path in tmp_path.glob("dry_run_*.json"):
         recorded = json.loads(path.read_text())
         assert recorded["environment"]["commit"]
         for row in recorded["rows"]:
             assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-            assert {"dtype", "shape", "bytes", "gb_per_s", "percent_of_peak", "times_ours", "copy_gb_per_s"} <= set(row)
-        assert "shapo_kernels, " in report.render(path.stem, recorded["rows"], recorded["environment"])
+            assert {"dtype", "shape", "times_ours", "copy_gb_per_s"} <= set(row)
+            assert "delta" in path.name or {"bytes", "gb_per_s", "percent_of_peak"} <= set(row)
+        ours = "delta, " if "delta" in path.name else "shapo_kernels, "
+        assert ours in report.render(path.stem, recorded["rows"], recorded["environment"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -90,6 +95,15 @@ def test_the_check_of_an_update_notices_a_wrong_step_and_weights_that_stay_pertu
 
     with pytest.raises(AssertionError, match="not restored"):
         problem.check(unrestored, exact=True)()
+
+
+def test_the_check_of_a_delta_forward_notices_a_model_that_is_not_moved_or_moved_elsewhere():
+    torch.manual_seed(0)
+    before, change = torch.randn(8, 4), torch.randn(8, 4)
+    gpu_model._moves_as(lambda: before + 1.01 * change, before, change)()
+    for wrong in (before, before + 2 * change, before - change, before + torch.randn(8, 4)):
+        with pytest.raises(AssertionError, match="outputs move with cosine"):
+            gpu_model._moves_as(lambda wrong=wrong: wrong, before, change)()
 
 
 def test_a_failed_step_is_recorded_and_the_run_goes_on(tmp_path):

@@ -1,0 +1,108 @@
+"""What delta adds to a whole model's forward pass: the body of a Llama-3.2-3B with random weights, 1 % random neurons.
+
+The head is left out: with its product in the denominator the share would be smaller. Needs transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import shapo_kernels as sk
+from shapo_kernels import backends
+
+if TYPE_CHECKING:
+    from gpu_bench import Bench
+
+PLAIN = "plain"
+# Of ||W_S||: so large that what rounding leaves of an in-place perturbation can be compared with delta.
+RELATIVE_RHO = 1.0
+
+
+def delta_forward(bench: Bench) -> None:
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError:
+        bench.rows.append({"suite": "gpu_delta_forward", "case": "", "variant": PLAIN, "refused": "no transformers"})
+        return
+    size = (
+        {"hidden_size": 48, "intermediate_size": 640, "num_hidden_layers": 2, "num_attention_heads": 4}
+        if bench.small
+        else {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    )
+    config = LlamaConfig(vocab_size=1024, num_key_value_heads=size["num_attention_heads"] // 3 or 1, **size)
+    rows, length = (2, 16) if bench.small else (2, 2048)
+    dtype = torch.bfloat16
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        plain = LlamaModel(config).to(dtype).eval()
+    tokens = torch.randint(0, config.vocab_size, (rows, length), device=bench.device)
+
+    def forward(model: nn.Module) -> Callable[[], Tensor]:
+        @torch.no_grad()
+        def run() -> Tensor:
+            return model(tokens, use_cache=False).last_hidden_state
+
+        return run
+
+    before = forward(plain)()
+    moved = _perturbed(plain, tokens, "in_place", bench.backends[0])
+    expected = forward(moved)() - before
+    del moved
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], None]]] = {PLAIN: (forward(plain), lambda: None)}
+    for backend in [*bench.backends, "reference"]:
+        run = _served_by(backend, forward(_perturbed(plain, tokens, "delta", backend)))
+        ways[f"delta, {backend}"] = (run, _moves_as(run, before, expected))
+    layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    bench.compare(
+        "gpu_delta_forward",
+        f"{rows * length} tokens through {layers} blocks of {hidden} x {width}, bfloat16, 1 % of neurons",
+        ways,
+        PLAIN,
+        dtype="bfloat16",
+        shape=[rows * length, hidden, width, layers],
+    )
+
+
+def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str) -> nn.Module:
+    """A copy that stays at theta + eps; its weights are the original's own memory where nothing writes to them."""
+    shared = {} if perturbation == "in_place" else {id(p): p for p in plain.parameters()}
+    model = copy.deepcopy(plain, shared)
+    sizes = {n: p.shape[1] for n, p in model.named_parameters() if n.endswith("down_proj.weight")}
+    subspace = sk.Subspace.random(sizes, 1, seed=0)
+    opt = sk.ShaPOOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, subspace,
+        rho=RELATIVE_RHO, relative=True, perturbation=perturbation,
+    )  # fmt: skip
+    few = tokens[:, : min(64, tokens.shape[1])]
+    with backends.use(backend), torch.enable_grad():  # the runner times without
+        with opt.ascent():
+            opt.ascend(model(few, use_cache=False).last_hidden_state.float().square()[..., 0].mean())
+        opt.perturb()
+    model.optimizer_that_perturbs_it = [opt]  # kept alive with the model; in a list, not to be taken for a module
+    return model
+
+
+def _served_by(backend: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def served() -> Tensor:
+        with backends.use(backend):
+            return run()
+
+    return served
+
+
+def _moves_as(run: Callable[[], Tensor], before: Tensor, expected: Tensor) -> Callable[[], None]:
+    """Delta moves the outputs in the direction that moving the weights does; the two round at different places."""
+
+    def check() -> None:
+        change, wanted = (run() - before).double().flatten(), expected.double().flatten()
+        cosine = change @ wanted / (change.norm() * wanted.norm())
+        length = change.norm() / wanted.norm()
+        if not (bool(cosine > 0.98) and bool((length - 1).abs() < 0.05)):
+            raise AssertionError(f"outputs move with cosine {cosine:.3f} and {length:.3f} of the length")
+
+    return check
