@@ -59,7 +59,7 @@ def cut(count: int, weight: Tensor, dtype: torch.dtype, chunk_bytes: int | None,
         elements = max(1, elements // 2)
     # A part of the weight that has to be cast is held beside its tile.
     beside = weight.shape[1] if factor != weight.dtype else 0
-    tokens = max(1, min(count, elements // min(columns, FEWEST_COLUMNS) - beside))
+    tokens = max(1, min(count, elements // min(columns, FEWEST_COLUMNS)))
     step = max(1, min(columns, elements // (tokens + beside)))
     even = -(-columns // -(-columns // step))
     # Rows that begin at a multiple of 64 bytes, where that is allowed.
