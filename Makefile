@@ -8,11 +8,12 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRAIN := $(VENV)/.installed-train
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
 
 .PHONY: demo test lint bench install clean
 
-demo: install
+demo: $(TRAIN)
 	$(BIN)/shapo demo --output runs/demo
 
 test: install
@@ -29,12 +30,15 @@ bench: install
 
 install: $(STAMP)
 
-# Torch first and by name: everything after it then finds one and fetches no other.
-$(STAMP): pyproject.toml setup.py $(wildcard tools/*.py) $(NATIVE)
+$(TRAIN): EXTRAS := train
+$(STAMP): EXTRAS := test,bench
+
+# Torch first and by name: everything after it then finds one and fetches no other. What tests need, the demo's too.
+$(TRAIN) $(STAMP): pyproject.toml setup.py $(wildcard tools/*.py) $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $(TRAIN) $@
 
 clean:
 	rm -rf build dist runs *.egg-info python/*.egg-info shapo_kernels/*.so shapo_kernels/cuda_architectures.txt
