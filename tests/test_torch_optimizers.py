@@ -51,8 +51,10 @@ def closure_for(model, opt):
 
 
 def two_passes(model, base, rho):
-    """A ShaPO update written out, around the bare optimizer."""
+    """A ShaPO update written out, around the bare optimizer. What is maximised is worst down its gradient."""
     mse(model).backward()
+    if base.param_groups[0].get("maximize"):
+        rho = -rho
     weight = model[2].weight
     g = weight.grad[:, [0, 3]].clone()
     old = weight.detach().clone()
