@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from gpu_logps import linear_sequence_logps, sequence_logps
 from gpu_model import delta_forward
 from rows import ratios, row
 from torch import Tensor
@@ -393,4 +394,11 @@ def column_cosine(bench: Bench) -> None:
             )
 
 
-SUITES: tuple[Callable[[Bench], None], ...] = (subspace_update, neuron_operators, delta_forward, column_cosine)
+SUITES: tuple[Callable[[Bench], None], ...] = (
+    subspace_update,
+    neuron_operators,
+    delta_forward,
+    sequence_logps,
+    linear_sequence_logps,
+    column_cosine,
+)

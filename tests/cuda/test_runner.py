@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu
 import gpu_bench
+import gpu_logps
 import gpu_model
 import pytest
 import report
@@ -22,10 +23,18 @@ def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert {step["status"] for step in steps} == {"passed"}
-    suites = ("subspace_update", "neuron_operators", "delta_forward", "column_cosine")
-    assert {f"time {name}" for name in suites} <= {step["step"] for step in steps}
+    suites = {f"time {suite.__name__}" for suite in gpu_bench.SUITES}
+    assert len(suites) == 6
+    assert suites <= {step["step"] for step in steps}
     found = sorted(path.name for path in tmp_path.glob("dry_run_*.json"))
-    names = ("column_cosine", "delta_forward", "neurons", "subspace_update")
+    names = (
+        "column_cosine",
+        "delta_forward",
+        "linear_sequence_logps",
+        "neurons",
+        "sequence_logps",
+        "subspace_update",
+    )
     assert found == [f"dry_run_gpu_{name}.json" for name in names]
     for path in tmp_path.glob("dry_run_*.json"):
         recorded = json.loads(path.read_text())
@@ -33,7 +42,8 @@ def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
         for row in recorded["rows"]:
             assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
             assert {"dtype", "shape", "times_ours", "copy_gb_per_s"} <= set(row)
-            assert "delta" in path.name or {"bytes", "gb_per_s", "percent_of_peak"} <= set(row)
+            bounded = "delta" not in path.name and "linear" not in path.name  # by the memory that must be moved
+            assert bounded <= ({"bytes", "gb_per_s", "percent_of_peak"} <= set(row))
         ours = "delta, " if "delta" in path.name else "shapo_kernels, "
         assert ours in report.render(path.stem, recorded["rows"], recorded["environment"])
 
@@ -104,6 +114,15 @@ def test_the_check_of_a_delta_forward_notices_a_model_that_is_not_moved_or_moved
     for wrong in (before, before + 2 * change, before - change, before + torch.randn(8, 4)):
         with pytest.raises(AssertionError, match="outputs move with cosine"):
             gpu_model._moves_as(lambda wrong=wrong: wrong, before, change)()
+
+
+def test_the_check_of_log_probabilities_notices_a_wrong_gradient():
+    truth = (torch.randn(3), torch.randn(3, 4).double())
+    gpu_logps._agrees(lambda: (truth[0], truth[1].float()), truth, 1e-5)()
+    with pytest.raises(AssertionError, match="result 1 is wrong"):
+        gpu_logps._agrees(lambda: (truth[0], 1.1 * truth[1]), truth, 1e-5)()
+    with pytest.raises(AssertionError, match="result 0 is wrong"):
+        gpu_logps._agrees(lambda: (torch.full((3,), torch.nan), truth[1]), truth, 1e-5)()
 
 
 def test_a_failed_step_is_recorded_and_the_run_goes_on(tmp_path):
