@@ -4,7 +4,7 @@
 // compiled with -ffp-contract=off: a product is rounded before it is added, as in the PyTorch reference.
 //
 // No vector is wider than a register of the version that it is compiled for, where that version is meant to be fast:
-// GCC keeps wider ones in memory and moves them word by word (column_cosine took four times as long under AVX2).
+// GCC keeps wider ones in memory and moves them word by word (column_cosine took twice as long under AVX2).
 
 #pragma once
 
