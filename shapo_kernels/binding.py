@@ -22,9 +22,9 @@ from .subspace import Subspace, SubspaceError
 from .taps import Tap, stores_features_first
 from .watch import Watch
 
-# A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew for 28 layers
-# (1 % of 3072 x 2048 each) it cost 1400 page faults an update: 3 to 14 ms on a virtual machine, beside 27 ms for norm,
-# perturb and restore.
+# A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew for 28
+# layers (1 % of 3072 x 2048 each) it cost 1400 page faults an update: 3 to 14 ms on a virtual machine, beside 27 ms for
+# norm, perturb and restore.
 _KEPT_SHARE = 0.25
 
 
