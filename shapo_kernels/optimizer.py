@@ -127,6 +127,7 @@ class ShaPOOptimizer(TwoPassUpdate):
             rounding=self._rounding,
         )
         self._ascending = self._direction = self._random = None
+        self._handed_over = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may carry its own ``"rho"``."""
@@ -194,9 +195,9 @@ class ShaPOOptimizer(TwoPassUpdate):
         A base optimizer's own state dict is taken as well; the update counter then stays as it is.
 
         Raises:
-            RuntimeError: while perturbed. ValueError: of another version, or as the base raises.
+            RuntimeError: while perturbed or inside an ascent. ValueError: of another version, or as the base raises.
         """
-        self._require_unperturbed("load a state")
+        self._require_between_passes("load a state")
         own = state_dict.get("shapo")
         if own is not None:
             _check_version(own)
@@ -208,9 +209,9 @@ class ShaPOOptimizer(TwoPassUpdate):
         """Take what :meth:`shapo_state_dict` gave; the base's state stays as it is.
 
         Raises:
-            RuntimeError: while perturbed. ValueError: of another version.
+            RuntimeError: while perturbed or inside an ascent. ValueError: of another version.
         """
-        self._require_unperturbed("load a state")
+        self._require_between_passes("load a state")
         _check_version(own)
         self.relative, self.interval = own["relative"], own["interval"]
         self.norm = self._radii.norm = own["norm"]
@@ -223,10 +224,11 @@ class ShaPOOptimizer(TwoPassUpdate):
         self._direction, self._ascended = None, False
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_unperturbed("copy or pickle the optimizer")
+        self._require_between_passes("copy or pickle the optimizer")
         # `step` is on the instance where an LR scheduler has counted it; hooks and directions are made anew.
         transient = ("step", "_perturber", "_ascending", "_direction", "_random", "_scaling")
-        return {key: value for key, value in self.__dict__.items() if key not in transient}
+        kept = {key: value for key, value in self.__dict__.items() if key not in transient}
+        return {**kept, "_ascended": False}  # an update goes on where its gradients are, which no copy has
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

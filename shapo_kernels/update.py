@@ -23,6 +23,11 @@ from .random_state import RandomState
 from .stats import UpdateStats
 from .wrapper import OptimizerWrapper
 
+_NOTHING_HANDED_OVER = (
+    "`with opt.ascent():` was left without a loss: hand it over by opt.ascend(loss), which takes the place of "
+    "loss.backward()"
+)
+
 
 class TwoPassUpdate(OptimizerWrapper):
     """The forms of an update; :class:`shapo_kernels.ShaPOOptimizer` makes one and says what its options are."""
@@ -41,6 +46,7 @@ class TwoPassUpdate(OptimizerWrapper):
     _updates: int
     _ascended: bool
     _ascending: Ascent | None
+    _handed_over: bool
     _direction: Direction | None
     _random: RandomState | None
 
@@ -68,23 +74,26 @@ class TwoPassUpdate(OptimizerWrapper):
         In an update that is not due everything inside is ordinary and ``ascend`` does nothing: ask ``due`` first to
         save the forward pass.
 
+        A second ascent before the descent replaces the first one's direction.
+
         Raises:
-            RuntimeError: inside another ascent, or while perturbed.
+            RuntimeError: inside another ascent, or while perturbed; on leaving, where no loss was handed over.
         """
-        self._require_unperturbed("start an ascent")
-        if self._ascending is not None:
-            raise RuntimeError("an ascent is under way already: leave its `with opt.ascent():` first")
+        self._require_between_passes("start an ascent")
         if not self.due:
             yield
             return
         self._begin()
         ascent = self._perturber.new_ascent(self._parameters())
         ascent.begin()
-        self._ascending = ascent
+        self._ascending, self._handed_over = ascent, False
         try:
             with without_reduction(self.model):
                 yield
-            self._direction = self._perturber.agreed(ascent.finish())
+            found = ascent.finish()
+            if not self._handed_over and not found[0]:
+                raise RuntimeError(_NOTHING_HANDED_OVER)
+            self._direction = self._perturber.agreed(found)
             self._ascended = True
         finally:
             ascent.abort()
@@ -109,6 +118,7 @@ class TwoPassUpdate(OptimizerWrapper):
                 return
             raise RuntimeError("ascend() is part of an ascent: call it inside `with opt.ascent():`")
         self._scaling.use(scaler)
+        self._handed_over = True
         self._ascending.ascend(loss if scaler is None else scaler.scale(loss))
 
     @contextlib.contextmanager
@@ -120,7 +130,7 @@ class TwoPassUpdate(OptimizerWrapper):
         Raises:
             RuntimeError: the update is due and there was no ascent; already perturbed.
         """
-        self._require_unperturbed("perturb again")
+        self._require_between_passes("perturb")
         if self._direction is None:
             if self.due:
                 raise RuntimeError(
@@ -158,10 +168,11 @@ class TwoPassUpdate(OptimizerWrapper):
             The first pass's loss, or what the base's step returns.
 
         Raises:
-            RuntimeError: while perturbed; the update is due, has a learning rate above 0 and there was no ascent; a
-                closure by way of ``scaler.step``. TypeError: a scaler without a closure.
+            RuntimeError: while perturbed or inside an ascent; the update is due, has a learning rate above 0 and there
+                was no ascent, or no descent after it; a closure by way of ``scaler.step``. TypeError: a scaler without
+                a closure.
         """
-        self._require_unperturbed("step")
+        self._require_between_passes("step")
         if closure is not None:
             return self._step_with(closure, scaler)
         if scaler is not None:
@@ -201,7 +212,7 @@ class TwoPassUpdate(OptimizerWrapper):
         Raises:
             RuntimeError: already perturbed; without an ascent and with ``replay_rng=True``, or sharded weights.
         """
-        self._require_unperturbed("perturb again")
+        self._require_between_passes("perturb")
         direction = self._direction
         if direction is None:
             if self.due:
@@ -318,7 +329,9 @@ class TwoPassUpdate(OptimizerWrapper):
         found.update({id(p): p for group in self.param_groups for p in group["params"]})
         return list(found.values())
 
-    def _require_unperturbed(self, what: str) -> None:
+    def _require_between_passes(self, what: str) -> None:
+        if self._ascending is not None:
+            raise RuntimeError(f"cannot {what} inside an ascent: leave its `with opt.ascent():` first")
         if self.is_perturbed:
             raise RuntimeError(
                 f"cannot {what} while the weights are perturbed: "
@@ -338,8 +351,12 @@ class TwoPassUpdate(OptimizerWrapper):
         return all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group)
 
     def _require_ascent(self) -> None:
-        if not self.due or self._ascended or self._rates_are_zero():
+        if not self.due or (self._ascended and self._direction is None) or self._rates_are_zero():
             return
+        if self._direction is not None:
+            raise RuntimeError(
+                "this update had an ascent and no descent after it: take the gradients inside `with opt.perturbed():`"
+            )
         raise RuntimeError(
             "this update is due and had no ascent: use `with opt.ascent(): opt.ascend(loss)` and "
             "`with opt.perturbed(): …` before opt.step(), or pass a closure; "
