@@ -7,12 +7,13 @@ of eps reaches the forward pass in the dtype it computes in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from .binding import Target, selected_weight_squared_norms, total_over_parts
@@ -30,8 +31,12 @@ class Perturbation(Protocol):
     def set_aside(self) -> AbstractContextManager[None]:
         """Inside, theta again; on leaving, the very bits that were applied."""
 
-    def remove(self) -> None:
-        """Back to theta, bit for bit; nothing to do where nothing is applied."""
+    def remove(self) -> str | None:
+        """Back to theta, bit for bit; nothing to do where nothing is applied. Returns what is amiss, if anything."""
+
+
+# Each weight that is written to at this moment, by whichever optimizer.
+_WRITTEN: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
 class InPlace:
@@ -47,9 +52,17 @@ class InPlace:
         self._backups: list[Tensor] = []
         self._written = False
         self._mark: Tensor | None = None
+        self._versions: list[tuple[Tensor, int]] = []
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
+        twice = next((target.name for target in targets if target.parameter in _WRITTEN), None)
+        if twice is not None:
+            # The bits that came back would depend on who restores first.
+            raise RuntimeError(
+                f"{twice!r} is perturbed in place by another optimizer at this moment: restore that one first, "
+                "or use perturbation='delta'"
+            )
         weights = [target.weight() for target in targets]
         backups = [target.buffer("backup", weight.dtype) for target, weight in zip(targets, weights, strict=True)]
         # An interrupt is delivered when the operator returns, before its caller can note that it ran, and within one
@@ -59,6 +72,7 @@ class InPlace:
         if self._mark is not None:
             self._mark.fill_(torch.nan)
         self._targets, self._backups, self._written = targets, backups, False
+        _WRITTEN.update((target.parameter, None) for target in targets)
         for target in targets:
             for module, _ in target.modules:
                 self._guards.append(module.register_state_dict_pre_hook(_refuse_state_dict))
@@ -73,6 +87,7 @@ class InPlace:
             compute_dtype=_lower_compute_dtype(targets),
         )
         self._written = True
+        self._versions = [(weight, weight._version) for weight in weights]
         return total_over_parts(realised, targets)
 
     @contextmanager
@@ -91,21 +106,33 @@ class InPlace:
             with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
                 self._write(moved)
 
-    def remove(self) -> None:
+    def remove(self) -> str | None:
+        written = [weight._version != version for weight, version in self._versions]
+        overwritten = self._targets[written.index(True)].name if any(written) else None
         if self._targets and (self._written or (self._mark is not None and not bool(self._mark.isnan()))):
             try:
                 self._write(self._backups)
             except KeyboardInterrupt:
                 self._write(self._backups)  # writing the same bits twice does no harm; leaving them unwritten would
                 raise
-        self._targets, self._backups, self._written = [], [], False
+        for target in self._targets:
+            _WRITTEN.pop(target.parameter, None)
+        self._targets, self._backups, self._written, self._versions = [], [], False, []
         for guard in self._guards:
             guard.remove()
         self._guards = []
+        if overwritten is None:
+            return None
+        return (
+            f"{overwritten!r} was written to while it was perturbed in place, and its selected neurons are back at "
+            "what they were before: step and load outside `with opt.perturbed():`, or use perturbation='delta'"
+        )
 
     def _write(self, bits: list[Tensor]) -> None:
-        targets = self._targets
-        ops.restore_([t.weight() for t in targets], [t.index for t in targets], [t.axis for t in targets], bits)
+        targets, weights = self._targets, [target.weight() for target in self._targets]
+        # The model may have gone to another dtype or device in the meantime, and its weights with it.
+        bits = [old.to(weight) for old, weight in zip(bits, weights, strict=True)]
+        ops.restore_(weights, [t.index for t in targets], [t.axis for t in targets], bits)
 
 
 class Delta:
@@ -139,9 +166,10 @@ class Delta:
                 for tap in target.taps:
                     tap.add(eps)
 
-    def remove(self) -> None:
+    def remove(self) -> str | None:
         self._rest()
         self._targets, self._directions = [], []
+        return None
 
     def _rest(self) -> None:
         for target in self._targets:

@@ -77,6 +77,7 @@ class Perturber:
         self._rounding = rounding
         self._perturbation = perturbation
         self.active: Perturbation | None = None
+        self._versions: set[tuple[int, int]] = set()
         self.watch = Watch(model)
         attach(self.targets, self.watch)
 
@@ -94,16 +95,26 @@ class Perturber:
         if not self._begun:
             refuse_deepspeed(self._model)
             self._begun = True
+        self._versions = self._current_versions()
         return SelectiveAscent(self.targets) if self.selective else GradAscent(self.targets, parameters)
 
     @torch.no_grad()
     def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
         """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not.
 
+        Raises:
+            RuntimeError: a weight was written to during the ascent.
+
         Args:
             averaged: it was found in gradients that somebody has reduced. An ascent's own passes reduce none: only the
                 compact direction crosses ranks, if anything does.
         """
+        if not averaged and (changed := self._current_versions() ^ self._versions):
+            name = next(target.name for target in self.targets if any(key == id(target) for key, _ in changed))
+            raise RuntimeError(
+                f"{name!r} was written to during the ascent, and its direction is that of other weights: an optimizer "
+                "that steps in backward hooks takes ascent='selective' and no closure"
+            )
         layouts = [target.layout for target in self.targets]
         over = [() if averaged else layout.averaged_over for layout in layouts]
         if not any(over) and not any(layout.held_over or layout.computed_over for layout in layouts):
@@ -130,16 +141,19 @@ class Perturber:
                 values, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
             )
         self.active = self._choose(targets)
+        self.watch.writes = isinstance(self.active, InPlace)
         realised = self.active.apply(targets, values, scale)
         return ~stats.record(squares, scale, realised)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Back to theta, bit for bit; does nothing where nothing is perturbed."""
+    def restore(self) -> str | None:
+        """Back to theta, bit for bit; does nothing where nothing is perturbed. Returns what is amiss, if anything."""
+        amiss = None
         if self.active is not None:
-            self.active.remove()
+            amiss = self.active.remove()
             self.active = None
         self.watch.end()
+        return amiss
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -158,6 +172,14 @@ class Perturber:
         """Leave the model as it was found: restored, without hooks."""
         self.restore()
         detach(self.targets)
+
+    def _current_versions(self) -> set[tuple[int, int]]:
+        """(target, its weight's version), but for weights that an engine gathers, or that have no versions."""
+        return {
+            (id(target), target.parameter._version)
+            for target in self.targets
+            if not target.layout.gathered and not target.parameter.is_inference()
+        }
 
     def _choose(self, targets: list[Target]) -> Perturbation:
         if self._perturbation == "delta":

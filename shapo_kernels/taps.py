@@ -113,9 +113,11 @@ class Tap:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        self._watch.refuse_copies()
         return _copied_tap(self._features_first, self._axis, self._index, self._sharded)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._watch.refuse_copies()
         return _copied_tap, (self._features_first, self._axis, self._index, self._sharded)
 
 

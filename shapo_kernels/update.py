@@ -138,6 +138,7 @@ class TwoPassUpdate(OptimizerWrapper):
                 )
             yield
             return
+        amiss = None
         try:
             self._move(self._direction)
             yield
@@ -146,7 +147,8 @@ class TwoPassUpdate(OptimizerWrapper):
             raise
         finally:
             self._direction = None
-            self.restore()
+            amiss = self._come_back()
+        _complain_of(amiss)
 
     @contextlib.contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -219,14 +221,21 @@ class TwoPassUpdate(OptimizerWrapper):
                 direction = self._direction_from_gradients()
             clear_gradients(self._parameters())
         self._direction = None
-        if direction is not None:
+        if direction is None:
+            return
+        try:
             self._move(direction)
+        except BaseException:
+            self._come_back()
+            raise
 
     def restore(self) -> None:
-        """Back to theta, bit for bit; does nothing where nothing is perturbed."""
-        if self.is_perturbed:
-            self._perturber.restore()
-            self._scaling.descended(self.base, self._scaling_groups())
+        """Back to theta, bit for bit; does nothing where nothing is perturbed.
+
+        Raises:
+            RuntimeError: somebody else wrote to the weights while they were perturbed in place; they are restored.
+        """
+        _complain_of(self._come_back())
 
     def first_step(self, zero_grad: bool = True) -> None:
         """:meth:`perturb` under the name that SAM implementations use; ``.grad`` is cleared in any case."""
@@ -240,6 +249,14 @@ class TwoPassUpdate(OptimizerWrapper):
             self.zero_grad()
 
     # -- inside
+
+    def _come_back(self) -> str | None:
+        """:meth:`restore`, which an exception that is under way must not be replaced by: returns what is amiss."""
+        if not self.is_perturbed:
+            return None
+        amiss = self._perturber.restore()
+        self._scaling.descended(self.base, self._scaling_groups())
+        return amiss
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -288,12 +305,14 @@ class TwoPassUpdate(OptimizerWrapper):
             finally:
                 ascent.abort()
             clear_gradients(self._parameters())
+            amiss = None
             try:
                 self._move(direction)
                 closure()
                 self._ascended = True
             finally:
-                self.restore()
+                amiss = self._come_back()
+            _complain_of(amiss)
         return loss
 
     def _direction_from_gradients(self) -> Direction:
@@ -362,3 +381,8 @@ class TwoPassUpdate(OptimizerWrapper):
             "`with opt.perturbed(): …` before opt.step(), or pass a closure; "
             "in a transformers or trl trainer, use shapo.integrations.ShaPOTrainerMixin"
         )
+
+
+def _complain_of(amiss: str | None) -> None:
+    if amiss is not None:
+        raise RuntimeError(amiss)

@@ -42,6 +42,8 @@ class Watch:
         self._attached: set[int] = set()
         self._adapters: Any = None
         self.lasts = False
+        #: Whether weights are written to in the descent that is under way.
+        self.writes = False
         self._block: object | None = None
         self._aside = False
         # Forward passes of the last descent that no graph recorded and that were not computed again in it: a reentrant
@@ -63,7 +65,7 @@ class Watch:
 
     def end(self) -> None:
         """The descent ends."""
-        self.lasts, self._block, self._aside = False, None, False
+        self.lasts, self.writes, self._block, self._aside = False, False, None, False
 
     def set_aside(self, aside: bool) -> None:
         """Whether eps is put aside for a while."""
@@ -108,10 +110,24 @@ class Watch:
     def is_in(self, block: object) -> bool:
         return self._block is block
 
+    def refuse_copies(self) -> None:
+        """A model that is copied or pickled takes its hooks along: they ask here.
+
+        Raises:
+            RuntimeError: its weights are perturbed in place, so the copy's would be for good.
+        """
+        if self.writes:
+            raise RuntimeError(
+                "the model's weights are perturbed at this moment: copy or save it outside `with opt.perturbed():`, "
+                "or call opt.restore() first"
+            )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        self.refuse_copies()
         return Watch(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.refuse_copies()
         return Watch, (None,)
 
 
