@@ -7,7 +7,7 @@ direction from the ``.grad`` of an ordinary backward pass, as the classic two-st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +36,16 @@ class Ascent(Protocol):
 
 
 class SelectiveAscent:
-    """``torch.autograd.grad`` of the loss on the compact directions, added up over micro-batches."""
+    """``torch.autograd.grad`` of the loss on the compact directions, added up over micro-batches.
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._targets = targets
+    Args:
+        parameters: all that a backward pass may leave a gradient in.
+        strict: refuse a loss that no selected neuron takes part in: until one has, it is a mistake; later it may be a
+            batch whose experts are others.
+    """
+
+    def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter], *, strict: bool) -> None:
+        self._targets, self._parameters, self._strict = targets, parameters, strict
         self._leaves: list[tuple[Target, Tensor]] = []
         self._sums: dict[Target, Tensor] = {}
 
@@ -54,20 +60,25 @@ class SelectiveAscent:
 
     def ascend(self, loss: Tensor) -> None:
         check_differentiable(loss)
-        grads = torch.autograd.grad(loss, [leaf for _, leaf in self._leaves], allow_unused=True)
+        leaves = [leaf for _, leaf in self._leaves]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
         if any(grad is None and target.unrecorded for (target, _), grad in zip(self._leaves, grads, strict=True)):
             _refuse_reentrant_checkpoints(loss)
-        if self._leaves and all(grad is None for grad in grads):
-            raise RuntimeError(
-                "the loss depends on no selected neuron: run its forward pass inside `with opt.ascent():`, "
-                "through the model that the optimizer was given"
-            )
+        missed = [t for (t, _), grad in zip(self._leaves, grads, strict=True) if grad is None and not t.ran]
+        if missed:
+            _refuse_other_uses(loss, missed)
+        if self._strict and all(grad is None for grad in grads):
+            refuse_absence(self._targets)
         for (target, _), grad in zip(self._leaves, grads, strict=True):
             self._add(target, grad)
 
     def collect(self) -> None:
         for target, leaf in self._leaves:
+            if leaf.grad is None and target.parameter.grad is not None and not target.ran:
+                refuse_other_use(target)
             self._add(target, leaf.grad)
+        if self._strict and not self._sums and any(p.grad is not None for p in self._parameters):
+            refuse_absence(self._targets)
 
     def finish(self) -> tuple[list[Target], list[Tensor]]:
         targets, values = list(self._sums), [value.contiguous() for value in self._sums.values()]
@@ -91,9 +102,8 @@ class SelectiveAscent:
 class GradAscent:
     """Ordinary backward passes into ``.grad``, which is left as it was found."""
 
-    def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter]) -> None:
-        self._targets = targets
-        self._parameters = parameters
+    def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter], *, strict: bool) -> None:
+        self._targets, self._parameters, self._strict = targets, parameters, strict
         self._earlier: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def begin(self) -> None:
@@ -103,9 +113,12 @@ class GradAscent:
     def ascend(self, loss: Tensor) -> None:
         check_differentiable(loss)
         loss.backward()
+        self.collect()
 
     def collect(self) -> None:
-        return None
+        found = any(p.grad is not None for p in self._parameters)
+        if self._strict and found and all(target.parameter.grad is None for target in self._targets):
+            refuse_absence(self._targets)
 
     def finish(self) -> tuple[list[Target], list[Tensor]]:
         targets, values = gather_gradients(self._targets)
@@ -136,22 +149,57 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
+def refuse_absence(targets: Sequence[Target]) -> None:
+    """Nothing of the loss depends on a selected neuron."""
+    if not targets:
+        return
+    if not any(target.parameter.requires_grad for target in targets):
+        raise RuntimeError(
+            "every selected weight is frozen, and no gradient of it is found this way: use ascent='selective' by "
+            "`with opt.ascent():` or a closure, which perturbs frozen linear layers"
+        )
+    raise RuntimeError(
+        "the loss depends on no selected neuron: run its forward pass inside `with opt.ascent():`, "
+        "through the model that the optimizer was given"
+    )
+
+
+def _refuse_other_uses(loss: Tensor, targets: Sequence[Target]) -> None:
+    """A weight that the loss depends on though its layer did not run is used otherwise, by no tap's knowledge."""
+    variables = {id(getattr(node, "variable", None)) for node in _graph(loss)}
+    for target in targets:
+        if id(target.parameter) in variables:
+            refuse_other_use(target)
+
+
+def refuse_other_use(target: Target) -> None:
+    raise RuntimeError(
+        f"the loss uses {target.name!r} without calling its layer (as nn.MultiheadAttention uses its out_proj): "
+        "that takes ascent='grad' with perturbation='in_place'"
+    )
+
+
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     """Where a reentrant checkpoint hides a selected neuron from ``autograd.grad``, others may have their gradients, and
     the direction would be a wrong one.
     """
+    if any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss)):
+        raise RuntimeError(
+            "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
+            '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'
+        )
+
+
+def _graph(loss: Tensor) -> Iterator[Any]:
+    """Every node of a loss's graph, once."""
     seen: set[Any] = set()
     nodes = [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
-                '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'
-            )
         seen.add(node)
+        yield node
         nodes.extend(next_node for next_node, _ in node.next_functions)
 
 

@@ -109,6 +109,11 @@ class Target:
         return compute_dtype_of_quantised(self.parameter) if self.quantised else self.parameter.dtype
 
     @property
+    def ran(self) -> bool:
+        """Whether the layers have run since the ascent, or the update, began; taken for granted without taps."""
+        return not self.taps or any(tap.ran for tap in self.taps)
+
+    @property
     def unrecorded(self) -> bool:
         """Whether the layers may have run without a graph since the ascent began; unknown where there are no taps."""
         return not self.taps or any(tap.unrecorded for tap in self.taps)

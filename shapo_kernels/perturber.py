@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ascent import Ascent, GradAscent, SelectiveAscent
+from .ascent import Ascent, GradAscent, SelectiveAscent, refuse_other_use
 from .binding import (
     Target,
     attach,
@@ -78,6 +78,7 @@ class Perturber:
         self._perturbation = perturbation
         self.active: Perturbation | None = None
         self._versions: set[tuple[int, int]] = set()
+        self._found, self._missed = False, list[Target]()
         self.watch = Watch(model)
         attach(self.targets, self.watch)
 
@@ -96,7 +97,14 @@ class Perturber:
             refuse_deepspeed(self._model)
             self._begun = True
         self._versions = self._current_versions()
-        return SelectiveAscent(self.targets) if self.selective else GradAscent(self.targets, parameters)
+        self.settle()
+        kind = SelectiveAscent if self.selective else GradAscent
+        return kind(self.targets, parameters, strict=not self._found)
+
+    def settle(self) -> None:
+        """An ascent begins, or the update ends: what has run is of no account any more."""
+        for tap in (tap for target in self.targets for tap in target.taps):
+            tap.ran = False
 
     @torch.no_grad()
     def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
@@ -115,6 +123,9 @@ class Perturber:
                 f"{name!r} was written to during the ascent, and its direction is that of other weights: an optimizer "
                 "that steps in backward hooks takes ascent='selective' and no closure"
             )
+        found, _ = direction
+        self._found = self._found or bool(found)
+        self._missed = [target for target in found if not target.ran]
         layouts = [target.layout for target in self.targets]
         over = [() if averaged else layout.averaged_over for layout in layouts]
         if not any(over) and not any(layout.held_over or layout.computed_over for layout in layouts):
@@ -141,6 +152,8 @@ class Perturber:
                 values, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
             )
         self.active = self._choose(targets)
+        if self._missed and isinstance(self.active, Delta):
+            refuse_other_use(self._missed[0])
         self.watch.writes = isinstance(self.active, InPlace)
         realised = self.active.apply(targets, values, scale)
         return ~stats.record(squares, scale, realised)

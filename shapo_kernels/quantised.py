@@ -14,10 +14,13 @@ from torch.distributed.tensor import DTensor
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether a weight's elements are not floating-point numbers that lie in memory as they are."""
+    """Whether a weight's elements are not floating-point numbers that lie in memory as they are, or those of 8 bits,
+    which are scaled.
+    """
     if isinstance(parameter, DTensor):
         return False
-    return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
+    numbers = parameter.is_floating_point() and parameter.element_size() > 1
+    return not numbers or type(parameter) not in (nn.Parameter, Tensor)
 
 
 def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) -> tuple[int, ...] | None:

@@ -44,6 +44,8 @@ class Tap:
         self._watch = Watch(None)
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
+        #: Whether the layer has run at all since the ascent, or the update, began.
+        self.ran = False
         self.compute_dtype: torch.dtype | None = None
 
     def attach(self, module: nn.Module, watch: Watch) -> RemovableHandle:
@@ -68,11 +70,11 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
-        self.compute_dtype = output.dtype
+        self.compute_dtype, self.ran = output.dtype, True
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
-            input = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+            input = args[0] if args else next(iter(kwargs.values()))
             if isinstance(output, DTensor):
                 output = self._on_parts(output, input, self._direction)
             elif self._sharded:
@@ -154,10 +156,13 @@ def _input_gradient_placements(
 def stores_features_first(module: nn.Module, *, quantised: bool = False) -> bool | None:
     """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers.
 
-    A layer of quantised weights is a linear one where it says so by its features, whatever its class.
+    A layer of quantised weights is a linear one where it says so by its features, whatever its class; one of others is
+    none where it computes otherwise than ``nn.Linear`` does, with a normalised weight for instance.
     """
-    if isinstance(module, nn.Linear) or (quantised and is_linear_by_features(module)):
+    if quantised and is_linear_by_features(module):
         return False
+    if isinstance(module, nn.Linear):
+        return False if type(module).forward is nn.Linear.forward else None
     # By name, not to import transformers; of any base, as fully_shard makes a class of its own.
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
         return True

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .ascent import Ascent, GradAscent, clear_gradients
+from .ascent import Ascent, clear_gradients, gather_gradients, refuse_absence
 from .distributed import without_reduction
 from .loss_scaling import CLOSURE, LossScaling
 from .perturber import Direction, Perturber
@@ -284,6 +284,7 @@ class TwoPassUpdate(OptimizerWrapper):
         """The end of an update."""
         self._scaling.end()
         self._perturber.watch.settle()
+        self._perturber.settle()
         self._ascended, self._direction, self._random = False, None, None
 
     def _one_pass(self, closure: Callable[[], Any], scaler: Any) -> Any:
@@ -325,7 +326,11 @@ class TwoPassUpdate(OptimizerWrapper):
             )
         self._begin()
         self._ascended = True
-        return self._perturber.agreed(GradAscent(self._perturber.targets, []).finish(), averaged=True)
+        targets = self._perturber.targets
+        found = gather_gradients(targets)
+        if not found[0] and not any(target.parameter.requires_grad for target in targets):
+            refuse_absence(targets)
+        return self._perturber.agreed(found, averaged=True)
 
     def _move(self, direction: Direction) -> None:
         targets, values = direction

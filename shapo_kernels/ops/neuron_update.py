@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
+from ._checks import check_first_order
 from .subspace_update import compute_dtype_of
 
 
@@ -32,7 +33,8 @@ def neuron_update(output: Tensor, input: Tensor, direction: Tensor, index: Tenso
         A new tensor like ``output``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. RuntimeError: in a backward pass with ``create_graph=True``, where the
+            direction requires grad.
     """
     _check_neurons(output, input, direction, index)
     return _NeuronUpdate.apply(output, input, direction, index)
@@ -47,13 +49,16 @@ def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None = N
         input: ``[..., in_features]``, rounded to ``grad_output``'s dtype first, as the layer does under autocast.
         index: int64 ``[k]``, the selected input features; ``None`` for all of them.
     """
+    if grad_output.dim() == 1:
+        grad_output, input = grad_output.unsqueeze(0), input.unsqueeze(0)
     return backends.function(grad_output.device, "neuron_gradient")(grad_output, input, index)
 
 
 def neuron_tap(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None = None) -> Tensor:
     """``output`` itself, with the gradient of :func:`neuron_update` at ``direction = 0`` flowing to ``direction``.
 
-    The direction's values are never read: only its shape ``[out_features, k]`` matters, so an expanded zero serves.
+    The direction must be zero, an expanded one for instance. A gradient of gradients with respect to the input, as in a
+    gradient penalty, is right as well.
     """
     _check_neurons(output, input, direction, index)
     return _NeuronTap.apply(output, input, direction, index)
@@ -63,20 +68,25 @@ class _NeuronTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
         # Only the selected features are kept for backward: a layer whose weight is frozen saves no input of its own.
-        ctx.save_for_backward(input if index is None else input.index_select(-1, index))
+        ctx.save_for_backward(input if index is None else input.index_select(-1, index), direction, index)
+        ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
         ctx.direction_dtype = direction.dtype
         # The same memory, but no view to autograd: the model may write to it in place, and FSDP may hang hooks on it.
         return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (selected,) = ctx.saved_tensors
+        selected, direction, index = ctx.saved_tensors
         (grad_output,) = grads
-        grad_direction = None
-        if ctx.needs_input_grad[2]:
-            with _no_autocast(grad_output):
-                grad_direction = neuron_gradient(grad_output, selected).to(ctx.direction_dtype)
-        return grad_output, None, grad_direction, None
+        grad_input = grad_direction = None
+        with _no_autocast(grad_output):
+            if ctx.needs_input_grad[2]:
+                with torch.no_grad():
+                    grad_direction = neuron_gradient(grad_output, selected).to(ctx.direction_dtype)
+            if ctx.needs_input_grad[1] and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # create_graph=True: zero, as the direction is, but with a derivative to it.
+                grad_input = _input_gradient(ctx, grad_output, direction.to(grad_output.dtype), index)
+        return grad_output, grad_input, grad_direction, None
 
 
 class _NeuronUpdate(torch.autograd.Function):
@@ -100,14 +110,16 @@ class _NeuronUpdate(torch.autograd.Function):
         grad_input = grad_direction = None
         with _no_autocast(grad_output):
             if ctx.needs_input_grad[1]:
-                grad_selected = (grad_output @ rounded).to(ctx.input_dtype)
-                if index is None:
-                    grad_input = grad_selected
-                else:
-                    grad_input = grad_selected.new_zeros(ctx.input_shape).index_copy_(-1, index, grad_selected)
+                grad_input = _input_gradient(ctx, grad_output, rounded, index)
             if ctx.needs_input_grad[2]:
+                check_first_order("neuron_update", "give it a direction that does not require grad")
                 grad_direction = neuron_gradient(grad_output, selected).to(ctx.direction_dtype)
         return grad_output, grad_input, grad_direction, None
+
+
+def _input_gradient(ctx: Any, grad_output: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
+    selected = (grad_output @ direction).to(ctx.input_dtype)
+    return selected if index is None else selected.new_zeros(ctx.input_shape).index_copy_(-1, index, selected)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -207,6 +207,32 @@ def test_neuron_tap_passes_the_output_on_and_gives_the_gradient_at_zero():
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
+def test_gradients_of_gradients_are_numerical_ones_or_refused():
+    torch.manual_seed(0)
+    output, x = torch.randn(3, 4, dtype=F64, requires_grad=True), torch.randn(3, 6, dtype=F64, requires_grad=True)
+    direction, index = torch.randn(4, 2, dtype=F64), torch.tensor([1, 5])
+    assert torch.autograd.gradgradcheck(
+        lambda o, i: ops.neuron_update(o, i, direction, index).tanh(), (output, x), atol=1e-6
+    )
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(ops.neuron_update(output, x, direction.requires_grad_(), index).sum(), x, create_graph=True)
+    zero = torch.zeros(4, 2, dtype=F64, requires_grad=True)
+    found = []
+    for tap in (ops.neuron_tap, eager_update):
+        (slope,) = torch.autograd.grad(tap(output, x, zero, index).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.pow(2).sum() + slope.sum(), zero)[0])
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([1, 5]), None])
+def test_a_single_token_without_a_batch_is_a_batch_of_one(index):
+    torch.manual_seed(0)
+    x, g = torch.randn(6), torch.randn(4)
+    got = ops.neuron_gradient(g, x, index)
+    torch.testing.assert_close(got, torch.outer(g, x if index is None else x[index]))
+
+
 def test_neuron_gradient_accumulates_low_precision_in_float32():
     torch.manual_seed(0)
     g, x = torch.randn(4096, 8).bfloat16(), torch.randn(4096, 16).bfloat16()
