@@ -177,6 +177,9 @@ class Target:
             ]
         else:
             self._handles = [handle for module, _ in self.modules for handle in watch.attach(module)]
+        if not (self.layout.gathered or self.quantised):
+            for module, attribute in self.modules:
+                watch.expect(module, attribute, self.parameter)
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -204,6 +207,7 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
     for name, parameter in resolved.items():
         grouped.setdefault(id(parameter), []).append(name)
     targets = []
+    places: dict[tuple[int, int], str] = {}
     for names in grouped.values():
         parameter = resolved[names[0]]
         try:
@@ -218,6 +222,16 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
             raise SubspaceError(
                 f"{names[0]!r} has strides {list(parameter.stride())}: more than two axes must be contiguous"
             )
+        if parameter.is_meta:
+            raise SubspaceError(f"{names[0]!r} is on the meta device: make the optimizer once the weights have memory")
+        if not (delta or quantised or layout.gathered):
+            held = layout.local(parameter)
+            place = held.untyped_storage()._cdata, int(held.storage_offset())
+            if held.numel() and (other := places.setdefault(place, names[0])) != names[0]:
+                raise SubspaceError(
+                    f"{names[0]!r} and {other!r} are two parameters in the same memory: tie the parameter itself, "
+                    "or use perturbation='delta'"
+                )
         index = torch.unique(torch.cat([subspace[name] for name in names]))
         modules = owner_of[id(parameter)]
         linear = all(

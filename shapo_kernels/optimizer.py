@@ -127,7 +127,7 @@ class ShaPOOptimizer(TwoPassUpdate):
             rounding=self._rounding,
         )
         self._ascending = self._direction = self._random = None
-        self._handed_over = False
+        self._handed_over = self._detached = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may carry its own ``"rho"``."""
@@ -166,6 +166,7 @@ class ShaPOOptimizer(TwoPassUpdate):
     def detach(self) -> None:
         """Leave the model as it was found: restored, without hooks. The wrapper is of no further use; the base is."""
         self._perturber.detach()
+        self._detached = True
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
@@ -200,7 +201,7 @@ class ShaPOOptimizer(TwoPassUpdate):
         self._require_between_passes("load a state")
         own = state_dict.get("shapo")
         if own is not None:
-            _check_version(own)
+            self._check_loadable(own)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
         if own is not None:
             self.load_shapo_state_dict(own)
@@ -212,7 +213,7 @@ class ShaPOOptimizer(TwoPassUpdate):
             RuntimeError: while perturbed or inside an ascent. ValueError: of another version.
         """
         self._require_between_passes("load a state")
-        _check_version(own)
+        self._check_loadable(own)
         self.relative, self.interval = own["relative"], own["interval"]
         self.norm = self._radii.norm = own["norm"]
         self.rho = own["rho"]
@@ -222,6 +223,16 @@ class ShaPOOptimizer(TwoPassUpdate):
             self._rounding.draws = own.get("roundings", 0)
         self._stats.load(dict(own))
         self._direction, self._ascended = None, False
+
+    def _check_loadable(self, own: Mapping[str, Any]) -> None:
+        if own.get("version") != _STATE_VERSION:
+            raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
+        if missing := {"updates", "rho", "relative", "interval", "norm", "draws", "skipped"} - set(own):
+            raise ValueError(f"the state has no {sorted(missing)[0]!r}: it is damaged")
+        _check_choice("the state's norm", own["norm"], NORMS)
+        checked_rho(own["rho"], own["norm"])
+        if own["relative"] and any(target.quantised for target in self._perturber.targets):
+            raise ValueError("the state has relative=True, and a selected weight is quantised: its norm is unknown")
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_between_passes("copy or pickle the optimizer")
@@ -234,11 +245,6 @@ class ShaPOOptimizer(TwoPassUpdate):
         self.__dict__.update(state)
         self._scaling = LossScaling()
         self._bind()
-
-
-def _check_version(own: Mapping[str, Any]) -> None:
-    if own.get("version") != _STATE_VERSION:
-        raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

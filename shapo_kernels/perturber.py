@@ -5,6 +5,7 @@ This module knows of no update, no interval and no base optimizer; see :mod:`sha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -48,6 +49,7 @@ class Perturber:
         ValueError: the options do not fit sharded weights.
     """
 
+    @torch.inference_mode(False)  # what is made here and below is used again in other updates
     def __init__(
         self,
         model: nn.Module,
@@ -79,6 +81,8 @@ class Perturber:
         self.active: Perturbation | None = None
         self._versions: set[tuple[int, int]] = set()
         self._found, self._missed = False, list[Target]()
+        self._measured_in: dict[Target, torch.dtype] = {}
+        self._warned = False
         self.watch = Watch(model)
         attach(self.targets, self.watch)
 
@@ -106,6 +110,7 @@ class Perturber:
         for tap in (tap for target in self.targets for tap in target.taps):
             tap.ran = False
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
         """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not.
@@ -132,6 +137,7 @@ class Perturber:
             return direction
         return self.targets, average(complete(self.targets, *direction), over)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def move(
         self, direction: Direction, radii: Radii, stats: UpdateStats, *, norm: str, relative: bool, eta: float
@@ -155,14 +161,17 @@ class Perturber:
         if self._missed and isinstance(self.active, Delta):
             refuse_other_use(self._missed[0])
         self.watch.writes = isinstance(self.active, InPlace)
+        self._measured_in = {target: target.forward_dtype for target in targets if self.watch.writes}
         realised = self.active.apply(targets, values, scale)
         return ~stats.record(squares, scale, realised)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> str | None:
         """Back to theta, bit for bit; does nothing where nothing is perturbed. Returns what is amiss, if anything."""
         amiss = None
         if self.active is not None:
+            self._warn_of_autocast()
             amiss = self.active.remove()
             self.active = None
         self.watch.end()
@@ -193,6 +202,19 @@ class Perturber:
             for target in self.targets
             if not target.layout.gathered and not target.parameter.is_inference()
         }
+
+    def _warn_of_autocast(self) -> None:
+        lower = [(t, d) for t, d in self._measured_in.items() if t.forward_dtype.itemsize < d.itemsize]
+        self._measured_in = {}
+        if lower and not self._warned:
+            self._warned = True
+            target, dtype = lower[0]
+            warnings.warn(
+                f"the descent computed {target.name!r} in {target.forward_dtype} and the ascent in {dtype}, in which "
+                "the perturbation was chosen and measured: run both under the same autocast, or use "
+                "perturbation='delta'",
+                stacklevel=2,
+            )
 
     def _choose(self, targets: list[Target]) -> Perturbation:
         if self._perturbation == "delta":

@@ -84,7 +84,7 @@ class Tap:
                 )
             else:
                 output = self._joined(output, input, self._direction)
-        self._watch.see(output)
+        self._watch.see(module, output)
         return output
 
     def _joined(self, output: Tensor, input: Tensor, direction: Tensor) -> Tensor:

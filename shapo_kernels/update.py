@@ -47,6 +47,7 @@ class TwoPassUpdate(OptimizerWrapper):
     _ascended: bool
     _ascending: Ascent | None
     _handed_over: bool
+    _detached: bool
     _direction: Direction | None
     _random: RandomState | None
 
@@ -205,6 +206,7 @@ class TwoPassUpdate(OptimizerWrapper):
 
     # -- by hand
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def perturb(self) -> None:
         """Move to theta + eps along an ascent's direction, else along ``.grad``, which is cleared for pass 2.
@@ -276,6 +278,8 @@ class TwoPassUpdate(OptimizerWrapper):
 
     def _begin(self) -> None:
         """The start of pass 1."""
+        if self._detached:
+            raise RuntimeError("this optimizer was detached from its model: make a new one around its base")
         self._scaling.begin()
         self._perturber.watch.settle()
         self._random = RandomState(self.model) if self.replay_rng else None

@@ -1,9 +1,10 @@
 """What is computed at theta + eps must be differentiated there, and by the model that is trained: the hook that sees to
 it.
 
-Three things would otherwise be wrong without a word. A backward pass after the descent's end recomputes checkpointed
+Four things would otherwise be wrong without a word. A backward pass after the descent's end recomputes checkpointed
 layers at theta; eps belongs to neither the reference model of an adapter's policy, which is the same base with the
-adapter off; and gradients taken while eps is put aside are of no use to anybody.
+adapter off; gradients taken while eps is put aside are of no use to anybody; and a layer that is called with other
+weights than its own (torch.func.functional_call) does not see what was written to them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ _LEFT = (
     "call backward() inside it too"
 )
 _ADAPTERS = (
-    "the model's adapters were switched inside `with opt.perturbed():`: a reference pass there is one of the perturbed "
-    "base; put it inside `with opt.unperturbed():`"
+    "the model's adapters were switched or merged inside `with opt.perturbed():`: a reference pass there is one of the "
+    "perturbed base; put it inside `with opt.unperturbed():`"
+)
+_OTHER_WEIGHT = (
+    "a layer was called with another weight than the one that is perturbed in place (torch.func.functional_call?): "
+    "use perturbation='delta', or call the model itself"
 )
 _ASIDE = "inside `with opt.unperturbed():` are passes without gradients only: put torch.no_grad() around this one"
 
@@ -40,6 +45,7 @@ class Watch:
         # All of them are switched together; by its property, not to import peft.
         self._adapter = next((m for m in modules if isinstance(_class_attribute(m), property)), None)
         self._attached: set[int] = set()
+        self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         self._adapters: Any = None
         self.lasts = False
         #: Whether weights are written to in the descent that is under way.
@@ -57,6 +63,10 @@ class Watch:
         self._attached.add(id(module))
         drop_copies(module)
         return [module.register_forward_hook(self)]
+
+    def expect(self, module: nn.Module, attribute: str, weight: Tensor) -> None:
+        """A layer computes with this weight, which may be written to, and with no other."""
+        self._weights.setdefault(id(module), []).append((attribute, weight))
 
     def begin(self) -> None:
         """The descent begins."""
@@ -76,9 +86,9 @@ class Watch:
         self._unrecorded = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.see(output)
+        self.see(module, output)
 
-    def see(self, output: Any) -> None:
+    def see(self, module: nn.Module, output: Any) -> None:
         # Compiled too: what is read here is the same in every update, so that it is compiled once.
         if self._adapter is not None and self.lasts and not self._aside and self._which_adapters() != self._adapters:
             raise RuntimeError(_ADAPTERS)
@@ -95,6 +105,11 @@ class Watch:
             if torch.is_grad_enabled():
                 raise RuntimeError(_ASIDE)
             return
+        if self.writes and any(
+            not _same_memory(getattr(module, attribute), weight)
+            for attribute, weight in self._weights.get(id(module), ())
+        ):
+            raise RuntimeError(_OTHER_WEIGHT)
         if recomputing:
             self._unrecorded -= 1
         elif not torch.is_grad_enabled():
@@ -105,7 +120,9 @@ class Watch:
 
     def _which_adapters(self) -> Any:
         layer: Any = self._adapter
-        return None if layer is None else (layer.disable_adapters, tuple(layer.active_adapters))
+        if layer is None:
+            return None
+        return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
 
     def is_in(self, block: object) -> bool:
         return self._block is block
@@ -129,6 +146,14 @@ class Watch:
     def __reduce__(self) -> tuple[Any, ...]:
         self.refuse_copies()
         return Watch, (None,)
+
+
+def _same_memory(given: Tensor, weight: Tensor) -> bool:
+    if given is weight:
+        return True
+    while torch._C._functorch.is_functorch_wrapped_tensor(given):
+        given = torch._C._functorch.get_unwrapped(given)
+    return bool(torch._C._is_alias_of(given, weight))  # type: ignore[attr-defined]
 
 
 def _class_attribute(module: nn.Module) -> Any:

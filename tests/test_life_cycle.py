@@ -96,6 +96,36 @@ def test_a_state_of_another_version_is_refused_before_anything_is_loaded(toy, ba
     assert not fresh.state
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own.pop("draws"), "has no 'draws'"),
+        (lambda own: own.update(norm="l1"), "norm is 'l1'"),
+        (lambda own: own.update(rho=-1.0), "rho is -1.0"),
+        (lambda own: own.update(rho=(0.1, 0.2)), "only norm='none'"),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_is_loaded(toy, batch, loss, subspace, change, message):
+    model, opt = make(toy, subspace)
+    state = opt.state_dict()
+    state["param_groups"][0]["lr"] = 7.0
+    change(state["shapo"])
+    run(opt, model, batch, loss, range(1))
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] != 7.0
+    assert opt.updates == 1
+
+
+def test_another_number_of_groups_is_refused_before_anything_is_loaded(toy, subspace):
+    (_, opt), other = make(toy, subspace, rho=0.3), toy()
+    groups = [{"params": [p]} for p in other.parameters()]
+    state = sk.ShaPOOptimizer(torch.optim.SGD(groups, lr=0.1), other, subspace, rho=0.7).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        opt.load_state_dict(state)
+    assert opt.rho == 0.3
+
+
 @pytest.mark.parametrize("perturbation", ["in_place", "delta"])
 def test_a_state_dict_taken_while_perturbed_is_clean_or_raises(toy, batch, loss, subspace, perturbation):
     model, opt = make(toy, subspace, perturbation=perturbation)

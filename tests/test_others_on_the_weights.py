@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_a_step_in_the_ascents_own_backward_pass_is_refused(toy, batch, loss, su
 
 @pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
 @pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("ignore:the descent computed")
 def test_a_model_that_goes_to_bfloat16_in_an_update_is_its_own_weights_in_bfloat16(
     toy, batch, loss, subspace, ascent, perturbation, inside
 ):
@@ -164,3 +166,100 @@ def test_two_optimizers_that_perturb_one_weight_at_once_add_up_or_are_refused(to
     two.perturb()  # and one after the other they may
     two.restore()
     assert same_bits(model, before)
+
+
+def test_a_layer_that_is_called_with_other_weights_is_refused_where_they_are_written_to(toy, batch, loss, subspace):
+    model, x = toy(), batch()[0]
+    own, others = dict(model.named_parameters()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    detached = {n: p.detach() for n, p in own.items()}
+    opt = ascended(model, subspace, batch(), loss, perturbation="in_place")
+    with opt.perturbed():
+        moved = model(x)
+        for weights in (own, detached):
+            assert torch.equal(torch.func.functional_call(model, weights, (x,)), moved)
+        slopes = torch.func.grad(lambda p: loss(lambda x: torch.func.functional_call(model, p, (x,)), batch()))(own)
+        expected = torch.autograd.grad(loss(model, batch()), list(own.values()))
+        for slope, gradient in zip(slopes.values(), expected, strict=True):
+            torch.testing.assert_close(slope, gradient, rtol=1e-12, atol=1e-14)
+        with refuses_in_one_line("called with another weight"):
+            torch.func.functional_call(model, others, (x,))
+    opt = ascended(toy(), subspace, batch(), loss, perturbation="delta")
+    with opt.perturbed():
+        torch.testing.assert_close(torch.func.functional_call(opt.model, others, (x,)), moved, rtol=1e-12, atol=1e-14)
+
+
+def test_two_parameters_in_the_same_memory_are_refused_where_they_would_be_written_to_twice(toy, batch, loss):
+    def shared():
+        model = toy()
+        model.layers[1].down_proj.weight = torch.nn.Parameter(model.layers[0].down_proj.weight.data)
+        return model
+
+    subspace = sk.Subspace({f"layers.{i}.down_proj.weight": [1, 5] for i in range(2)})
+    with pytest.raises(sk.SubspaceError, match="two parameters in the same memory"):
+        wrap(shared(), subspace)
+    model = shared()
+    before = bits(model)
+    update(wrap(model, subspace, perturbation="delta", lr=0.0), model, batch(), loss)
+    assert same_bits(model, before)
+
+
+def test_weights_without_memory_are_refused(toy, subspace):
+    with pytest.raises(sk.SubspaceError, match="on the meta device"):
+        wrap(toy().to("meta"), subspace)
+
+
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_an_inference_mode_around_some_of_it_leaves_nothing_behind(toy, batch, loss, subspace, ascent, perturbation):
+    model, twin = toy(), toy()
+    with torch.inference_mode():
+        opt = wrap(model, subspace, ascent=ascent, perturbation=perturbation)
+    other = wrap(twin, subspace, ascent=ascent, perturbation=perturbation)
+    with opt.ascent():
+        opt.ascend(loss(model, batch()))
+    with torch.inference_mode(), opt.perturbed():
+        assert not torch.equal(model(batch()[0]), twin(batch()[0]))
+    loss(model, batch()).backward()
+    with torch.inference_mode():
+        opt.perturb()
+    loss(model, batch()).backward()
+    opt.restore()
+    opt.step()
+    update(other, twin, batch(), loss)
+    opt.zero_grad()
+    for step in (1, 2):
+        update(opt, model, batch(step), loss)
+        update(other, twin, batch(step), loss)
+    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_an_autocast_around_the_descent_alone_is_warned_of_once_where_it_rounds_eps(
+    toy, batch, loss, subspace, perturbation
+):
+    model, data = toy(torch.float32), batch(dtype=torch.float32)
+    opt = wrap(model, subspace, perturbation=perturbation)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with opt.ascent():
+                opt.ascend(loss(model, data))
+            with opt.perturbed(), torch.autocast("cpu", torch.bfloat16):
+                loss(model, data).backward()
+            opt.step()
+            opt.zero_grad()
+        update(opt, model, data, loss)
+    expected = ["the descent computed 'layers.0.down_proj.weight' in torch.bfloat16 and the ascent in torch.float32"]
+    assert [str(w.message).split(",")[0] for w in caught] == (expected if perturbation == "in_place" else [])
+
+
+@pytest.mark.parametrize("ascent", ["selective", "grad"])
+def test_a_detached_optimizer_updates_no_more(toy, batch, loss, subspace, ascent):
+    model = toy()
+    opt = wrap(model, subspace, ascent=ascent, perturbation="delta")
+    opt.detach()
+    with refuses_in_one_line("detached from its model"):
+        update(opt, model, batch(), loss)
+    loss(model, batch()).backward()
+    with refuses_in_one_line("detached from its model"):
+        opt.perturb()
