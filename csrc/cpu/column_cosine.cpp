@@ -4,7 +4,8 @@
 //
 // Dot products and squared norms are formed together, in float64. Neurons that lie next to one another in memory
 // (columns of a contiguous weight) share a walk down the rows, eight rows at a time; neurons that are contiguous
-// themselves are walked one by one; any other stride is first packed row by row.
+// themselves are walked one by one; any other stride is first packed row by row. The walk down rows asks for nothing
+// ahead: with rows a multiple of a page apart, lines of later rows would evict those of the rows at hand.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +29,11 @@ constexpr int64_t ROWS_IN_PART = 128;
 constexpr int64_t MAX_PARTS = 32;
 constexpr int64_t PANEL = 2048;
 constexpr int64_t NEURONS_IN_BLOCK = 128;
+// Contiguous neurons: every line is asked for a little ahead, and one line of each page far ahead, so that the page is
+// found by then. The second takes 12 layers of 3072 x 768 float32 from 5.4 ms to 4.2 (two Zen 3 cores).
 constexpr int64_t BYTES_AHEAD = 1024;
+constexpr int64_t PAGE = 4096;
+constexpr int64_t BYTES_TO_PAGE_AHEAD = 16384;
 
 // dots[i] += sum_r rows[r][i] * v[r] and squares[i] += sum_r rows[r][i]^2 for n neighbouring neurons; both sums are
 // padded to a multiple of LANES.
@@ -41,7 +46,6 @@ SHAPO_INLINE void add_rows(const void* first, int64_t row_elements, int64_t rows
     Double8 dot = load_bits<Double8>(dots + i);
     Double8 square = load_bits<Double8>(squares + i);
     for (int64_t r = 0; r < rows; ++r) {
-      __builtin_prefetch(weight + (r + rows) * row_elements + i);
       const Double8 x = to_double(Numeric<T>::load(weight + r * row_elements + i));
       dot += x * v[r];
       square += x * x;
@@ -72,13 +76,17 @@ SHAPO_INLINE void add_neuron(const void* neuron, const double* v, int64_t n, dou
   const T* w = static_cast<const T*>(neuron);
   Double8 even_dots = {}, odd_dots = {}, even_squares = {}, odd_squares = {};
   int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + BYTES_AHEAD);
-    const Double8 even = to_double(Numeric<T>::load(w + i)), odd = to_double(Numeric<T>::load(w + i + LANES));
-    even_dots += even * load_bits<Double8>(v + i);
-    odd_dots += odd * load_bits<Double8>(v + i + LANES);
-    even_squares += even * even;
-    odd_squares += odd * odd;
+  while (i + 2 * LANES <= n) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + BYTES_TO_PAGE_AHEAD);
+    const int64_t end = std::min<int64_t>(i + PAGE / sizeof(T), n);
+    for (; i + 2 * LANES <= end; i += 2 * LANES) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + BYTES_AHEAD);
+      const Double8 even = to_double(Numeric<T>::load(w + i)), odd = to_double(Numeric<T>::load(w + i + LANES));
+      even_dots += even * load_bits<Double8>(v + i);
+      odd_dots += odd * load_bits<Double8>(v + i + LANES);
+      even_squares += even * even;
+      odd_squares += odd * odd;
+    }
   }
   for (; i < n; i += LANES) {
     const int64_t count = std::min(LANES, n - i);
@@ -103,26 +111,38 @@ struct Weight {
   int64_t neuron_stride, component_stride;  // in elements
 };
 
+// Where cosines go: float64 for a float64 weight, else float32.
 struct Cosines {
-  std::vector<double> dots, squares;
+  void* data;
+  ScalarType dtype;
+  double direction_norm;
+
+  void write(int64_t neuron, double dot, double square) const {
+    const double norms = std::sqrt(square) * direction_norm;
+    const double cosine = norms == 0.0 ? 0.0 : dot / norms;
+    if (dtype == ScalarType::Double)
+      static_cast<double*>(data)[neuron] = cosine;
+    else
+      static_cast<float*>(data)[neuron] = static_cast<float>(cosine);
+  }
 };
 
-// Sums for neurons that are not contiguous: parts of the components and panels of neurons are shared among threads, the
-// parts' sums are added in order.
-Cosines sum_rows(const Weight& weight, const std::vector<double>& v) {
+// Neurons that are not contiguous: parts of the components and panels of neurons are shared among threads, the parts'
+// sums are added in order.
+void walk_rows(const Weight& weight, const std::vector<double>& v, const Cosines& cosines) {
   const AddRows add =
       with_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
   const int64_t parts = std::clamp<int64_t>(ceil_div(weight.components, ROWS_IN_PART), 1, MAX_PARTS);
   const int64_t panels = ceil_div(weight.neurons, PANEL), padded = panels * PANEL;
   const int64_t rows_in_part = ceil_div(weight.components, parts);
-  Cosines sums{std::vector<double>(parts * padded), std::vector<double>(parts * padded)};
+  std::vector<double> all_dots(parts * padded), all_squares(parts * padded);
   const bool packed = weight.neuron_stride != 1;
   share(parts * panels, weight.neurons * weight.components, [&](int64_t task) {
     const int64_t part = task / panels, begin = task % panels * PANEL;
     const int64_t n = std::min(PANEL, weight.neurons - begin);
     const int64_t last = std::min((part + 1) * rows_in_part, weight.components);
-    double* dots = sums.dots.data() + part * padded + begin;
-    double* squares = sums.squares.data() + part * padded + begin;
+    double* dots = all_dots.data() + part * padded + begin;
+    double* squares = all_squares.data() + part * padded + begin;
     std::vector<char> row(packed ? n * weight.bytes : 0);
     for (int64_t r = part * rows_in_part; r < last; r += packed ? 1 : ROWS_TOGETHER) {
       const char* at = weight.data + (r * weight.component_stride + begin * weight.neuron_stride) * weight.bytes;
@@ -135,35 +155,29 @@ Cosines sum_rows(const Weight& weight, const std::vector<double>& v) {
       }
     }
   });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < weight.neurons; ++i) {
-      sums.dots[i] += sums.dots[part * padded + i];
-      sums.squares[i] += sums.squares[part * padded + i];
+  share(ceil_div(weight.neurons, NEURONS_IN_BLOCK), parts * weight.neurons, [&](int64_t block) {
+    const int64_t begin = block * NEURONS_IN_BLOCK, end = std::min(begin + NEURONS_IN_BLOCK, weight.neurons);
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = begin; i < end; ++i) {
+        all_dots[i] += all_dots[part * padded + i];
+        all_squares[i] += all_squares[part * padded + i];
+      }
     }
-  }
-  return sums;
+    for (int64_t i = begin; i < end; ++i) cosines.write(i, all_dots[i], all_squares[i]);
+  });
 }
 
-Cosines sum_neurons(const Weight& weight, const std::vector<double>& v) {
+void walk_neurons(const Weight& weight, const std::vector<double>& v, const Cosines& cosines) {
   const AddNeuron add =
       with_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
-  Cosines sums{std::vector<double>(weight.neurons), std::vector<double>(weight.neurons)};
   share(ceil_div(weight.neurons, NEURONS_IN_BLOCK), weight.neurons * weight.components, [&](int64_t block) {
     const int64_t end = std::min((block + 1) * NEURONS_IN_BLOCK, weight.neurons);
-    for (int64_t i = block * NEURONS_IN_BLOCK; i < end; ++i)
-      add(weight.data + i * weight.neuron_stride * weight.bytes, v.data(), weight.components, &sums.dots[i],
-          &sums.squares[i]);
+    for (int64_t i = block * NEURONS_IN_BLOCK; i < end; ++i) {
+      double dot, square;
+      add(weight.data + i * weight.neuron_stride * weight.bytes, v.data(), weight.components, &dot, &square);
+      cosines.write(i, dot, square);
+    }
   });
-  return sums;
-}
-
-template <class T>
-void write_cosines(const Cosines& sums, double v_norm, int64_t neurons, T* to) {
-  for (int64_t i = 0; i < neurons; ++i) {
-    const double norms = std::sqrt(sums.squares[i]) * v_norm;
-    const double cosine = sums.dots[i] / norms;
-    to[i] = static_cast<T>(norms == 0.0 ? 0.0 : cosine);
-  }
 }
 
 Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
@@ -195,15 +209,13 @@ Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
       for (int64_t k = 0; k < count; ++k) v[r + k] = x[k];
     }
   });
-  const double v_norm = std::sqrt(std::inner_product(v.begin(), v.end(), v.begin(), 0.0));
-  const Cosines sums = w.component_stride == 1 && w.neuron_stride != 1 ? sum_neurons(w, v) : sum_rows(w, v);
-
   const ScalarType dtype = compute_dtype_of(w.dtype);
   Tensor result = torch::stable::new_empty(weight, {w.neurons}, dtype);
-  if (dtype == ScalarType::Double)
-    write_cosines(sums, v_norm, w.neurons, static_cast<double*>(result.data_ptr()));
+  const Cosines cosines{result.data_ptr(), dtype, std::sqrt(std::inner_product(v.begin(), v.end(), v.begin(), 0.0))};
+  if (w.component_stride == 1 && w.neuron_stride != 1)
+    walk_neurons(w, v, cosines);
   else
-    write_cosines(sums, v_norm, w.neurons, static_cast<float*>(result.data_ptr()));
+    walk_rows(w, v, cosines);
   return result;
 }
 
