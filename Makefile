@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+# Two workers, and a file of tests to one of them: what a file builds once is built once.
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
