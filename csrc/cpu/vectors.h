@@ -104,7 +104,11 @@ template <>
 struct Numeric<BFloat16> {
   using Compute = float;
   using Vector = Float8;
-  static SHAPO_INLINE Float8 widen(Short8 bits) { return bit_cast<Float8>(__builtin_convertvector(bits, Word8) << 16); }
+  // Each value's bits above sixteen zeros: two unpackings instead of two conversions, and no shift.
+  static SHAPO_INLINE Float8 widen(Short8 bits) {
+    return bit_cast<Float8>(
+        __builtin_shufflevector(Short8{}, bits, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+  }
   static SHAPO_INLINE Short8 narrow(Float8 x) {
     const Word8 bits = bit_cast<Word8>(x);
     const Word8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
