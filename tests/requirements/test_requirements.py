@@ -1,0 +1,48 @@
+"""S1 to S18, each by a check that ours meets and that catches the peers who miss it."""
+
+from pathlib import Path
+
+import device  # noqa: F401
+import pytest
+import registry
+import updates  # noqa: F401
+import weights  # noqa: F401
+from wrappers import Ours
+
+
+@pytest.mark.parametrize("requirement", registry.ALL, ids=str)
+def test_it_is_met(requirement):
+    requirement.check(Ours)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "peer"),
+    [(r, peer) for r in registry.ALL for peer in r.missed_by],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_the_check_catches(requirement, peer):
+    with pytest.raises(requirement.missed_by[peer]):
+        requirement.check(peer)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "peer"),
+    [(r, peer) for r in registry.ALL for peer in r.met_by],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_peer_meets_it_too(requirement, peer):
+    requirement.check(peer)
+
+
+def test_every_requirement_has_a_check_that_some_peer_misses():
+    numbers = {r.number for r in registry.ALL if r.missed_by} | {"S12"}
+    assert numbers == {f"S{number}" for number in range(1, 19)}
+
+
+def test_the_documented_table_is_that_of_the_checks():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "requirements.md").read_text()
+    assert registry.table() in page, f"docs/requirements.md needs this table:\n{registry.table()}"
+    for files in registry.MORE.values():
+        for file in files.replace("(", ",").split(", "):
+            assert not file.endswith(".py") or (root / "tests" / file.strip()).exists(), file
