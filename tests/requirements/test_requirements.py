@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import device  # noqa: F401
+import protocol  # noqa: F401
 import pytest
 import registry
-import updates  # noqa: F401
 import weights  # noqa: F401
 from wrappers import Ours
 

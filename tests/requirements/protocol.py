@@ -38,7 +38,7 @@ def step_runs_the_closure_twice_and_returns_the_first_loss(wrapper):
     values, returned = counted(wrapper(model), model)
     assert len(values) == 2
     assert returned is not None
-    assert float(returned) == values[0] < values[1]
+    assert returned.item() == values[0] < values[1]
     again = mlp()
     wrapped = wrapper(again)
     wrapped.optimizer.step(closure=closure_of(wrapped, loss_of(again)))  # by keyword
