@@ -53,6 +53,7 @@ class Target:
         tapped: bool,
     ) -> None:
         self.names, self.parameter, self.modules, self.layout = names, parameter, modules, layout
+        self._bound_shape = parameter.shape
         self.quantised = is_quantised(parameter)
         shape = layout.shape
         self._whole = index.numel() == (shape[axis] if shape else 1)
@@ -89,6 +90,13 @@ class Target:
         if self._index.device != self.parameter.device:
             self._index = self._index.to(self.parameter.device)
         return self._index
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layers hold another parameter than they did when it was bound, or another part of it."""
+        return self.parameter.shape != self._bound_shape or any(
+            module._parameters.get(attribute) is not self.parameter for module, attribute in self.modules
+        )
 
     @property
     def compact_shape(self) -> tuple[int, int]:

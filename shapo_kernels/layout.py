@@ -136,6 +136,7 @@ class Layouts:
 
     def __post_init__(self) -> None:
         refuse_deepspeed(self.model)
+        reshard(self.model)
         self._meshes = dict(_fully_sharded(self.model))
         self._runs = dict(_flattened(self.model))
 
@@ -231,6 +232,12 @@ def refuse_deepspeed(model: nn.Module) -> None:
         raise UnsupportedLayout(
             "DeepSpeed (ZeRO-1, 2, 3) steps by itself and is not supported: use fully_shard or DistributedDataParallel"
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let layers hold the parameters that are trained: fully_shard leaves gathered ones after an evaluation."""
+    for module in _of_type(model, FSDPModule):
+        module.reshard()
 
 
 def _fully_sharded(model: nn.Module) -> Iterator[tuple[int, Any]]:

@@ -25,7 +25,7 @@ from .binding import (
     total_over_parts,
 )
 from .distributed import average
-from .layout import refuse_deepspeed
+from .layout import refuse_deepspeed, reshard
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
@@ -49,7 +49,6 @@ class Perturber:
         ValueError: the options do not fit sharded weights.
     """
 
-    @torch.inference_mode(False)  # what is made here and below is used again in other updates
     def __init__(
         self,
         model: nn.Module,
@@ -61,35 +60,65 @@ class Perturber:
         sync: bool,
         rounding: StochasticRounding | None = None,
     ) -> None:
-        self.targets = bind(model, subspace, delta=perturbation == "delta", sync=sync)
-        if self.gathered and (perturbation == "in_place" or ascent == "grad"):
-            raise ValueError(
-                "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
-            )
-        self._model, self._begun = model, False
-        quantised = next((target.name for target in self.targets if target.quantised), None)
-        if quantised is not None and (perturbation == "in_place" or ascent == "grad" or relative):
-            raise SubspaceError(
-                f"{quantised!r} is quantised: it has no gradient, no norm and takes no sum; "
-                "use ascent='selective' with perturbation='delta' or 'auto', and relative=False"
-            )
-        if rounding is not None and not any(target.parameter.dtype in HALVES for target in self.targets):
-            raise ValueError("stochastic_rounding=True, but no selected weight is bfloat16 or float16")
+        self._subspace, self._relative, self._sync = subspace, relative, sync
         self.selective = ascent == "selective"
         self._rounding = rounding
         self._perturbation = perturbation
         self.active: Perturbation | None = None
+        self._bind(model)
+
+    @torch.inference_mode(False)  # what is made here and below is used again in other updates
+    def _bind(self, model: nn.Module) -> None:
+        targets = bind(model, self._subspace, delta=self._perturbation == "delta", sync=self._sync)
+        if any_gathered(targets) and (self._perturbation == "in_place" or not self.selective):
+            raise ValueError(
+                "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+            )
+        quantised = next((target.name for target in targets if target.quantised), None)
+        if quantised is not None and (self._perturbation == "in_place" or not self.selective or self._relative):
+            raise SubspaceError(
+                f"{quantised!r} is quantised: it has no gradient, no norm and takes no sum; "
+                "use ascent='selective' with perturbation='delta' or 'auto', and relative=False"
+            )
+        if self._rounding is not None and not any(target.parameter.dtype in HALVES for target in targets):
+            raise ValueError("stochastic_rounding=True, but no selected weight is bfloat16 or float16")
+        self.targets, self._model, self._begun = targets, model, False
         self._versions: set[tuple[int, int]] = set()
         self._found, self._missed = False, list[Target]()
         self._measured_in: dict[Target, torch.dtype] = {}
         self._warned = False
         self.watch = Watch(model)
-        attach(self.targets, self.watch)
+        attach(targets, self.watch)
 
     @property
     def gathered(self) -> bool:
         """Whether some selected weights are whole in a forward pass only, and gathered for it."""
         return any_gathered(self.targets)
+
+    def follow(self, model: nn.Module) -> None:
+        """Bind again what was sharded or replaced since, as Accelerate's ``prepare`` does; asked as an update begins.
+
+        Args:
+            model: as it is wrapped by now.
+
+        Raises:
+            RuntimeError: it cannot be bound any more.
+        """
+        if self.gathered:
+            # Gathered weights change places with their parts all the time; sharded they stay.
+            if self._begun:
+                return
+            reshard(self._model)
+        if not any(target.replaced for target in self.targets):
+            return
+        self.detach()
+        try:
+            self._bind(model)
+        except ValueError as error:
+            raise RuntimeError(
+                f"the model was wrapped after the optimizer was made, and {error}; make the optimizer around the "
+                "wrapped model"
+            ) from error
 
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
         """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in.

@@ -280,6 +280,7 @@ class TwoPassUpdate(OptimizerWrapper):
         """The start of pass 1."""
         if self._detached:
             raise RuntimeError("this optimizer was detached from its model: make a new one around its base")
+        self._perturber.follow(self.model)
         self._scaling.begin()
         self._perturber.watch.settle()
         self._random = RandomState(self.model) if self.replay_rng else None
@@ -321,6 +322,7 @@ class TwoPassUpdate(OptimizerWrapper):
         return loss
 
     def _direction_from_gradients(self) -> Direction:
+        self._begin()
         if self._perturber.gathered:
             raise RuntimeError("the selected weights are sharded: use `with opt.ascent():` or a closure instead")
         if self.replay_rng:
@@ -328,7 +330,6 @@ class TwoPassUpdate(OptimizerWrapper):
                 "replay_rng=True must see pass 1 begin: use `with opt.ascent():` or a closure, "
                 "or make a sk.RandomState before pass 1 and restore() it before pass 2"
             )
-        self._begin()
         self._ascended = True
         targets = self._perturber.targets
         found = gather_gradients(targets)
