@@ -1,5 +1,7 @@
 """One small model under every engine, and the same updates written out for one process."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -51,7 +53,7 @@ def mse(model, data):
 
 def plain_name(name):
     """A parameter's name without what wrappers put into it."""
-    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
+    return re.sub(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.", "", name)
 
 
 def groups(model, rhos):

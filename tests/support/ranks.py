@@ -15,10 +15,12 @@ def run_ranks(folder, world, cases, script="rank_cases.py"):
     """What each rank saved: for every case, in order, a list with one entry for each rank."""
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["LOCAL_WORLD_SIZE"] = str(world)  # Accelerate would ask for an address, but they meet in a file
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(rank), str(world), str(folder)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )

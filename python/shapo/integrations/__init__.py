@@ -2,6 +2,7 @@
 
 from .arguments import ShaPOArguments
 from .fused_head import FusedHeadMixin
+from .state import ShaPOState
 from .trainer import ShaPOTrainerMixin
 
-__all__ = ["FusedHeadMixin", "ShaPOArguments", "ShaPOTrainerMixin"]
+__all__ = ["FusedHeadMixin", "ShaPOArguments", "ShaPOState", "ShaPOTrainerMixin"]

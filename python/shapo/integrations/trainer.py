@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .batches import Cutter
 from .fused_head import FusedHeadMixin
 from .refusals import refuse_before, refuse_trainer
 
+_STATE = "shapo.pt"
 _LOGGED = ("grad_norm", "epsilon_norm", "relative_radius", "realised_cosine", "skipped")
 
 
@@ -204,6 +206,19 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             yield
         finally:
             self.precompute_ref_logps = False
+
+    # -- checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        # Under FSDP the optimizer's state is saved by the names of parameters, and everything else of it dropped.
+        if self.is_fsdp_enabled and self.args.should_save:
+            torch.save(self._shapo_optimizer().shapo_state_dict(), Path(output_dir) / _STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled and (path := Path(checkpoint) / _STATE).exists():
+            self._shapo_optimizer().load_shapo_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     # -- what is logged
 
