@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+DEEPSPEED = "DeepSpeed (ZeRO-1, 2, 3) steps by itself and is not supported: use fully_shard or DistributedDataParallel"
 # What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.
 _ZERO_MARKS = ("ds_id", "ds_tensor", "_hp_mapping")
 
@@ -229,9 +230,7 @@ def refuse_deepspeed(model: nn.Module) -> None:
     """
     engine = any(kind.__name__ == "DeepSpeedEngine" for module in model.modules() for kind in type(module).__mro__)
     if engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in _ZERO_MARKS):
-        raise UnsupportedLayout(
-            "DeepSpeed (ZeRO-1, 2, 3) steps by itself and is not supported: use fully_shard or DistributedDataParallel"
-        )
+        raise UnsupportedLayout(DEEPSPEED)
 
 
 def reshard(model: nn.Module) -> None:

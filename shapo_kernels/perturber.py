@@ -102,8 +102,10 @@ class Perturber:
             model: as it is wrapped by now.
 
         Raises:
-            RuntimeError: it cannot be bound any more.
+            RuntimeError: it cannot be bound any more. UnsupportedLayout: DeepSpeed has it.
         """
+        if not self._begun:
+            refuse_deepspeed(model)
         if self.gathered:
             # Gathered weights change places with their parts all the time; sharded they stay.
             if self._begun:
@@ -121,14 +123,8 @@ class Perturber:
             ) from error
 
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
-        """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in.
-
-        Raises:
-            UnsupportedLayout: DeepSpeed was given the optimizer after it was made.
-        """
-        if not self._begun:
-            refuse_deepspeed(self._model)
-            self._begun = True
+        """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in."""
+        self._begun = True
         self._versions = self._current_versions()
         self.settle()
         kind = SelectiveAscent if self.selective else GradAscent

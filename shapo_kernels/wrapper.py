@@ -6,8 +6,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .layout import DEEPSPEED
+
 # LBFGS runs its closure as often as it likes, SAMs perturb by themselves, sparse optimizers have no dense gradient.
 _REFUSED = ("LBFGS", "SparseAdam", "SAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM")
+
+# What Accelerate puts around DeepSpeed's optimizer, and what stands for it until it is made.
+_DEEPSPEEDS = ("DeepSpeedOptimizerWrapper", "DummyOptim")
 
 
 class OptimizerWrapper(Optimizer):
@@ -57,6 +62,8 @@ def _check_base(base: Any) -> None:
         raise TypeError(
             f"base_optimizer is the class {base.__name__}: pass an instance, {base.__name__}(model.parameters(), …)"
         )
+    if any(kind.__module__.startswith("deepspeed.") or kind.__name__ in _DEEPSPEEDS for kind in type(base).__mro__):
+        raise TypeError(f"base_optimizer is a {type(base).__name__}: {DEEPSPEED}")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer is a {type(base).__name__}: expected an instance of a torch.optim.Optimizer")
     if isinstance(base, OptimizerWrapper):

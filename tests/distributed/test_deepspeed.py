@@ -39,6 +39,31 @@ def test_parameters_that_zero_holds_are_refused(mark):
         wrap(model)
 
 
+class ZeROOptimizer:
+    pass
+
+
+ZeROOptimizer.__module__ = "deepspeed.runtime"
+
+
+class DeepSpeedOptimizerWrapper(torch.optim.SGD):
+    """As Accelerate's own is called."""
+
+
+@pytest.mark.parametrize("base", [ZeROOptimizer(), DeepSpeedOptimizerWrapper(nn.Linear(4, 2).parameters())])
+def test_its_optimizers_are_refused_as_a_base(base):
+    with pytest.raises(TypeError, match=r"^base_optimizer is a \w+: DeepSpeed .* use fully_shard .*$"):
+        sk.ShaPOOptimizer(base, nn.Linear(4, 2), sk.Subspace({"weight": [1]}), rho=0.1)
+
+
+def test_a_model_that_zero_3_emptied_is_refused_at_the_first_use():
+    model = nn.Linear(4, 2)
+    opt = wrap(model)
+    model.weight.ds_id, model.weight.data = 0, torch.empty(0)
+    with pytest.raises(ValueError, match=r"^DeepSpeed .* is not supported: use fully_shard .*$"), opt.ascent():
+        pass
+
+
 def test_an_optimizer_that_deepspeed_takes_over_afterwards_is_refused_at_its_first_use():
     model = nn.Linear(4, 2)
     opt = wrap(model)

@@ -20,6 +20,8 @@ ON_TWO = [
     {"engine": "tp", "options": {"perturbation": "delta", "relative": True}, "rhos": {"down.weight": 0.2}},
     {"engine": "tp", "options": {"ascent": "grad", "norm": "layer", "relative": True}, "accumulate": 2},
     {"engine": "tp", "width": 7, "options": {"perturbation": "in_place", "norm": "layer"}},
+    {"engine": "tp_sequence", "clip": 0.1},
+    {"engine": "tp_sequence", "options": {"perturbation": "delta", "relative": True}, "accumulate": 2},
     {"engine": "fsdp1", "width": 7, "options": {"relative": True}, "rhos": {"down.weight": 0.2}},
     {"engine": "fsdp1_zero2", "options": {"norm": "layer"}, "accumulate": 2},
     *({"engine": engine, "closure": True} for engine in ("ddp", "fsdp", "fsdp1", "tp")),
@@ -33,6 +35,8 @@ ON_FOUR = [
     {"engine": "fsdp_tp", "width": 7, "options": {"norm": "layer"}, "rhos": {"down.weight": 0.2}},
     {"engine": "fsdp_tp", "options": {"sync": False}},
     {"engine": "fsdp_tp", "closure": True},
+    {"engine": "fsdp_tp", "width": 7, "clip": 0.1},
+    {"engine": "fsdp_tp_sequence", "options": {"relative": True}, "clip": 0.1},
     {"engine": "fsdp1", "width": 7, "accumulate": 2},
     {"engine": "fsdp1_hybrid", "options": {"relative": True}},
 ]
@@ -59,7 +63,12 @@ def check(case, results, ways):
     own = 1 if options.get("sync", True) else ways
     norm, relative = options.get("norm", "global"), options.get("relative", False)
     parameters, stats = one_process(
-        case.get("width", 8), norm=norm, relative=relative, rhos=case.get("rhos"), own_directions=own
+        case.get("width", 8),
+        norm=norm,
+        relative=relative,
+        rhos=case.get("rhos"),
+        own_directions=own,
+        clip=case.get("clip"),
     )
     for result in results:
         assert result["parameters"].keys() == parameters.keys()

@@ -456,6 +456,18 @@ def of_trl(name: str, **attributes: Any) -> type:
     return type(name, (), {"__module__": f"trl.trainer.{name.lower()}", **attributes})
 
 
+def test_deepspeed_is_refused_when_the_trainer_is_made(tiny_llama, tmp_path):
+    class UnderDeepSpeed(ShaPOTrainer):
+        def create_accelerator_and_postprocess(self) -> None:  # what a deepspeed config has it say
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    with pytest.raises(ValueError, match=r"^the Trainer mixin does not run under DeepSpeed: use DDP or FSDP2$"):
+        UnderDeepSpeed(
+            tiny_llama, arguments(tmp_path), train_dataset=rows(), shapo=ShaPOArguments(neurons(tiny_llama), rho=0.1)
+        )
+
+
 def test_a_trainer_that_generates_its_batches_is_refused(tiny_llama, tmp_path):
     class Generating(ShaPOTrainerMixin, of_trl("GRPOTrainer", _prepare_inputs=lambda self, inputs: inputs), Trainer):
         pass

@@ -66,11 +66,12 @@ def groups(model, rhos):
     return [{"params": rest}, *({"params": [of[name]], "rho": rho} for name, rho in rhos.items())]
 
 
-def one_process(width=8, *, norm="global", relative=False, rhos=None, own_directions=1):
+def one_process(width=8, *, norm="global", relative=False, rhos=None, own_directions=1, clip=None):
     """Three updates of ShaPO, written out in float64.
 
     Args:
         own_directions: into how many parts the batch falls that are each perturbed along their own gradient.
+        clip: the greatest norm of pass 2's gradient.
     """
     model = build(width)
     base = torch.optim.SGD(model.parameters(), lr=LR)
@@ -97,6 +98,11 @@ def one_process(width=8, *, norm="global", relative=False, rhos=None, own_direct
             with torch.no_grad():
                 for name, p in weights.items():
                     p.copy_(old[name])
+        if clip is not None:
+            length = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+            assert length > clip
+            for p in model.parameters():
+                p.grad *= clip / (length + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
         base.step()
         base.zero_grad()
     stats = {

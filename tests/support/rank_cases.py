@@ -7,7 +7,13 @@ from ranks import on_rank
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import shapo_kernels as sk
@@ -46,6 +52,12 @@ def wrap(model, engine):
     mesh = init_device_mesh("cpu", (ways, world // ways), mesh_dim_names=("dp", "tp"))
     # Parts of different sizes pass between the layers as DTensors only.
     plan = {"up": ColwiseParallel(use_local_output=model.up.out_features % 2 == 0), "down": RowwiseParallel()}
+    if engine.endswith("sequence"):
+        # Between the two projections and the next layer the rows lie over the ranks, as in sequence parallelism.
+        plan["down"] = RowwiseParallel(output_layouts=Shard(0), use_local_output=False)
+        plan["conv"] = PrepareModuleInput(
+            input_layouts=Shard(0), desired_input_layouts=Replicate(), use_local_output=True
+        )
     parallelize_module(model, mesh["tp"], plan)
     if engine.startswith("fsdp_tp"):
         for layer in (*layers, model):
@@ -83,6 +95,8 @@ def train(case):
         if case["engine"] == "fsdp_ignoring":
             dist.all_reduce(model.head.weight.grad, op=dist.ReduceOp.SUM)
             model.head.weight.grad /= ways
+        if "clip" in case:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
         opt.step()
         opt.zero_grad()
     stats = opt.stats

@@ -70,4 +70,5 @@ def complaint(case):
     return "nothing"
 
 
-on_rank(complaint)
+if __name__ == "__main__":
+    on_rank(complaint)
