@@ -75,6 +75,17 @@ def closure(model, opt, data):
     return run
 
 
+def clip(parameters, most):
+    """torch's clip_grad_norm_ takes parameters of one mesh; these are its two halves for each of several."""
+    by_mesh = {}
+    for parameter in parameters:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in together]) for together in by_mesh.values()]
+    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+    for together in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(together, most, norm)
+
+
 def train(case):
     model, ways, place = wrap(build(case.get("width", 8)), case["engine"])
     parameters = dict(model.named_parameters())
@@ -96,7 +107,7 @@ def train(case):
             dist.all_reduce(model.head.weight.grad, op=dist.ReduceOp.SUM)
             model.head.weight.grad /= ways
         if "clip" in case:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
+            clip(list(parameters.values()), case["clip"])
         opt.step()
         opt.zero_grad()
     stats = opt.stats
