@@ -274,23 +274,8 @@ linear_token_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
 @linear_token_logps.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    shift: int,
-    dtype: torch.dtype,
-    scale: float,
-    softcap: float | None,
-    chunk_bytes: int | None,
-    group: str | None,
-    statistics: bool,
-    keep_hidden: bool,
-    keep_weight: bool,
-    padded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    _, _, dtype, _, _, chunk_bytes, _, statistics, keep_hidden, keep_weight, padded = options
     rows, length, width = hidden.shape
     room = rows * length if padded else torch.library.get_ctx().new_dynamic_size()
     factor, _, sums = tiling.dtypes(weight.device, dtype)
@@ -306,28 +291,8 @@ def _(
 
 
 @linear_token_logps_gradient.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    index: Tensor,
-    per_token: Tensor,
-    directions: Tensor,
-    slopes: Tensor,
-    ignore_index: int,
-    shift: int,
-    dtype: torch.dtype,
-    scale: float,
-    softcap: float | None,
-    chunk_bytes: int | None,
-    group: str | None,
-    padded: bool,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, wants_hidden, wants_weight, wants_bias = others
     return (
         hidden.new_empty(hidden.shape if wants_hidden else (0,)),
         weight.new_empty(weight.shape if wants_weight else (0,)),
