@@ -1,6 +1,7 @@
 """Renders recorded rows as Markdown: no figure in a document is written by hand.
 
 python benchmarks/report.py [suite ...]                 # on standard output
+python benchmarks/report.py --wide [suite ...]          # a line for each case: the variants beside ours
 python benchmarks/report.py --into README.md [suite ...]  # between <!-- benchmarks --> and <!-- /benchmarks -->
 """
 
@@ -39,15 +40,25 @@ COLUMNS = {
     "of_eager_beyond": ("beyond gradients, of eager's", "{:.3f}"),
 }
 
+OURS = "shapo_kernels"
+# What a wide table says of memory.
+MEMORY = {
+    "extra_of_logits": "memory beyond the gradient, of the logits",
+    "of_eager_memory": "memory, of eager's",
+    "of_eager_beyond": "beyond the gradients, of eager's",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help="names of files under benchmarks/results; all by default")
+    parser.add_argument("--wide", action="store_true", help="a line for each case: the variants beside ours")
     parser.add_argument("--into", type=Path, help="a Markdown file with the two markers")
     options = parser.parse_args(arguments)
     suites = options.suites or sorted(path.stem for path in RESULTS.glob("*.json"))
     runs = {suite: json.loads((RESULTS / f"{suite}.json").read_text()) for suite in suites}
-    text = "\n\n".join(render(suite, run["rows"], run["environment"]) for suite, run in runs.items())
+    shape = render_wide if options.wide else render
+    text = "\n\n".join(shape(suite, run["rows"], run["environment"]) for suite, run in runs.items())
     if options.into is None:
         print(text)
     else:
@@ -88,6 +99,31 @@ def render(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, An
         previous = row["case"]
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         lines.append(f"| {case} | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _provenance(rows, environment)])
+
+
+def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """One line for each case: our median, each other variant's time over ours, and the memory of all.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError(f"no rows of {suite}: run pytest benchmarks/test_{suite}.py")
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    others = [name for name in variants if name != OURS]
+    memory = [name for name in MEMORY if any(name in row for row in rows)]
+    title = {name: name.replace(OURS, "ours") for name in variants}
+    titles = ["case", "ours, ms", *(f"{title[name]} / ours" for name in others)]
+    titles += [f"{MEMORY[column]}: {'; '.join(title.values())}" for column in memory]
+    lines = [f"### {TITLES.get(suite, suite)}", "", f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["variant"]: row for row in rows if row["case"] == case}
+        ratio = lambda name, found=found: f"{found[name]['times_ours']:.2f}" if name in found else ""  # noqa: E731
+        cells = [case, f"{found[OURS]['p50_ms']:,.1f}", *map(ratio, others)]
+        for column in memory:
+            cells.append("; ".join(f"{found[name][column]:.2f}" if name in found else "none" for name in variants))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _provenance(rows, environment)])
 
 

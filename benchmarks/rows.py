@@ -100,6 +100,24 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path
     return path
 
 
+def add(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """As :func:`write`, beside the rows of other cases measured on the same machine with the same versions.
+
+    For suites whose cases take minutes each and are measured one by one; a case is always one run.
+    """
+    path, here, cases = folder / f"{name}.json", environment(), {}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if {**earlier["environment"], "commit": None} == {**here, "commit": None}:
+            cases = _by_case(earlier["rows"])
+    cases |= _by_case(rows)
+    return write(name, [row for case in cases.values() for row in case], folder)
+
+
+def _by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from measure import peak_extra_bytes
-from rows import interleaved, ratios, row, write
+from rows import add, interleaved, ratios, row, write
 from torch import Tensor
 
 from shapo_kernels import backends, losses
@@ -183,7 +183,7 @@ def test_linear_sequence_logps(benchmark: Any, case: Case) -> None:
             **memory_columns(memory, name, inputs),
         }
         _head_rows.append(row("linear_sequence_logps", case.name, name, times, **columns))
-    write("linear_sequence_logps", _head_rows)
+    add("linear_sequence_logps", _head_rows)
     benchmark.group = case.name
     benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
     benchmark.pedantic(runs[OURS], rounds=3)

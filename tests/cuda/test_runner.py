@@ -11,6 +11,7 @@ import gpu_logps
 import gpu_model
 import pytest
 import report
+import rows
 import torch
 
 RUNNER = Path(gpu.__file__)
@@ -138,3 +139,19 @@ def test_a_failed_step_is_recorded_and_the_run_goes_on(tmp_path):
     assert recorded[0]["reason"] == "ValueError: why"
     assert "exit code 3" in recorded[1]["reason"]
     assert (tmp_path / "fails.log").read_text() == "seen\n"
+
+
+def test_rows_of_one_case_are_added_to_those_of_others_from_the_same_machine_alone(tmp_path):
+    def record(case, milliseconds):
+        return rows.row("suite", case, report.OURS, [milliseconds / 1e3] * 3, times_ours=1.0)
+
+    path = rows.add("suite", [record("one", 1.0)], tmp_path)
+    rows.add("suite", [record("two", 2.0)], tmp_path)
+    rows.add("suite", [record("one", 3.0)], tmp_path)
+    recorded = json.loads(path.read_text())
+    assert [(row["case"], round(row["p50_ms"])) for row in recorded["rows"]] == [("one", 3), ("two", 2)]
+    table = report.render_wide("suite", recorded["rows"], recorded["environment"])
+    assert "| two | 2.0 |" in table
+    path.write_text(json.dumps(recorded | {"environment": recorded["environment"] | {"cpu": "another"}}))
+    rows.add("suite", [record("three", 1.0)], tmp_path)
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["three"]
