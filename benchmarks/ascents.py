@@ -2,11 +2,13 @@
 
     python benchmarks/ascents.py fidelity --seed 0    # how well a part's direction stands for the whole batch's
     python benchmarks/ascents.py effect --seed 0      # what is left of the method's effect at the end of training
-    python benchmarks/ascents.py price                # time of an update, in multiples of a plain one
+    python benchmarks/ascents.py price --pairs 8      # time of an update, in multiples of a plain one
     python benchmarks/ascents.py table --into docs/combinations.md
 
 Fidelity and effect train the demo's model on its data with 30 % of the labels flipped, the neurons chosen by its probe;
-their rows are added to those of other seeds. The price is that of the Llama of test_shapo_update.py.
+their rows are added to those of other seeds. The price is that of the Llama of test_shapo_update.py, for batches of 8
+pairs, and of 32 as in the published recipe: a pass has costs that do not shrink with its batch (the weights are read
+once, Python runs through the layers once), and they weigh less beside a larger one.
 
 For a batch and the gradient g_S of its loss L on the subspace, eps = rho g_S / ||g_S||; a part of its pairs gives eps'.
 Reported are cos(eps, eps') and (L(theta + eps') - L(theta)) / (L(theta + eps) - L(theta)), L being of the whole batch.
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from report import between_markers
-from rows import RESULTS, environment, interleaved, ratios, row
+from rows import RESULTS, environment, interleaved, keep_freed_memory, row
 from torch import Tensor
 
 import shapo_kernels as sk
@@ -45,12 +47,14 @@ def main() -> None:
     parser.add_argument("part", choices=("fidelity", "effect", "price", "table"))
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, order, flips and draws")
     parser.add_argument("--size", default="full", help="of the demo")
-    parser.add_argument("--variants", nargs="*", help="effect: these alone, by name")
+    parser.add_argument("--variants", nargs="*", help="effect, price: these alone, by name")
+    parser.add_argument("--pairs", type=int, default=PRICE_PAIRS[0], help="price: of a batch")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="price: of all variants in turn")
     parser.add_argument("--work", type=Path, default=Path("runs/ascents"), help="where the SFT models are kept")
     parser.add_argument("--into", type=Path, help="table: a Markdown file with the two markers")
     options = parser.parse_args()
     if options.part == "price":
-        save("price", measure_price(), keep=())
+        save("price", measure_price(options.pairs, options.rounds, options.variants), keep=("pairs",))
     elif options.part == "table":
         files = (FOLDER / f"{name}.json" for name in ("fidelity", "effect", "price"))
         text = table(*(json.loads(path.read_text()) if path.exists() else {"rows": []} for path in files))
@@ -250,46 +254,57 @@ def measure_effect(prepared: Prepared, names: Sequence[str] | None) -> Iterator[
 # -- price
 
 
-def measure_price() -> list[dict[str, Any]]:
+def measure_price(pairs: int, rounds: int, names: Sequence[str] | None) -> list[dict[str, Any]]:
     """Milliseconds of an update, all variants in turn.
 
     An interval's is what one ShaPO update and k - 1 that are not due took in the same round, divided by k.
     """
     from test_shapo_update import build_model, check_agreement
 
+    memory_kept = keep_freed_memory()
     model = build_model()
     check_agreement(model)
-    parts = {part_name(fraction): make_update(model, fraction=fraction) for fraction in FRACTIONS}
-    seconds = interleaved(
-        {
-            "plain DPO": make_plain_update(model),
-            "whole batch": make_update(model),
-            **parts,
-            "not due": make_update(model, interval=10**9),
-        },
-        rounds=ROUNDS,
-    )
-    not_due = seconds.pop("not due")
-    for k in INTERVALS:
+    parts = {part_name(fraction): {"fraction": fraction} for fraction in FRACTIONS}
+    options: dict[str, dict[str, Any]] = {"whole batch": {}, **parts, "not due": {"interval": 10**9}}
+    variants = {name: make_update(model, pairs, **one) for name, one in options.items() if not names or name in names}
+    seconds = interleaved({"plain DPO": make_plain_update(model, pairs), **variants}, rounds=rounds)
+    not_due = seconds.pop("not due", None)
+    for k in INTERVALS if not_due else ():
         together = zip(seconds["whole batch"], not_due, strict=True)
         seconds[f"interval {k}"] = [(due + (k - 1) * other) / k for due, other in together]
-    found = ratios(seconds, "plain DPO")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    shape = f"{millions:.0f} M parameters, {PRICE_PAIRS} pairs of {PRICE_TOKENS} tokens"
+    shape = f"{millions:.0f} M parameters, {pairs} pairs of {PRICE_TOKENS} tokens"
     return [
-        row("ascents", "price", name, values, dtype="float32", shape=shape, ratio_to_plain=found[name])
+        row(
+            "ascents",
+            "price",
+            name,
+            values,
+            dtype="float32",
+            shape=shape,
+            pairs=pairs,
+            freed_memory_kept=memory_kept,
+            **ratio_columns(values, seconds["plain DPO"]),
+        )
         for name, values in seconds.items()
     ]
 
 
-PRICE_PAIRS, PRICE_TOKENS = 8, 64
+PRICE_PAIRS, PRICE_TOKENS = (8, 32), 64
 
 
-def make_loss(model: Any) -> Callable[[list[int]], Tensor]:
-    """The DPO loss of some pairs of random tokens, half of each the prompt."""
+def ratio_columns(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    """How many times longer than a plain update, round by round: quantiles over the rounds."""
+    found = sorted(mine / other for mine, other in zip(seconds, plain, strict=True))
+    at = lambda p: found[round(p * (len(found) - 1))]  # noqa: E731
+    return {"ratio_to_plain": statistics.median(found), "ratio_p20": at(0.2), "ratio_p80": at(0.8)}
+
+
+def make_loss(model: Any, count: int) -> Callable[[list[int]], Tensor]:
+    """The DPO loss of some of ``count`` pairs of random tokens, half of each the prompt."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 4096, (2, PRICE_PAIRS, PRICE_TOKENS), generator=generator)
-    reference = torch.full((PRICE_PAIRS,), -150.0)
+    tokens = torch.randint(0, 4096, (2, count, PRICE_TOKENS), generator=generator)
+    reference = torch.full((count,), -150.0)
 
     def loss(pairs: list[int]) -> Tensor:
         rows = tokens[:, pairs].flatten(0, 1)
@@ -302,20 +317,20 @@ def make_loss(model: Any) -> Callable[[list[int]], Tensor]:
     return loss
 
 
-def make_plain_update(model: Any) -> Callable[[], None]:
+def make_plain_update(model: Any, pairs: int) -> Callable[[], None]:
     """The learning rate is 0 here and below: all variants share the model."""
-    loss, base = make_loss(model), torch.optim.AdamW(model.parameters(), lr=0.0)
+    loss, base = make_loss(model, pairs), torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def plain() -> None:
-        loss(list(range(PRICE_PAIRS))).backward()
+        loss(list(range(pairs))).backward()
         base.step()
         base.zero_grad()
 
     return plain
 
 
-def make_update(model: Any, *, fraction: float = 1.0, interval: int = 1) -> Callable[[], None]:
-    loss, part = make_loss(model), AscentPart(fraction)
+def make_update(model: Any, pairs: int, *, fraction: float = 1.0, interval: int = 1) -> Callable[[], None]:
+    loss, part = make_loss(model, pairs), AscentPart(fraction)
     sizes = {name: p.shape[1] for name, p in model.named_parameters() if name.endswith("down_proj.weight")}
     base, subspace = torch.optim.AdamW(model.parameters(), lr=0.0), sk.Subspace.random(sizes, 1, seed=0)
     opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.05, interval=interval)
@@ -323,9 +338,9 @@ def make_update(model: Any, *, fraction: float = 1.0, interval: int = 1) -> Call
     def shapo() -> None:
         if opt.due:
             with opt.ascent():
-                opt.ascend(loss(part.draw([PRICE_PAIRS], opt.updates)[0]))
+                opt.ascend(loss(part.draw([pairs], opt.updates)[0]))
         with opt.perturbed():
-            loss(list(range(PRICE_PAIRS))).backward()
+            loss(list(range(pairs))).backward()
         opt.step()
         opt.zero_grad()
 
