@@ -352,21 +352,22 @@ def make_update(model: Any, pairs: int, *, fraction: float = 1.0, interval: int 
 
 def table(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[str, Any]) -> str:
     """What a user chooses by: a line for each kind of ascent."""
-    columns = ["ascent", "time of an update", "cosine", "share of the increase"]
+    batches = sorted({one["pairs"] for one in price["rows"]})
+    columns = ["ascent", *(f"time, {pairs} pairs" for pairs in batches), "cosine", "share of the increase"]
     ends = ("accuracy", "flips_fitted") if effect["rows"] else ()
     columns += ["clean accuracy", "flips fitted"] if ends else []
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     names = {"plain DPO": "none (plain DPO)", "whole batch": "the whole batch", "another batch": "another whole batch"}
     for variant in [*effect_variants(), "another batch"]:
         cells = [
-            _one(price["rows"], variant, "ratio_to_plain", "{:.2f}"),
+            *(_price(price["rows"], variant, pairs) for pairs in batches),
             *(_spread(fidelity["rows"], variant, column) for column in ("cosine", "share")),
             *(_over_seeds(effect["rows"], variant, column) for column in ends),
         ]
         if not any(cells):
             continue
         if variant == "whole batch":
-            cells[1:3] = "1", "1"
+            cells[len(batches) : len(batches) + 2] = "1", "1"
         lines.append(f"| {names.get(variant, variant)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _provenance(fidelity, effect, price)])
 
@@ -375,8 +376,14 @@ def part_name(fraction: float) -> str:
     return f"1/{round(1 / fraction)} of the pairs"
 
 
-def _one(rows: list[dict[str, Any]], variant: str, column: str, form: str) -> str:
-    return next((form.format(one[column]) for one in rows if one["variant"] == variant), "")
+def _price(rows: list[dict[str, Any]], variant: str, pairs: int) -> str:
+    """The median ratio to a plain update, and its 20th and 80th percentiles over the rounds."""
+    for one in rows:
+        if one["variant"] == variant == "plain DPO":
+            return "1"
+        if one["variant"] == variant and one["pairs"] == pairs:
+            return f"{one['ratio_to_plain']:.2f} ({one['ratio_p20']:.2f} to {one['ratio_p80']:.2f})"
+    return ""
 
 
 def _spread(rows: list[dict[str, Any]], variant: str, column: str) -> str:
@@ -386,8 +393,20 @@ def _spread(rows: list[dict[str, Any]], variant: str, column: str) -> str:
 
 
 def _over_seeds(rows: list[dict[str, Any]], variant: str, column: str) -> str:
-    values = [100 * one[column] for one in rows if one["variant"] == variant]
-    return f"{statistics.mean(values):.1f} % ({min(values):.1f} to {max(values):.1f})" if values else ""
+    """The mean over seeds with its standard error, and that of the difference from plain training of the same seed."""
+    found = {one["seed"]: 100 * one[column] for one in rows if one["variant"] == variant}
+    plain = {one["seed"]: 100 * one[column] for one in rows if one["variant"] == "plain DPO"}
+    if len(found) < 2:
+        return ""
+    mean = f"{statistics.mean(found.values()):.1f} ± {_standard_error(list(found.values())):.1f} %"
+    differences = [value - plain[seed] for seed, value in found.items() if seed in plain]
+    if variant == "plain DPO" or len(differences) < 2:
+        return mean
+    return f"{mean} ({statistics.mean(differences):+.1f} ± {_standard_error(differences):.1f})"
+
+
+def _standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def _provenance(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[str, Any]) -> str:
@@ -395,9 +414,11 @@ def _provenance(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[st
     seeds = sorted({one["seed"] for one in measured}), sorted({one["seed"] for one in trained})
     points = len({one["update"] for one in measured})
     machine = price["environment"]
+    rounds = " and ".join(str(number) for number in dict.fromkeys(one["rounds"] for one in timed))
     time = (
-        f"Time: {timed[0]['shape']}, {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, medians "
-        f"of {timed[0]['rounds']} rounds with the variants in turn, commit {timed[0]['commit']}."
+        f"Time, in plain updates: {timed[0]['shape'].split(',')[0]}, pairs of {PRICE_TOKENS} tokens, {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, medians (20th to 80th percentile) of {rounds} rounds "
+        f"with the variants in turn, freed memory kept, commit {timed[0]['commit']}."
     )
     directions = (
         f"Cosine with the whole batch's direction, and share of its increase of the whole batch's loss, for batches of "
@@ -406,8 +427,9 @@ def _provenance(fidelity: dict[str, Any], effect: dict[str, Any], price: dict[st
     )
     ends = trained and (
         f"Accuracy on {trained[0]['test_pairs']} clean test pairs, and share of the flipped labels fitted, after "
-        f"{trained[0]['updates']} updates with {100 * trained[0]['noise']:.0f} % of the labels flipped: means over "
-        f"seeds {', '.join(map(str, seeds[1]))} (least and greatest), commit {trained[0]['commit']}."
+        f"{trained[0]['updates']} updates with {100 * trained[0]['noise']:.0f} % of the labels flipped: means and "
+        f"standard errors over {len(seeds[1])} seeds (difference from plain training of the same seed), commit "
+        f"{trained[0]['commit']}."
     )
     return f"{time} {directions}{f' {ends}' if trained else ''}"
 
