@@ -77,6 +77,7 @@ class Target:
                 )
                 for module, _ in modules
             )
+        self._compact_rows: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         self._buffers: dict[str, Tensor] = {}
 
@@ -102,6 +103,14 @@ class Target:
     def compact_shape(self) -> tuple[int, int]:
         rows, columns = self._matrix
         return (rows, self._index.numel()) if self.axis == 1 else (self._index.numel(), columns)
+
+    @property
+    def compact_rows(self) -> Tensor:
+        """The rows of the compact form, as an index."""
+        rows = self.compact_shape[0]
+        if self._compact_rows is None or self._compact_rows.device != self.parameter.device:
+            self._compact_rows = torch.arange(rows, device=self.parameter.device)
+        return self._compact_rows
 
     @property
     def compute_dtype(self) -> torch.dtype:

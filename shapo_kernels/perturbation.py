@@ -7,7 +7,7 @@ of eps reaches the forward pass in the dtype it computes in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -144,17 +144,29 @@ class Delta:
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         weight_squares = selected_weight_squared_norms(targets)
-        self._targets = targets
-        rows = []
-        for target, value, s in zip(targets, values, scale, strict=True):
-            # A scale of 0 means no perturbation, also where the gradient is NaN or infinite.
-            eps = torch.where(s == 0, 0.0, value * s.to(value.dtype))
+        self._targets, self._directions = targets, _like(values, torch.zeros)
+        sums = scale.new_empty(len(targets), 3)
+        # eps is what the values are to compact weights of zero that move in place: a few launches for all layers, and a
+        # scale of 0 writes nothing, whatever the gradient holds.
+        for dtype in dict.fromkeys(target.forward_dtype for target in targets):
+            among = [i for i, target in enumerate(targets) if target.forward_dtype == dtype]
+            every = len(among) == len(targets)
+            realised = ops.perturb_(
+                [self._directions[i] for i in among],
+                [targets[i].compact_rows for i in among],
+                [0] * len(among),
+                [values[i] for i in among],
+                scale if every else torch.stack([scale[i] for i in among]),
+                _like([values[i] for i in among], torch.empty),  # their old zeros, of no use
+                compute_dtype=dtype,
+            )
+            for i, row in () if every else zip(among, realised, strict=True):
+                sums[i] = row
+            sums = realised if every else sums
+        for target, eps in zip(targets, self._directions, strict=True):
             for tap in target.taps:
                 tap.add(eps)
-            self._directions.append(eps)
-            realised = eps.to(target.forward_dtype).double()
-            rows.append(torch.stack([realised.square().sum(), (realised * eps).sum()]))
-        return torch.cat([total_over_parts(torch.stack(rows), targets), weight_squares.unsqueeze(1)], dim=1)
+        return torch.cat([total_over_parts(sums[:, :2].contiguous(), targets), weight_squares.unsqueeze(1)], dim=1)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -175,6 +187,20 @@ class Delta:
         for target in self._targets:
             for tap in target.taps:
                 tap.rest()
+
+
+def _like(values: Sequence[Tensor], made: Callable[..., Tensor]) -> list[Tensor]:
+    """Contiguous tensors in one piece of memory for each dtype; each begins on 64 elements."""
+    places: list[int] = []
+    ends: dict[torch.dtype, int] = {}
+    for value in values:
+        places.append(ends.get(value.dtype, 0))
+        ends[value.dtype] = places[-1] + -(-value.numel() // 64) * 64
+    pieces = {dtype: made(end, dtype=dtype, device=values[0].device) for dtype, end in ends.items()}
+    return [
+        pieces[value.dtype][place : place + value.numel()].view(value.shape)
+        for value, place in zip(values, places, strict=True)
+    ]
 
 
 def suits_in_place(targets: Sequence[Target]) -> bool:

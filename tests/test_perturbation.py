@@ -134,6 +134,36 @@ def test_autocast_is_the_dtype_that_the_perturbation_is_measured_and_chosen_in(t
     assert opt.stats["realised_cosine"] > 0.999
 
 
+class Halved(nn.Module):
+    """One of two layers computes in bfloat16, the other has float64 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.high = nn.Linear(8, 6), nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = torch.tanh(self.low(x.float()))
+        return self.high(x.double())
+
+
+def test_delta_is_measured_in_the_dtype_that_each_layer_computes_in(batch, loss):
+    model = Halved()
+    opt = wrap(model, sk.Subspace({"low.weight": [1, 5, 7], "high.weight": [0, 4]}), perturbation="delta")
+    with opt.ascent():
+        opt.ascend(loss(model, batch()))
+    gradients = dict(zip(opt._direction[0], opt._direction[1], strict=True))
+    norm = torch.cat([g.double().flatten() for g in gradients.values()]).norm()
+    low, high = (0.3 * g.double() / norm for g in gradients.values())
+    with opt.perturbed():
+        loss(model, batch()).backward()
+    arrived = torch.cat([low.bfloat16().double().flatten(), high.flatten()])
+    assert opt.stats["realised_norm"] == pytest.approx(arrived.norm().item(), rel=1e-6)
+    assert opt.stats["epsilon_norm"] == pytest.approx(0.3, rel=1e-6)
+    assert arrived.norm().item() != pytest.approx(0.3, rel=1e-6)
+
+
 def test_extra_memory_is_a_few_times_the_selected_elements(loss):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])

@@ -56,7 +56,7 @@ def launches(wrapper, layers):
     return counts[1]
 
 
-@requirement("S14", missed_by=(PytorchOptimizer, peers.SubtractsEps))
+@requirement("S14", missed_by=(PytorchOptimizer, peers.SubtractsEps), met_by=(OursByDelta,))
 def moving_and_coming_back_take_as_many_launches_for_any_number_of_layers(wrapper):
     few, many = launches(wrapper, 2), launches(wrapper, 12)
     assert few == many, f"{few} launches for 2 layers, {many} for 12"
