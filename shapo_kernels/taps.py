@@ -104,7 +104,10 @@ class Tap:
         if not isinstance(input, DTensor):
             raise RuntimeError(f"the layer's output is a DTensor and its input a {type(input).__name__}: expected two")
         gradients = _input_gradient_placements(input.placements, output.placements, output.ndim - 1)
-        parts = self._joined(output.to_local(), input.to_local(grad_placements=gradients), direction)
+        # Every rank's part of a sum has the sum's gradient; torch 2.10 would by itself take that for a part too.
+        whole = [Replicate() if placement.is_partial() else placement for placement in output.placements]
+        own_output = output.to_local(grad_placements=whole)
+        parts = self._joined(own_output, input.to_local(grad_placements=gradients), direction)
         return DTensor.from_local(
             parts,
             output.device_mesh,
