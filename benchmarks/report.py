@@ -105,22 +105,29 @@ def render(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, An
 def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
     """One line for each case: our median, each other variant's time over ours, and the memory of all.
 
+    Suites that compare with something else than ours have their table as it is.
+
     Raises:
         ValueError: no rows.
     """
-    if not rows:
-        raise ValueError(f"no rows of {suite}: run pytest benchmarks/test_{suite}.py")
+    if not any(row["variant"] == OURS for row in rows):
+        return render(suite, rows, environment)
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     others = [name for name in variants if name != OURS]
     memory = [name for name in MEMORY if any(name in row for row in rows)]
     title = {name: name.replace(OURS, "ours") for name in variants}
-    titles = ["case", "ours, ms", *(f"{title[name]} / ours" for name in others)]
+    floor = any("of_floor" in row for row in rows)
+    titles = ["case", "ours, ms (p20 to p80)", *(["ours / floor"] if floor else [])]
+    titles += [f"{title[name]} / ours" for name in others]
     titles += [f"{MEMORY[column]}: {'; '.join(title.values())}" for column in memory]
     lines = [f"### {TITLES.get(suite, suite)}", "", f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["variant"]: row for row in rows if row["case"] == case}
         ratio = lambda name, found=found: f"{found[name]['times_ours']:.2f}" if name in found else ""  # noqa: E731
-        cells = [case, f"{found[OURS]['p50_ms']:,.1f}", *map(ratio, others)]
+        ours = found[OURS]
+        cells = [case, f"{ours['p50_ms']:,.1f} ({ours['p20_ms']:,.1f} to {ours['p80_ms']:,.1f})"]
+        cells += [f"{ours['of_floor']:.2f}"] if floor else []
+        cells += map(ratio, others)
         for column in memory:
             cells.append("; ".join(f"{found[name][column]:.2f}" if name in found else "none" for name in variants))
         lines.append(f"| {' | '.join(cells)} |")

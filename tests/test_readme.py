@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import report
 
 README = Path(__file__).parents[1] / "README.md"
+KERNELS = ["subspace_update", "column_cosine", "shapo_update"]
+LOGPS = ["sequence_logps", "linear_sequence_logps", "linear_sequence_logps_step"]
+TABLES = {"README.md": ["--wide", *KERNELS], "docs/measurements.md": KERNELS, "docs/losses.md": ["--wide", *LOGPS]}
 
 
 def test_the_usage_example_runs_and_trains(capsys):
@@ -21,3 +25,12 @@ def test_the_usage_example_runs_and_trains(capsys):
 def test_every_file_that_the_readme_links_to_exists():
     for link in re.findall(r"\]\((?!http)([^)#]+)", README.read_text()):
         assert (README.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_tables_are_those_of_the_recorded_rows(document, tmp_path):
+    written = (README.parent / document).read_text()
+    copy = tmp_path / "copy.md"
+    copy.write_text(report.between_markers(written, "nothing"))
+    report.main(["--into", str(copy), *TABLES[document]])
+    assert copy.read_text() == written

@@ -151,7 +151,7 @@ def test_rows_of_one_case_are_added_to_those_of_others_from_the_same_machine_alo
     recorded = json.loads(path.read_text())
     assert [(row["case"], round(row["p50_ms"])) for row in recorded["rows"]] == [("one", 3), ("two", 2)]
     table = report.render_wide("suite", recorded["rows"], recorded["environment"])
-    assert "| two | 2.0 |" in table
+    assert "| two | 2.0 (2.0 to 2.0) |" in table
     path.write_text(json.dumps(recorded | {"environment": recorded["environment"] | {"cpu": "another"}}))
     rows.add("suite", [record("three", 1.0)], tmp_path)
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["three"]
