@@ -197,7 +197,7 @@ class Perturber:
         amiss = None
         if self.active is not None:
             self._warn_of_autocast()
-            amiss = self.active.remove()
+            amiss = self.active.remove() or self.watch.merged()
             self.active = None
         self.watch.end()
         return amiss

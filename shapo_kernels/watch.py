@@ -23,6 +23,10 @@ _ADAPTERS = (
     "the model's adapters were switched or merged inside `with opt.perturbed():`: a reference pass there is one of the "
     "perturbed base; put it inside `with opt.unperturbed():`"
 )
+_MERGED = (
+    "adapters were merged or unmerged inside `with opt.perturbed():`, and the selected neurons are back at what they "
+    "were before: load the model's weights anew, and merge outside or use perturbation='delta'"
+)
 _OTHER_WEIGHT = (
     "a layer was called with another weight than the one that is perturbed in place (torch.func.functional_call?): "
     "use perturbation='delta', or call the model itself"
@@ -123,6 +127,12 @@ class Watch:
         if layer is None:
             return None
         return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
+
+    def merged(self) -> str | None:
+        """What is amiss where adapters were merged into weights that are written to, or taken out of them."""
+        if self.writes and self._adapters is not None and self._which_adapters()[-1] != self._adapters[-1]:
+            return _MERGED
+        return None
 
     def is_in(self, block: object) -> bool:
         return self._block is block

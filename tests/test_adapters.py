@@ -215,3 +215,23 @@ def test_an_adapter_saved_in_a_descent_is_clean_or_refused(perturbation):
         else:
             with pytest.raises(RuntimeError, match="are perturbed"):
                 peft.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "delta"])
+def test_adapters_merged_into_perturbed_weights_are_reported_and_delta_keeps_the_merge(perturbation):
+    def merge_while_perturbed():
+        with opt.perturbed():
+            loss(model).backward()
+            model.merge_adapter()
+
+    model, merged = make(), make()
+    opt = wrap(model, perturbation=perturbation)
+    with opt.ascent():
+        opt.ascend(loss(model))
+    if perturbation == "in_place":
+        with pytest.raises(RuntimeError, match="merged or unmerged inside"):
+            merge_while_perturbed()
+    else:
+        merge_while_perturbed()
+        merged.merge_adapter()
+        assert torch.equal(logits(model), logits(merged))
