@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from shapo.errors import UserError
 from shapo_kernels import losses
@@ -83,7 +84,7 @@ def describe_head(model: nn.Module) -> FusedHead | str:
     if (reason := unusable(inner)) is not None:
         return reason
     try:
-        return _ask(inner)
+        return _ask(inner, model)
     except Exception as error:  # whatever a model's forward pass says to a stand-in for its head
         return f"its forward pass does not take a stand-in for its head ({type(error).__name__})"
 
@@ -116,26 +117,36 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def _ask(model: Any) -> FusedHead | str:
-    """One forward pass over two tokens, its head replaced, and one of the backbone alone; hooks on both see nothing."""
+def _ask(model: Any, wrapped: Any) -> FusedHead | str:
+    """One forward pass over two tokens, its head replaced, and one of the backbone alone; hooks on both see nothing.
+
+    FSDP2 gathers weights by hooks of the outermost module: a model that it shards is asked through them, by all ranks.
+    """
     head = model.get_output_embeddings()
+    sharded = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
     taken: list[Tensor] = []
+    theirs, backbone = model.forward, model.base_model if sharded else model.base_model.forward
 
     def stand_in(hidden: Tensor) -> Tensor:
         taken.append(hidden)
         return torch.tensor(_PROBES, device=hidden.device).expand(*hidden.shape[:-1], -1).clone()
 
+    def both(**inputs: Any) -> tuple[Tensor, Tensor]:
+        with _forward_of(head, stand_in):
+            logits = theirs(**inputs).logits
+        return logits, backbone(**inputs).last_hidden_state
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), _forward_of(head, stand_in):
-            logits = model.forward(input_ids=tokens, use_cache=False).logits
-        with torch.no_grad():
-            hidden = model.base_model.forward(input_ids=tokens, use_cache=False).last_hidden_state
+        with torch.no_grad(), _forward_of(model, both):
+            logits, hidden = (wrapped if sharded else both)(input_ids=tokens, use_cache=False)
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module in sharded:
+            module.reshard()  # the outermost would keep its weights, and not see the next step's
     if len(taken) != 1 or not torch.allclose(taken[0], hidden, rtol=1e-3, atol=1e-5):
         return "its head is not given the last hidden states"
     found = logits.double()[0, -1].tolist()
