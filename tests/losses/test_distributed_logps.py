@@ -52,6 +52,17 @@ VOCABULARY_PARALLEL = COMMON + textwrap.dedent(
             for one, other in zip(got, (expected[0], expected[1][rows], expected[2][rows])):
                 torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
+    # One graph for torch.compile, collectives and all.
+    def loss(hidden, mine):
+        whole = dist.group.WORLD
+        return losses.linear_sequence_logps(hidden * 1.0, mine, labels, chunk_bytes=240, group=whole)[0].sum()
+
+    inputs = [hidden, mine]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for one, other in zip(got, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
     # A part of the vocabulary that is masked as a whole, as padded vocabularies are.
     hidden, weight, bias, labels, slope = data()
     bias = torch.zeros(11, dtype=torch.float64)
@@ -105,12 +116,20 @@ FSDP2 = COMMON + textwrap.dedent(
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert isinstance(model.head.weight, DTensor)
-    with CommDebugMode() as forward:
-        value = loss(model, slice(rank, rank + 1))
-    assert sum(forward.get_comm_counts().values()) == 2, forward.get_comm_counts()  # the body's and the head's weight
-    value.backward()
+    rows = slice(rank, rank + 1)
+    loss(model, rows).backward()
     for parameter, expected in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, rtol=1e-11, atol=1e-13)
+
+    # Of the head alone: gathered for the forward pass and not again, its gradient sent once.
+    states = hidden[rows].clone().requires_grad_()
+    with CommDebugMode() as forward:
+        sums, _ = losses.linear_sequence_logps(states, model.head.weight, labels[rows], chunk_bytes=8 * 9)
+    with CommDebugMode() as backward:
+        sums.sum().backward()
+    for mode, name in ((forward, "all_gather"), (backward, "reduce_scatter")):
+        counts = {str(operator): count for operator, count in mode.get_comm_counts().items()}
+        assert len(counts) == 1 and all(name in operator and n == 1 for operator, n in counts.items()), counts
     dist.destroy_process_group()
     """
 )
