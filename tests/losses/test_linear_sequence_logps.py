@@ -5,7 +5,7 @@ import torch
 from measure import peak_extra_bytes
 from textbook import IGNORE, eager, head, make_labels
 
-from shapo_kernels import losses
+from shapo_kernels import backends, losses
 from shapo_kernels.losses import linear_head, linear_tiles
 
 
@@ -127,20 +127,25 @@ def test_gradients_of_a_16_bit_head_are_no_worse_than_eager(multiplies, monkeypa
             assert (mine - exact).norm() <= 1.02 * (other - exact).norm()
 
 
-def test_autocast_rounds_the_inputs_and_leaves_gradients_in_their_dtypes():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_inputs_and_leaves_gradients_in_their_dtypes(dtype):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(20, 16, requires_grad=True)
     labels = make_labels(2, 9, 20)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         sums, _ = losses.linear_sequence_logps(hidden, weight, labels)
-        mixed, _ = losses.linear_sequence_logps(hidden.bfloat16(), weight, labels)
+        mixed, _ = losses.linear_sequence_logps(hidden.to(dtype), weight, labels)
     assert sums.dtype == torch.float32
     assert torch.equal(sums, mixed)
-    sums.sum().backward()
+    inside = torch.autograd.grad(sums.sum(), [hidden, weight], retain_graph=True)
+    with torch.autocast("cpu", dtype=dtype):  # where trainers run the backward pass too
+        sums.sum().backward()
+    assert torch.equal(hidden.grad, inside[0])
+    assert torch.equal(weight.grad, inside[1])
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
-    theirs = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    theirs = [x.detach().to(dtype).double().requires_grad_() for x in (hidden, weight)]
     expected = eager(head(*theirs), labels)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         own = eager(head(hidden, weight).float(), labels)[0]
     assert (sums - expected).abs().max() <= (own - expected).abs().max()
     expected.sum().backward()
@@ -359,6 +364,38 @@ def test_extreme_logits_of_a_head_mean_what_they_mean_in_log_softmax(value, colu
         (gradient,) = torch.autograd.grad(found.sum(), hidden)
         expected = logits[1, 0].double() - (torch.softmax(logits[:, 0].double(), 0) * logits[:, 0].double()).sum()
         torch.testing.assert_close(gradient[0, 0, 0].double(), expected, rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in backends.available()])
+@pytest.mark.parametrize("chunk_bytes", [None, 60, 200])
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan, 1e4])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}])
+def test_gradients_of_extreme_logits_are_those_of_the_head_and_the_log_softmax(
+    options, value, chunk_bytes, backend, small_tiles
+):
+    """Infinities in one column, in the label's, in all but the first two, in all: NaN where the textbook has NaN."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 2, 4, dtype=torch.float64), torch.randn(13, 4, dtype=torch.float64)
+    labels = torch.tensor([[1, 5]])
+
+    def found(function, columns):
+        bias = torch.zeros(13, dtype=torch.float64)
+        bias[columns] = value
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logps = function(*inputs)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), inputs)
+
+    def textbook(h, w, b):
+        return torch.log_softmax(head(h, w, b, **options), -1).gather(2, labels[..., None])[..., 0]
+
+    def ours(h, w, b):
+        return losses.linear_token_logps(h, w, labels, bias=b, shift=0, chunk_bytes=chunk_bytes, **options).logps
+
+    for columns in (slice(0, 1), slice(1, 2), slice(2, 13), slice(0, 13)):
+        with backends.use(backend):
+            got = found(ours, columns)
+        for one, other in zip(got, found(textbook, columns), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9, equal_nan=True)
 
 
 def test_a_probability_close_to_one_keeps_its_gradient_through_the_head(small_tiles):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shapo_kernels import ops, reference
+from shapo_kernels import losses, ops, reference
+from shapo_kernels.losses import linear_tiles
 
 # By path: the package's attributes of these names are functions of operators.
 kernels = importlib.import_module("shapo_kernels.triton.sequence_logps")
@@ -146,3 +147,27 @@ def test_a_compiled_loss_is_one_graph_and_equals_eager():
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         (got,) = torch.autograd.grad(compiled(leaf, in_place), leaf)
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("value", [None, -torch.inf, torch.inf, torch.nan, 1e4])
+def test_a_head_whose_tiles_go_through_them_equals_the_head_and_the_log_softmax(value, monkeypatch):
+    monkeypatch.setattr(linear_tiles, "FEWEST_COLUMNS", 3)
+    torch.manual_seed(0)
+    bias, labels = torch.zeros(13, dtype=F64), torch.tensor([[1, 5]])
+    if value is not None:
+        bias[[0, 7]] = value
+    tensors = torch.randn(1, 2, 4, dtype=F64), torch.randn(13, 4, dtype=F64), bias
+
+    def found(function):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        logps = function(*inputs)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), inputs)
+
+    def textbook(h, w, b):
+        return torch.log_softmax(torch.nn.functional.linear(h, w, b), -1).gather(2, labels[..., None])[..., 0]
+
+    def ours(h, w, b):
+        return losses.linear_token_logps(h, w, labels, bias=b, shift=0, chunk_bytes=100).logps
+
+    for one, other in zip(found(ours), found(textbook), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9, equal_nan=True)
