@@ -12,7 +12,7 @@ from shapo.data import synthetic
 from shapo.data.tokens import PairEncoder
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 VOCABULARY = 400
 
@@ -59,3 +59,21 @@ def _tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def tiny_llama(_tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     """Two layers of 64 neurons, random weights: a fresh copy for each test, which may change it."""
     return copy.deepcopy(_tiny_llama)
+
+
+@pytest.fixture
+def reward_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
+    """One layer, random weights, one score for each row."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    return LlamaForSequenceClassification(config)

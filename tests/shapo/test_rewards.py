@@ -11,23 +11,6 @@ from shapo.rewards import PairRewards, RewardScorer, load_reward_scorer, train_r
 
 
 @pytest.fixture
-def reward_model(tiny_tokenizer):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    return LlamaForSequenceClassification(config)
-
-
-@pytest.fixture
 def plain_tokenizer(tiny_tokenizer):
     import copy
 
