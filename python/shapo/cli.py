@@ -29,8 +29,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # A default of None or False says nothing; where absence has a meaning the help text tells it.
-        if action.default is None or action.default is False or action.required:
+        # None, False and an empty list say nothing; where absence has a meaning the help text tells it.
+        if action.default is None or action.default is False or action.default == [] or action.required:
             return action.help
         return super()._get_help_string(action)
 

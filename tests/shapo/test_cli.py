@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -323,6 +324,17 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert leave.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_help_gives_each_method_a_line_and_defaults_as_they_are_typed(capsys):
+    for command in ("select", "sharpness"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    text = capsys.readouterr().out
+    for method in ("probe", "gradient", "random", "neurons", "full"):
+        assert re.search(rf"^  {method}  ", text, re.MULTILINE), method
+    assert "(default: 0.01,0.03,0.1,0.3,1)" in text
+    assert "(default: [" not in text
 
 
 def test_the_documentation_names_every_command():

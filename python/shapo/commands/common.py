@@ -31,7 +31,7 @@ def add_data_arguments(
     parser: argparse.ArgumentParser, *, required: bool = True, what: str = "preference pairs"
 ) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", required=required, metavar="SOURCE", help=f"{what}: a local file or a hub name")
+    group.add_argument("--data", required=required, metavar="SOURCE", help=f"{what}: a local file, a folder of splits or a hub name")
     group.add_argument(
         "--format",
         default="auto",
@@ -44,7 +44,7 @@ def add_data_arguments(
         choices=("safer", "better"),
         help="PKU-SafeRLHF: which of its two preferences is meant",
     )
-    group.add_argument("--split", metavar="NAME", help="split of a data set on the hub (its only or its train split)")
+    group.add_argument("--split", metavar="NAME", help="split of a folder or of a data set on the hub (default: train)")
     group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N pairs alone (default: all)")
     add_encoder_arguments(parser)
 

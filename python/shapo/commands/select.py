@@ -1,9 +1,16 @@
 """Selects the neurons to perturb and writes them as a subspace.
 
   probe     the share --percent of all neurons most opposed to the "unsafe" direction of --probe (the published way)
-  gradient  those on which the loss of --data has the largest gradient; use pairs that neither training nor evaluation
-  sees random    as many at random: over all layers together, the same share of each (--match layer), or as many of each
-  layer as --like has neurons   every neuron;  full: every parameter, the uniform control (ordinary SAM)
+
+  gradient  those on which the loss of --data has the largest gradient; give it pairs that neither training nor
+            evaluation sees
+
+  random    as many at random: over all layers together, the same share of each (--match layer), or in each layer as
+            many as --like has
+
+  neurons   every neuron
+
+  full      every parameter, the uniform control (ordinary SAM)
 
 Writes --output, a safetensors file; its header says how it was made.
 """
@@ -42,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random: of the draw")
     common.add_data_arguments(parser, required=False, what="gradient: held-out preference pairs")
     parser.add_argument(
-        "--loss", default="dpo", choices=[name for name in settings.LOSSES if name != "reward_level"], help="gradient"
+        "--loss", default="dpo", choices=[name for name in settings.LOSSES if name != "reward_level"], help="gradient: which loss"
     )
     parser.add_argument("--beta", type=float, default=0.1, help="gradient: inverse temperature of the loss")
     parser.add_argument(

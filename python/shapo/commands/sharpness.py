@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random controls of the first subspace, of each kind: any layer, same layers",
     )
     parser.add_argument("--random-seed", type=int, default=0, help="of the first control; the next ones count up")
-    parser.add_argument("--rhos", type=common.radii, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="radii in weight units")
+    parser.add_argument("--rhos", type=common.radii, default="0.01,0.03,0.1,0.3,1", help="radii in weight units")
     parser.add_argument(
-        "--ratios", type=common.radii, default=[0.003, 0.01, 0.03, 0.1, 0.3], help="radii as multiples of ||W_S||"
+        "--ratios", type=common.radii, default="0.003,0.01,0.03,0.1,0.3", help="radii as multiples of ||W_S||"
     )
     parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the DPO loss")
     parser.add_argument(

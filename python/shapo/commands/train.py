@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-seed", type=int, default=0, help="which labels are flipped")
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", default="dpo", choices=settings.LOSSES, help="see the top")
+    loss.add_argument("--loss", default="dpo", choices=settings.LOSSES, help="formulas: docs/losses.md")
     loss.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the implicit reward")
     loss.add_argument(
         "--epsilon", type=float, help="cdpo, rdpo: assumed share of flipped labels, in [0, 0.5) (default: 0.1)"
