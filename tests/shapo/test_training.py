@@ -211,6 +211,20 @@ def test_evaluation_lines_tell_accuracy_and_memorised_flips_before_between_and_a
     assert summary["final"]["accuracy"] == lines[-1]["accuracy"]["value"]
 
 
+def test_before_the_first_update_every_pair_is_a_tie_however_the_model_is_asked(
+    tiny_llama, pairs, synthetic_rows, tiny_encoder, tmp_path
+):
+    clean = TokenizedPairs(load_pairs(synthetic_rows["test"]), tiny_encoder)
+    loop = LoopConfig(updates=1, batch_size=6, micro_batch_size=1, lr=1e-3, warmup=0)
+    everything = {"shapo": ShaPOConfig(rho=0.1), "subspace": Subspace.full(tiny_llama)}  # the head's logits are made
+    train(tiny_llama, pairs, tmp_path, loop=loop, evaluation=clean, **everything)
+    before, after = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
+    assert (before["ties"], before["margin"]) == (len(clean), 0)
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-15)
+    assert before["accuracy"]["value"] == before["flips_fitted"]["value"] == 0.5
+    assert after["ties"] == 0
+
+
 def test_partial_batches_are_kept(tiny_llama, pairs, tmp_path):
     summary = train(tiny_llama, pairs, tmp_path, loop=LoopConfig(epochs=2, batch_size=5, lr=1e-4))
     assert summary["updates"] == 2 * 3

@@ -84,7 +84,7 @@ def without_times(path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
 def test_resumed_equals_uninterrupted_at_every_update(stop, optimizer, model, pairs, tmp_path):
     loop = LoopConfig(**{**LOOP.__dict__, "optimizer": optimizer})
     whole, first, second = model, copy.deepcopy(model), copy.deepcopy(model)
@@ -260,3 +260,11 @@ def test_a_checkpoint_is_read_with_weights_only(model, pairs, tmp_path):
     train(model, pairs, tmp_path, loop=LoopConfig(**{**LOOP.__dict__, "save_every": 5}))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert read_checkpoint(tmp_path / "checkpoint.pt", state["run"])["update"] == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 99, b"\x80\x02."], ids=["empty", "junk", "pickle"])
+def test_bytes_that_are_no_checkpoint_are_refused_in_one_line(content, model, pairs, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged or no checkpoint") as error:
+        train(model, pairs, tmp_path, resume=True)
+    assert "\n" not in str(error.value)

@@ -8,9 +8,7 @@ previous one.
 from __future__ import annotations
 
 import os
-import pickle
 import random
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,8 +73,9 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dic
         raise UserError(f"there is no checkpoint {path} to resume from; run without --resume first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what the unpickler says of other bytes has no common base: KeyError, EOFError ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{path} is no checkpoint of this version (format {_FORMAT})")
     require_same_run(state["run"], run, path)

@@ -179,6 +179,8 @@ class LoopConfig:
         _choice("fused head", self.fused_head, FUSED_HEADS)
         for name in ("warmup", "eval_every", "save_every", "seed"):
             _at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}, but torch takes numbers below 2 ** 63")
         for name in ("clip", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

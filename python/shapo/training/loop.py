@@ -24,7 +24,7 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
 Update = Callable[[list[int]], dict[str, Any]]
-Evaluate = Callable[[], dict[str, Any]]
+Evaluate = Callable[[int], dict[str, Any]]
 
 
 @dataclass
@@ -63,9 +63,9 @@ class Loop:
         """Runs the updates that are left: all, or those after the checkpoint `state` (see `read_state`).
 
         `update(indices)` makes one update of the weights from the examples `indices` and returns what to log;
-        `evaluate()` is called before the first update, every `eval_every` updates and after the last.  A checkpoint is
-        written every `save_every` updates and on the first Ctrl-C, after the update that it fell into; a second Ctrl-C
-        leaves at once, without saving.
+        `evaluate(done)` is called before the first update, every `eval_every` updates and after the last, with the
+        number of updates made.  A checkpoint is written every `save_every` updates and on the first Ctrl-C, after the
+        update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.
 
         Raises:
             UserError: No room to write.
@@ -79,7 +79,7 @@ class Loop:
             tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not progress) as bar,
         ):
             if evaluate and done == 0:
-                log.write("evaluation", {"update": 0, **evaluate()})
+                log.write("evaluation", {"update": 0, **evaluate(0)})
             while done < self.total:
                 started, cpu_started = time.perf_counter(), time.process_time()
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -93,8 +93,8 @@ class Loop:
                 bar.update()
                 bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
                 if evaluate and (done == self.total or _due(done, self.config.eval_every)):
-                    log.write("evaluation", {"update": done, **evaluate()})
-                if _due(done, self.config.save_every) or (interrupt.requested and done < self.total):
+                    log.write("evaluation", {"update": done, **evaluate(done)})
+                if _due(done, self.config.save_every) or interrupt.requested:
                     self._save(done, log.position)
                 if interrupt.requested:
                     raise KeyboardInterrupt(self._farewell(done))
@@ -111,8 +111,6 @@ class Loop:
         return done, position
 
     def _farewell(self, done: int) -> str:
-        if done == self.total:
-            return "training was done, the model is not saved"
         return f"update {done} of {self.total} is saved in {self.output / CHECKPOINT}; --resume goes on from there"
 
     def _save(self, done: int, position: int) -> None:

@@ -67,7 +67,7 @@ def train_sft(
         optimizer.zero_grad()
         return {"loss": total, "grad_norm": norm.item(), "tokens": tokens}
 
-    def evaluate() -> dict[str, Any]:
+    def evaluate(_: int) -> dict[str, Any]:
         with evaluating(model), torch.no_grad():
             size = config.micro_batch_size or config.batch_size
             batches = [checks[start : start + size] for start in range(0, len(checks), size)]
