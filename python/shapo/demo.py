@@ -174,7 +174,15 @@ def prepare_subspaces(task: Task) -> dict[str, Any]:
     (output / "subspaces").mkdir(exist_ok=True)
     for name, space in spaces.items():
         space.save(output / "subspaces" / f"{name}.safetensors")
-    return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
+    end = curve[-10:]
+    return {
+        "accuracy": probe.accuracy,
+        "majority": probe.majority,
+        "responses": len(examples),
+        "last_epochs": len(end),
+        "lowest": min(end),
+        "highest": max(end),
+    }
 
 
 def _prepare_rewards(task: Task) -> dict[str, Any]:

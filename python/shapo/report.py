@@ -69,6 +69,8 @@ def render(results: Mapping[str, Any], output: Path) -> str:
             "",
             "![accuracy and memorised flips over training](training.png)",
             "",
+            _curves(settings),
+            "",
             "## Is there something to learn?",
             "",
             _checks(results),
@@ -87,7 +89,7 @@ def render(results: Mapping[str, Any], output: Path) -> str:
             "",
             "## Going on from here",
             "",
-            _commands(output, results["seed"]),
+            _commands(output, results),
             "",
         ]
     )
@@ -132,6 +134,16 @@ def _legend(settings: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -
     )
 
 
+def _curves(settings: Mapping[str, Any]) -> str:
+    return _paragraph(
+        f"""
+        Over training the accuracy is of the first {min(settings["curve_pairs"], settings["test"])} test pairs, in the
+        table of all {settings["test"]}. At update 0 the model is its own reference: every pair is a tie, which counts
+        half.
+        """
+    )
+
+
 def _checks(results: Mapping[str, Any]) -> str:
     probe, rewards = results["probe"], results["rewards"]
     unseen = results["methods"][0]["unseen"]["accuracy"]
@@ -146,6 +158,8 @@ def _checks(results: Mapping[str, Any]) -> str:
         f"""
         The probe tells safe from unsafe in {100 * probe["accuracy"]:.1f} % of the responses to prompts it has not seen;
         the majority class alone gives {100 * probe["majority"]:.1f} % ({probe["responses"]} responses in all).
+        That is the last epoch's; over the last {probe["last_epochs"]} it went from {100 * probe["lowest"]:.1f} to
+        {100 * probe["highest"]:.1f} %.
         """,
         f"""
         The reward model of the reward level was trained by Bradley-Terry on the CLEAN labels of {rewards["pairs"]}
@@ -220,8 +234,8 @@ def _limits(results: Mapping[str, Any]) -> str:
     )
 
 
-def _commands(output: Path, seed: int) -> str:
-    folder = output.as_posix()
+def _commands(output: Path, results: Mapping[str, Any]) -> str:
+    folder, seed = output.as_posix(), results["seed"]
     sft, data = f"{folder}/sft/model", f"{folder}/data"
     commands = [
         f"evaluate --model {folder}/model --reference {sft} --data {data}/test.jsonl "
@@ -236,7 +250,13 @@ def _commands(output: Path, seed: int) -> str:
         f"--subspace {folder}/try/critical.safetensors --output {folder}/try/sharpness",
     ]
     lines = "\n".join(f"shapo {command}" for command in commands)
-    text = "The data, the models and the subspaces of this run are files that the other commands take:"
+    name = next(row["name"] for row in results["methods"] if row["slug"] == FINAL_MODEL)
+    text = _paragraph(
+        f"""
+        The data, the models and the subspaces of this run are files that the other commands take. `model/` is that of
+        the row "{name}", whatever the table says of it; the others are under `methods/`.
+        """
+    )
     return f"{text}\n\n```\n{lines}\n```"
 
 

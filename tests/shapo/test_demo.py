@@ -32,6 +32,12 @@ def test_every_method_is_measured(demo):
         assert all(("shapo" in line) == (row["subspace"] is not None) for line in lines)
 
 
+def test_all_methods_start_from_a_tie_in_every_pair(demo):
+    for method in methods():
+        start = read_metrics(demo / "methods" / method.slug / "metrics.jsonl", "evaluation")[0]
+        assert (start["update"], start["ties"], start["flips_fitted"]["value"]) == (0, 16, 0.5), method.name
+
+
 def test_token_and_reward_level_have_each_selection_and_plain_training(demo):
     found = {(method.reward_level, method.subspace) for method in methods()}
     assert found == {(level, s) for level in (False, True) for s in (None, "probe", "gradient", "random", "all")}
@@ -61,6 +67,8 @@ def test_the_report_states_seed_limits_and_the_check_of_the_unseen_split(demo):
         "Unseen categories, checked with plain DPO",
         "CLEAN labels",
         "What this does not show",
+        "of the first 16 test pairs, in the table of all 32",
+        'that of the row "ShaPO, critical by probe"',
     ):
         assert part in text
     rows = [line for line in text.splitlines() if line.startswith(("| ShaPO", "| DPO"))]
