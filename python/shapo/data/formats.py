@@ -76,6 +76,8 @@ def load_pairs(
             pair = read(row, preference)
             if not pair.chosen.strip() or not pair.rejected.strip():
                 raise _Unusable("with an empty response")
+            if not all(map(_is_unicode, (pair.prompt, pair.chosen, pair.rejected))):
+                raise _Unusable(_HALF)
             if pair.chosen.strip() == pair.rejected.strip():
                 raise _Unusable("with equal responses")
         except _Unusable as reason:
@@ -122,6 +124,9 @@ def load_prompts(
             dropped["with an empty prompt"] += 1
             continue
         context = _first(row, schema.context)
+        if not _is_unicode(question + context):
+            dropped[_HALF] += 1
+            continue
         # HarmBench's own way to join the two for its contextual behaviours.
         text = f"{context}\n\n---\n\n{question}" if context.strip() else question
         identifier = _first(row, schema.identifier) or str(number)
@@ -265,6 +270,8 @@ def _read_hh(row: Row, preference: str) -> PreferencePair:
 def _read_trl(row: Row, preference: str) -> PreferencePair:
     """One row in a form that TRL takes: text or messages, with the prompt in a column or as the shared beginning."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if chosen is None or rejected is None:
+        raise _Unusable("with an empty response")
     category = str(row.get("category") or "")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
@@ -324,6 +331,18 @@ def _messages(value: Any) -> list[dict[str, str]]:
             raise _Unusable(f"with a role other than {', '.join(ROLES)}")
         messages.append({"role": message["role"], "content": content})
     return messages
+
+
+_HALF = "with half of a surrogate pair, which is no character"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it: JSON's escapes can give halves of characters, which tokenizers and files refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(value: object) -> str:

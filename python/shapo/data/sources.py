@@ -44,7 +44,7 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None 
         _no_split("rows in memory", split)
         return iter(source), "memory"
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves ~nobody as it is
     if path.is_dir():
         path = _split_file(path, split or _DEFAULT_SPLIT)
     elif path.exists():
@@ -123,6 +123,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
             yield from json.load(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from error
+        except RecursionError as error:
+            raise UserError(f"{path}: JSON of too many levels; expected an array of objects") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -136,6 +138,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 where = f"{path}, line {number}"
                 problem = f"broken JSON ({error.msg} at column {error.colno})"
                 raise UserError(f"{where}: {problem}; expected one object a line") from error
+            except (RecursionError, ValueError) as error:  # too many levels, a number of thousands of digits
+                raise UserError(f"{path}, line {number}: JSON that Python does not read ({error})") from error
 
 
 def _csv_rows(path: Path) -> Iterator[Any]:
@@ -185,7 +189,9 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Any]] | None:
 
 
 def _kind(value: object) -> str:
-    return {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    return {list: "a list", str: "a text", type(None): "null", int: "a number", float: "a number"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:

@@ -77,6 +77,21 @@ def test_rows_that_give_no_pair_are_counted_by_reason() -> None:
     assert "1 with equal responses" in found.summary()
 
 
+def test_null_fields_and_halves_of_characters_are_counted_and_left_out() -> None:
+    row = {"prompt": "p", "chosen": " a", "rejected": " b"}
+    bad = [{"chosen": None}, {"rejected": None}, {"chosen": " \ud83d"}, {"prompt": "\ude00"}, {"prompt": None}]
+    found = load_pairs([row, *(row | change for change in bad)])
+    assert found.dropped == {
+        "with an empty response": 2,
+        "with half of a surrogate pair, which is no character": 2,
+        "without a shared beginning": 1,
+    }
+    assert len(found) == 1
+    prompts = load_prompts([{"prompt": "\ud83d"}, {"prompt": "\U0001f600"}])
+    assert prompts.dropped == {"with half of a surrogate pair, which is no character": 1}
+    assert len(prompts) == 1
+
+
 def hh(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
     return {"chosen": prompt + chosen, "rejected": prompt + rejected}
 

@@ -73,6 +73,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "ragged.csv": (b"a,b\n1,2\n3\n", "line 3: the row's number of fields differs from the header's 2"),
     "quote.csv": (b'a,b\n1,"2\n', "broken CSV after line 1"),
     "broken.parquet": (b"PAR1xx", "is not a readable parquet file"),
+    "deep.jsonl": (b'{"a": ' + 100_000 * b"[", "line 1: JSON that Python does not read"),
+    "deep.json": (100_000 * b"[", "JSON of too many levels"),
+    "digits.jsonl": (b'{"a": ' + 5_000 * b"1" + b"}", "line 1: JSON that Python does not read"),
     "text.txt": (b"x", "cannot read this type of file; expected one of .jsonl"),
 }
 
@@ -87,7 +90,10 @@ def test_a_broken_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/data", "a/b/c", "~/missing", "what is this?"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jsonl", "./missing", "/missing/data", "a/b/c", "~/missing", "~nobody-of-that-name/x", "what is this?"],
+)
 def test_a_missing_file_is_one_clear_line(name: str) -> None:
     with pytest.raises(UserError, match="no such file: "):
         read_rows(name)
