@@ -19,7 +19,9 @@ class ShaPODPOTrainer(ShaPOTrainerMixin, DPOTrainer):
     pass
 
 
-model, data, subspace = sys.argv[1:4]
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
+model, data, subspace = sys.argv[1:]
 trainer = ShaPODPOTrainer(
     AutoModelForCausalLM.from_pretrained(model),
     args=DPOConfig(

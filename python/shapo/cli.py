@@ -65,7 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     added = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"{commands.__name__}.{name}")
-        command = added.add_parser(name, help=module.SUMMARY, description=module.__doc__, formatter_class=_Formatter)
+        # Without abbreviations: a mistyped option is no other one, and a new one changes no old command line.
+        command = added.add_parser(
+            name, help=module.SUMMARY, description=module.__doc__, formatter_class=_Formatter, allow_abbrev=False
+        )
         module.add_arguments(command)
     return parser
 

@@ -36,6 +36,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _require_replaceable(target)
     with _reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -112,6 +113,7 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
         raise UserError(f"cannot write to {target}: it is a file, not a folder")
     if not folder and target.is_dir():
         raise UserError(f"cannot write {target}: it is a folder, give a file name")
+    _require_replaceable(target)
     existing = target if folder else target.parent
     while not existing.exists():
         existing = existing.parent
@@ -125,6 +127,12 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
             if probe.exists():
                 probe.unlink()
     return target
+
+
+def _require_replaceable(target: Path) -> None:
+    # Renaming over /dev/null as root would take it away from the whole machine.
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise UserError(f"cannot write {target}: it is a device or a pipe; give the name of a file")
 
 
 def _finish(path: Path, mode: int) -> None:

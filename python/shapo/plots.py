@@ -65,6 +65,9 @@ def plot_sharpness(path: str | os.PathLike[str], result: Sharpness, *, title: st
             axis.plot(
                 [getattr(point, x) for point in points], ys, label=curve.name, markersize=4, linewidth=1.4, **style
             )
+        radii = {getattr(point, x) for curve in result.curves for point in getattr(curve, family)}
+        if len(radii) == 1:  # an axis of no width has no logarithm
+            axis.set_xlim(min(radii) / 2, max(radii) * 2)
         axis.set_xscale("log")
         if y == "share":
             axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))

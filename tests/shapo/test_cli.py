@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def files(tmp_path_factory, _tiny_llama, tiny_tokenizer, synthetic_rows):
     folder = tmp_path_factory.mktemp("files")
     _tiny_llama.save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
+    _tiny_llama.save_pretrained(folder / "bare")
     for split, rows in synthetic_rows.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "empty.jsonl").write_text("")
@@ -112,8 +114,10 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--data", "{files}/empty.jsonl"], "empty"),
         (["--data", "{files}/columns.jsonl"], "found the columns text"),
         (["--data", "{files}/truncated.jsonl.gz"], "truncated.jsonl.gz"),
-        (["--model", "{files}/nowhere"], "nowhere"),
-        (["--model", "{files}"], "cannot load the model"),
+        (["--model", "{files}/nowhere"], "nowhere': there is no such folder"),
+        (["--model", "{files}"], "no config.json; did you mean {files}/model?"),
+        (["--model", "{files}/empty.jsonl"], "it is a file"),
+        (["--model", "{files}/bare"], "has no tokenizer"),
         (["--rho", "0", "--subspace", "full"], "rho is 0.0"),
         (["--rho", "-1", "--subspace", "full"], "rho is -1.0"),
         (["--rho", "nan", "--subspace", "full"], "rho is nan"),
@@ -143,6 +147,8 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--output", "{files}/empty.jsonl/below"], "cannot write"),
         (["--device", "cuda:99"], "cannot be used"),
         (["--nonsense"], "unrecognized arguments"),
+        (["--updat", "3"], "unrecognized arguments: --updat"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
         (["--max-length", "8"], "max_prompt_length"),
         (["--eval-limit", "8"], "give that too"),
     ],
@@ -153,7 +159,7 @@ def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo,
     lines = error.strip().splitlines()
     assert len(lines) == 1, error
     assert lines[0].startswith("shapo: error: ")
-    assert message in lines[0]
+    assert message.replace("{files}", str(files)) in lines[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -200,6 +206,10 @@ def test_a_subspace_with_a_neuron_twice_is_refused(shapo, files, tmp_path):
         (["--method", "probe"], "--method probe needs --probe"),
         (["--method", "gradient"], "--method gradient needs --data"),
         (["--method", "random", "--probe", "x"], "--probe is an option of --method probe"),
+        (["--method", "neurons", "--percent", "5"], "--percent is an option of --method probe or gradient or random"),
+        (["--method", "probe", "--probe", "x", "--seed", "0"], "--seed is an option of --method random"),
+        (["--method", "random", "--batch-size", "4"], "--batch-size is an option of --method gradient"),
+        (["--method", "random", "--like", "{files}/subspace.safetensors", "--percent", "5"], "leave --percent"),
         (["--method", "probe", "--probe", "{files}/subspace.safetensors"], "no probe"),
     ],
 )
@@ -209,6 +219,44 @@ def test_bad_input_of_select_is_one_line(arguments, message, shapo, files, tmp_p
     assert (code, error.count("\n")) == (2, 1)
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_subspace_is_written_into_a_folder_that_is_not_there_yet_and_never_over_a_pipe(shapo, files, tmp_path):
+    arguments = ["select", "--model", files / "model", "--method", "random", "--output"]
+    assert shapo(*arguments, "new/folder/s.safetensors")[0] == 0
+    assert Subspace.load(tmp_path / "new" / "folder" / "s.safetensors").count == 1
+    os.mkfifo(tmp_path / "pipe")
+    code, _, error = shapo(*arguments, "pipe")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "it is a device or a pipe" in error
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_the_model_has_no_embedding_for_is_one_line(shapo, files, tmp_path, tiny_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    size = {"vocab_size": len(tiny_tokenizer)}
+    models = {
+        "narrow": LlamaForCausalLM(
+            LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        "short": GPT2LMHeadModel(GPT2Config(**size, n_positions=24, n_embd=8, n_layer=1, n_head=2)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    messages = {"narrow": "the model has 50 token embeddings", "short": "the model has 24 positions; lower the length"}
+    data = ["--data", files / "test.jsonl", *TOKENS, "--quiet"]
+    for name, message in messages.items():
+        for command in ("sft", "train", "probe", "sharpness", "evaluate"):
+            code, _, error = shapo(command, "--model", name, "--output", "out", *data)
+            assert (code, error.count("\n")) == (2, 1), error
+            assert message in error
+    prompts = ["--prompts", files / "test.jsonl", "--answers", "a.jsonl", "--max-new-tokens", 40]
+    code, _, error = shapo("evaluate", "--model", "short", "--output", "out", *prompts, *TOKENS, "--quiet")
+    assert (code, error.count("\n")) == (2, 1), error
+    assert messages["short"] in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(models)
 
 
 def test_an_unknown_model_type_is_refused_naming_the_known_ones(shapo, files, tmp_path, tiny_tokenizer):
@@ -229,6 +277,9 @@ def test_an_unknown_model_type_is_refused_naming_the_known_ones(shapo, files, tm
         ([], "nothing to evaluate"),
         (["--data", "x.jsonl"], "need a model"),
         (["--model", "m", "--prompts", "x.jsonl"], "go together"),
+        (["--model", "m", "--prompts", "x.jsonl", "--answers", "./e.json"], "name the same file"),
+        (["--model", "m", "--verdicts", "{files}/verdicts.jsonl"], "--model is asked for"),
+        (["--reference", "m", "--verdicts", "{files}/verdicts.jsonl"], "--reference is what"),
         (["--verdicts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["--verdicts", "{files}/columns.jsonl"], "line 1: expected a JSON object with verdict"),
         (["--verdicts", "{files}/empty.jsonl"], "is empty"),
@@ -261,6 +312,18 @@ def test_radii_of_sharpness_must_be_above_zero(radius, shapo, files, tmp_path):
     )
     assert (code, error.count("\n")) == (2, 1)
     assert "numbers above 0" in error
+
+
+def test_a_subspace_named_as_a_random_control_is_not_replaced_by_it(shapo, files, tmp_path):
+    arguments = ["sharpness", "--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS]
+    named = ["--subspace", f"random={files / 'subspace.safetensors'}", "--output", "out", "--quiet"]
+    code, _, error = shapo(*arguments, *named)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "a random control is called 'random' too" in error
+    assert not list(tmp_path.iterdir())
+    code, out, error = shapo(*arguments, *named, "--random", 0, "--rhos", "0.1", "--ratios", "0.1")
+    assert (code, error) == (0, ""), "one radius makes no axis of no width"
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("random ")] == ["3"]
 
 
 def test_an_interrupt_is_exit_code_130_and_leaves_no_model(shapo, files, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ def add_data_arguments(
     parser: argparse.ArgumentParser, *, required: bool = True, what: str = "preference pairs"
 ) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", required=required, metavar="SOURCE", help=f"{what}: a local file, a folder of splits or a hub name")
+    group.add_argument(
+        "--data", required=required, metavar="SOURCE", help=f"{what}: a local file, a folder of splits or a hub name"
+    )
     group.add_argument(
         "--format",
         default="auto",
@@ -198,11 +201,26 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
 
     quiet_transformers()
     device = device_of(arguments)
+    _require_model_folder(name)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
     return model.to(device).eval()
+
+
+def _require_model_folder(name: str) -> None:
+    """Tells what is wrong with a local folder, which transformers would look up on the hub or tell in its own terms."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            inner = path / "model"
+            hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+            raise UserError(f"cannot load the model {name}: the folder has no config.json{hint}")
+    elif path.exists():
+        raise UserError(f"cannot load the model {name}: it is a file; expected a folder or a hub name")
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"cannot load the model {name!r}: there is no such folder")
 
 
 def quiet_transformers() -> None:
@@ -220,17 +238,28 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # as in load_model
+        if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+            raise UserError(f"the model folder {name} has no tokenizer; save one beside the model") from error
         raise UserError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
 
 
-def make_encoder(arguments: argparse.Namespace, tokenizer: Any) -> PairEncoder:
+def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:
+    """The template, which refuses what `model` has no embeddings for: on a GPU that would be an assertion of CUDA's."""
+    from torch import nn
+
     from shapo.data.tokens import PairEncoder
 
+    learned = any(
+        isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|.*position.*)$", name)
+        for name, module in model.named_modules()
+    )
     return PairEncoder(
         tokenizer,
         max_length=arguments.max_length,
         max_prompt_length=arguments.max_prompt_length,
         chat_template=arguments.chat_template,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        positions=getattr(model.config, "max_position_embeddings", None) if learned else None,
     )
 
 
@@ -273,7 +302,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, threads: {torch.get_num_threads()}",
     }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate; give --data, --prompts, --verdicts or --comparisons")
     if (arguments.data or arguments.prompts) and not arguments.model:
         raise UserError("--data and --prompts need a model; name one with --model")
+    if arguments.model and not (arguments.data or arguments.prompts):
+        raise UserError("--model is asked for --data or --prompts; give one of them, or leave the model out")
+    if arguments.reference and not arguments.data:
+        raise UserError("--reference is what the model is compared with on --data; give that too")
+    if arguments.answers and Path(arguments.answers).absolute() == Path(arguments.output).absolute():
+        raise UserError("--answers and --output name the same file; the answers need one of their own")
     if bool(arguments.prompts) != bool(arguments.answers):
         raise UserError("--prompts and --answers go together: what to answer, and where to write it")
-    if not arguments.temperature >= 0:
-        raise UserError(f"the temperature is {arguments.temperature}, but a value of at least 0 is expected")
+    if not 0 <= arguments.temperature < math.inf:
+        raise UserError(f"the temperature is {arguments.temperature}, but a finite value of at least 0 is expected")
     if not arguments.beta > 0:
         raise UserError(f"beta is {arguments.beta}, but a value above 0 is expected")
 
@@ -103,7 +110,7 @@ def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
         print(prompts.summary())
     pairs = common.load_data(arguments) if arguments.data else None
     model = common.load_model(arguments.model, arguments)
-    encoder = common.make_encoder(arguments, common.load_tokenizer(arguments.model))
+    encoder = common.make_encoder(arguments, common.load_tokenizer(arguments.model), model)
     result: dict[str, Any] = {"versions": common.versions()}
     if pairs is not None:
         data = TokenizedPairs(pairs, encoder)
@@ -168,7 +175,7 @@ def _column_rows(path: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
         try:
             row = json.loads(line)
             rows.append(tuple(row[column] for column in columns))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: expected a JSON object with {' and '.join(columns)}") from error
     if not rows:
         raise UserError(f"{path} is empty")

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = common.load_model(arguments.model, arguments)
     features = extract_features(
         model,
-        common.make_encoder(arguments, common.load_tokenizer(arguments.model)),
+        common.make_encoder(arguments, common.load_tokenizer(arguments.model), model),
         examples,
         batch_size=arguments.feature_batch_size,
         layer=arguments.layer,

@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
 SUMMARY = "select the neurons to perturb"
 
-_NEEDED = {"probe": "--method probe", "data": "--method gradient", "like": "--method random"}
+# Option -> the methods that use it, and what it is where it is not given.
+_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "probe": (("probe",), None),
+    "data": (("gradient",), None),
+    "like": (("random",), None),
+    "percent": (("probe", "gradient", "random"), 1.0),
+    "match": (("random",), "total"),
+    "seed": (("random",), 0),
+    "loss": (("gradient",), "dpo"),
+    "beta": (("gradient",), 0.1),
+    "batch_size": (("gradient",), 8),
+    "bf16": (("gradient",), False),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,56 +49,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", required=True, choices=("probe", "gradient", "random", "neurons", "full"), help="see above"
     )
-    parser.add_argument("--percent", type=float, default=1.0, help="share of all neurons, in (0, 100]")
+    parser.add_argument("--percent", type=float, help="share of all neurons, in (0, 100] (default: 1)")
     common.add_model_arguments(parser)
     parser.add_argument("--probe", metavar="FILE", help="probe: what `shapo probe` wrote")
     parser.add_argument(
-        "--match", default="total", choices=("total", "layer"), help="random: drawn over all layers, or layer by layer"
+        "--match", choices=("total", "layer"), help="random: drawn over all layers, or layer by layer (default: total)"
     )
     parser.add_argument(
         "--like", metavar="FILE", help="random: a subspace whose number of neurons in each layer is taken"
     )
-    parser.add_argument("--seed", type=int, default=0, help="random: of the draw")
+    parser.add_argument("--seed", type=int, help="random: of the draw (default: 0)")
     common.add_data_arguments(parser, required=False, what="gradient: held-out preference pairs")
     parser.add_argument(
-        "--loss", default="dpo", choices=[name for name in settings.LOSSES if name != "reward_level"], help="gradient: which loss"
+        "--loss",
+        choices=[name for name in settings.LOSSES if name != "reward_level"],
+        help="gradient: which loss (default: dpo)",
     )
-    parser.add_argument("--beta", type=float, default=0.1, help="gradient: inverse temperature of the loss")
+    parser.add_argument("--beta", type=float, help="gradient: inverse temperature of the loss (default: 0.1)")
     parser.add_argument(
         "--batch-size",
         type=common.positive_int,
-        default=8,
         metavar="N",
-        help="gradient: pairs through the model at once",
+        help="gradient: pairs through the model at once (default: 8)",
     )
-    parser.add_argument("--bf16", action="store_true", help="gradient: compute under bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", default=None, help="gradient: compute under bfloat16 autocast")
     common.add_quiet_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.files import require_writable
+    from shapo.files import atomic_file, require_writable
 
     _check(arguments)
     require_writable(arguments.output)
     pairs = common.load_data(arguments) if arguments.method == "gradient" else None
     model = common.load_model(arguments.model, arguments)
     subspace = _select(arguments, model, pairs)
-    subspace.save(arguments.output)
+    with atomic_file(arguments.output) as temporary:
+        subspace.save(temporary)
     rows = [(name, str(subspace[name].numel())) for name in subspace.names]
     print(common.table(("weight", "neurons"), rows))
     print(f"{subspace.count} neurons of {len(subspace)} weights: {arguments.output}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what the method has no use for, and fills in what was not given."""
+    if arguments.like and (arguments.percent is not None or arguments.match):
+        raise UserError("--like says how many neurons of which layer; leave --percent and --match out")
+    for option, (methods, default) in _OPTIONS.items():
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, default)
+        elif arguments.method not in methods:
+            name = option.replace("_", "-")
+            raise UserError(
+                f"--{name} is an option of --method {' or '.join(methods)}, not of --method {arguments.method}"
+            )
     if not 0 < arguments.percent <= 100:
         raise UserError(f"percent is {arguments.percent}, but a share in (0, 100] is expected")
     if arguments.method in ("probe", "gradient"):
         option = "probe" if arguments.method == "probe" else "data"
         if not getattr(arguments, option):
             raise UserError(f"--method {arguments.method} needs --{option}")
-    for option, method in _NEEDED.items():
-        if getattr(arguments, option) and not method.endswith(arguments.method):
-            raise UserError(f"--{option} is an option of {method}, not of --method {arguments.method}")
 
 
 def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
@@ -104,7 +126,7 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
     if arguments.method == "gradient":
         return selection.select_by_gradient(
             model,
-            common.make_encoder(arguments, common.load_tokenizer(arguments.model)),
+            common.make_encoder(arguments, common.load_tokenizer(arguments.model), model),
             pairs,
             arguments.percent,
             loss=LossConfig(name=arguments.loss, beta=arguments.beta),

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         examples += [(pair.prompt, pair.rejected) for pair in training]
     train_sft(
         model,
-        common.make_encoder(arguments, tokenizer),
+        common.make_encoder(arguments, tokenizer, model),
         examples,
         config=config,
         output=output,

@@ -64,11 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
     if not (arguments.beta > 0 and arguments.random >= 0):
         raise UserError("--beta must be above 0 and --random at least 0")
     output = require_writable(arguments.output, folder=True)
-    files = _named_files(arguments.subspace)
+    files = _named_files(arguments.subspace, {name for _, *names in _controls(arguments) for name in names})
     pairs = common.load_data(arguments)
     model = common.load_model(arguments.model, arguments)
     subspaces = _subspaces(model, files, arguments)
-    data = TokenizedPairs(pairs, common.make_encoder(arguments, common.load_tokenizer(arguments.model)))
+    data = TokenizedPairs(pairs, common.make_encoder(arguments, common.load_tokenizer(arguments.model), model))
     judge = common.load_model(arguments.reference, arguments) if arguments.reference else model
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
     reference = compute_logps(judge, data, batch_size=arguments.batch_size, description="reference", **quiet)
@@ -94,13 +94,24 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {output / 'sharpness.json'}, {output / 'sharpness.png'}")
 
 
-def _named_files(given: list[str]) -> dict[str, str]:
+def _controls(arguments: argparse.Namespace) -> list[tuple[int, str, str]]:
+    """Seed and names of the random controls: over any layers, and over the layers of the first subspace."""
+    seeds = [arguments.random_seed + number for number in range(arguments.random)]
+    suffixes = [f" {seed}" if len(seeds) > 1 else "" for seed in seeds]
+    return [(seed, f"random{end}", f"random, same layers{end}") for seed, end in zip(seeds, suffixes, strict=True)]
+
+
+def _named_files(given: list[str], taken: set[str]) -> dict[str, str]:
     from pathlib import Path
 
     named: dict[str, str] = {}
     for text in given:
         name, separator, path = text.partition("=")
         key = name if separator else Path(text).stem
+        if key in taken:
+            raise UserError(
+                f"a random control is called {key!r} too; name the file apart: --subspace NAME={path or text}"
+            )
         if key in named:
             raise UserError(f"two subspaces are called {key!r}; name them apart: --subspace NAME={path or text}")
         named[key] = path if separator else text
@@ -122,9 +133,7 @@ def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace)
     vectors = value_vectors(model)
     first = next(iter(found.values()))
     percent = 100 * first.count / sum(vectors.sizes.values())
-    for number in range(arguments.random):
-        seed = arguments.random_seed + number
-        suffix = f" {seed}" if arguments.random > 1 else ""
-        found[f"random{suffix}"] = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
-        found[f"random, same layers{suffix}"] = Subspace.random_like(first, vectors.sizes, seed=seed)
+    for seed, anywhere, same_layers in _controls(arguments):
+        found[anywhere] = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
+        found[same_layers] = Subspace.random_like(first, vectors.sizes, seed=seed)
     return found

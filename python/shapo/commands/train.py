@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     if subspace is not None:
         subspace.validate(model)
     rewards = _rewards(arguments, pairs, output) if loss.uses_rewards else None
-    encoder = common.make_encoder(arguments, tokenizer)
+    encoder = common.make_encoder(arguments, tokenizer, model)
     summary = train_preferences(
         model,
         TokenizedPairs(pairs, encoder),

@@ -59,9 +59,12 @@ class PairEncoder:
         chat_template: render prompts by the tokenizer's chat template: transcripts are parsed into their turns, any
             other prompt is one user message. The default takes the prompt's text as it is.
         pad_to_multiple_of: round the length of batches up to a multiple of this.
+        vocabulary: number of the model's token embeddings, where ids are to be checked against it.
+        positions: number of the model's learned positions, where lengths are to be checked against it.
 
     Raises:
-        UserError: lengths that leave no room; no EOS token; no chat template.
+        UserError: lengths that leave no room; no EOS token; no chat template. While encoding: a token that the model
+            has no embedding for, a text that is longer than its positions.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class PairEncoder:
         eos: bool = True,
         chat_template: bool = False,
         pad_to_multiple_of: int = 1,
+        vocabulary: int | None = None,
+        positions: int | None = None,
     ) -> None:
         if not 0 < max_prompt_length < max_length:
             raise UserError(
@@ -90,6 +95,8 @@ class PairEncoder:
         self.eos = eos
         self.chat_template = chat_template
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.vocabulary = vocabulary
+        self.positions = positions
         self._bos = [] if chat_template else _leading_bos(tokenizer)
 
     @property
@@ -114,7 +121,9 @@ class PairEncoder:
     def encode_prompt(self, prompt: str, *, max_new_tokens: int = 0) -> list[int]:
         """The prompt's ids for generation, cut as if a response of `max_new_tokens` tokens followed."""
         prompt_ids, _ = self._tokenise(prompt, [])
-        return self._fit(prompt_ids, [], max_new_tokens).input_ids
+        encoded = self._fit(prompt_ids, [], max_new_tokens)
+        self._require_positions(len(encoded) + max_new_tokens)
+        return encoded.input_ids
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad on the right: `input_ids`, `attention_mask`, `labels`, each int64 ``[B, T]``.
@@ -179,7 +188,21 @@ class PairEncoder:
             room = max(self.max_prompt_length, self.max_length - longest_response)
             prompt = _keep_end(prompt, room, len(self._bos))
         response = response[: self.max_length - len(prompt)]
-        return Encoded([*prompt, *response], len(prompt))
+        encoded = Encoded([*prompt, *response], len(prompt))
+        self._require_positions(len(encoded))
+        if self.vocabulary is not None and (largest := max(encoded.input_ids, default=0)) >= self.vocabulary:
+            raise UserError(
+                f"the tokenizer gives the id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+                f"model has {self.vocabulary} token embeddings; the tokenizer is another model's"
+            )
+        return encoded
+
+    def _require_positions(self, length: int) -> None:
+        if self.positions is not None and length > self.positions:
+            raise UserError(
+                f"a text of {length} tokens was allowed (max_length is {self.max_length}), but the model has "
+                f"{self.positions} positions; lower the length"
+            )
 
 
 def _keep_end(prompt: list[int], room: int, head: int) -> list[int]:
