@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shapo_kernels import backends, ops
 
-RHO, ROUNDS = 0.05, 9
+RHO, ROUNDS = 0.05, 15
 OURS = "shapo_kernels"
 
 
