@@ -30,10 +30,17 @@ def report() -> list[str]:
         f"backends           {', '.join(backends.available())}",
     ]
     for device in devices:
-        lines.append(f"{device:<5}is served by  {backends.serving(device)}")
+        lines.append(f"{device:<5}is served by  {_serving(device)}")
     if not torch.cuda.is_available():
         lines.append("cuda is served by  nothing: there is no CUDA device")
     return lines
+
+
+def _serving(device: str) -> str:
+    try:
+        return backends.serving(device)
+    except ValueError as error:  # SHAPO_BACKEND names one that cannot
+        return f"nothing: {error}"
 
 
 def _version(distribution: str) -> str:

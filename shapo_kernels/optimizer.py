@@ -90,6 +90,12 @@ class ShaPOOptimizer(TwoPassUpdate):
         stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(base_optimizer)
+        for name, given, expected in (("model", model, nn.Module), ("subspace", subspace, Subspace)):
+            if not isinstance(given, expected):
+                raise TypeError(
+                    f"{name} is {type(given).__name__}: expected {expected.__name__}, in the order "
+                    "ShaPOOptimizer(base_optimizer, model, subspace, rho=...)"
+                )
         _check_choice("ascent", ascent, ("selective", "grad"))
         _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
         _check_choice("norm", norm, NORMS)

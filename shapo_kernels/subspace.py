@@ -57,7 +57,6 @@ class Subspace(Mapping[str, Tensor]):
         self.metadata: dict[str, str] = dict(metadata or {})
 
     # -- what it holds
-    # ---------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
@@ -93,7 +92,6 @@ class Subspace(Mapping[str, Tensor]):
         return self._axes[name]
 
     # -- how it is made
-    # --------------------------------------------------------------------------------------------------
 
     @classmethod
     def top(
@@ -186,7 +184,6 @@ class Subspace(Mapping[str, Tensor]):
         return cls(indices, axis=0, metadata={"method": "full"})
 
     # -- how it is kept
-    # --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: the indices as int64 tensors, axes and metadata in its header. Atomic."""
@@ -240,7 +237,6 @@ class Subspace(Mapping[str, Tensor]):
             raise SubspaceError(f"{os.fspath(path)!r} is a damaged subspace file: {error}") from error
 
     # -- how it meets a model
-    # --------------------------------------------------------------------------------------------
 
     def validate(self, model: nn.Module) -> None:
         """Check that every name, axis and index fits the model.

@@ -1,5 +1,6 @@
 """The choice of backend: by device, by name, by environment; never a silent substitute."""
 
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,13 @@ def test_the_environment_names_a_backend(value, expected):
         check=True,
     ).stdout
     assert expected in printed
+
+
+def test_the_diagnosis_survives_a_backend_that_is_none():
+    environment = {**os.environ, "SHAPO_BACKEND": "nope"}
+    run = subprocess.run([sys.executable, "-m", "shapo_kernels"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0
+    assert "cpu  is served by  nothing: unknown backend 'nope': choose one of reference," in run.stdout
 
 
 def test_the_cpu_backend_serves_no_other_device():

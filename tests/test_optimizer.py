@@ -190,3 +190,12 @@ def test_an_update_that_is_not_due_is_plain_in_every_form(toy, batch, loss, subs
 
             opt.step(closure)
         assert same_bits(model, expected)
+
+
+def test_arguments_in_another_order_are_named(toy, subspace):
+    model = toy()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"model is Subspace: expected Module, in the order ShaPOOptimizer\(base"):
+        sk.ShaPOOptimizer(base, subspace, model, rho=0.1)
+    with pytest.raises(TypeError, match="subspace is dict: expected Subspace"):
+        sk.ShaPOOptimizer(base, model, dict(subspace), rho=0.1)
