@@ -87,11 +87,8 @@ def row(suite: str, case: str, variant: str, seconds: list[float], **columns: An
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     found = {
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu(),
@@ -132,6 +129,18 @@ def add(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
 
 def _by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
+
+
+def _commit() -> str:
+    """The commit that is measured, marked where sources differ from it; rows and tables being written are none."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    sources = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def _cpu() -> str:
