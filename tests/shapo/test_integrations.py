@@ -1,4 +1,4 @@
-"""ShaPO in transformers' Trainer and trl's DPOTrainer, tiny models: equal to a loop written out, counted once (T1)."""
+"""ShaPO in transformers' Trainer, tiny models: equal to a loop written out, counted once (T1)."""
 
 from __future__ import annotations
 
@@ -8,64 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 
 import shapo_kernels as sk
-from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
-from shapo.integrations.batches import Cutter
+from shapo.integrations import ShaPOArguments
 
 transformers = pytest.importorskip("transformers")
-from transformers import Trainer, TrainingArguments  # noqa: E402
-
-
-class InOrder:
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-
-class ShaPOTrainer(ShaPOTrainerMixin, InOrder, Trainer):
-    pass
-
-
-class PlainTrainer(InOrder, Trainer):
-    pass
-
-
-def neurons(model: torch.nn.Module) -> sk.Subspace:
-    return sk.Subspace.random(
-        {name: p.shape[1] for name, p in model.named_parameters() if "down_proj" in name}, 5, seed=0
-    )
-
-
-def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 300, (count, 12), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
-
-
-def arguments(folder, **options: Any) -> TrainingArguments:
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "max_grad_norm": 0.0,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(str(folder), **{**defaults, **options})
-
-
-def sgd(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, None]:
-    return torch.optim.SGD(model.parameters(), lr=0.1), None
-
-
-def logged(trainer: Trainer) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+from trainers import PlainTrainer, ShaPOTrainer, arguments, logged, neurons, rows, sgd  # noqa: E402
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -409,100 +357,3 @@ def test_a_compiled_model_trains_as_an_eager_one(tiny_llama, tmp_path):
         ends.append(list(model.parameters()))
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"shapo": None}, TypeError, r"lacks subspace and rho: give shapo=ShaPOArguments"),
-        ({"shapo": {"rho": 0.1}}, TypeError, r"lacks subspace"),
-        ({"shapo": 0.1}, TypeError, "shapo is a float"),
-        ({"shapo": {"ascent_pairs": 5}}, ValueError, "ascent_pairs is 5, but an ascent is over 4 pairs"),
-        (
-            {"shapo": {"ascent_pairs": 3, "per_micro_batch": True}},
-            ValueError,
-            "ascent_pairs is 3, but an ascent is over 2",
-        ),
-    ],
-    ids=str,
-)
-def test_what_a_trainer_cannot_do_is_refused_in_one_line_when_it_is_made(tiny_llama, tmp_path, options, error, message):
-    shapo = options["shapo"]
-    if isinstance(shapo, dict):
-        complete = {} if "rho" in shapo else {"subspace": neurons(tiny_llama), "rho": 0.1}
-        shapo = ShaPOArguments(**complete, **shapo)
-    with pytest.raises(error, match=message) as caught:
-        ShaPOTrainer(tiny_llama, arguments(tmp_path), train_dataset=rows(), shapo=shapo)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"ascent_fraction": 0.0},
-        {"ascent_fraction": 1.5},
-        {"ascent_pairs": 0},
-        {"plain_updates": -1},
-        {"rho_warmup": -1},
-    ],
-)
-def test_arguments_out_of_range_are_refused(tiny_llama, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ShaPOArguments(neurons(tiny_llama), rho=0.5, **options)
-
-
-def of_trl(name: str, **attributes: Any) -> type:
-    """A class that looks like one of trl's trainers."""
-    return type(name, (), {"__module__": f"trl.trainer.{name.lower()}", **attributes})
-
-
-def test_deepspeed_is_refused_when_the_trainer_is_made(tiny_llama, tmp_path):
-    class UnderDeepSpeed(ShaPOTrainer):
-        def create_accelerator_and_postprocess(self) -> None:  # what a deepspeed config has it say
-            super().create_accelerator_and_postprocess()
-            self.is_deepspeed_enabled = True
-
-    with pytest.raises(ValueError, match=r"^the Trainer mixin does not run under DeepSpeed: use DDP or FSDP2$"):
-        UnderDeepSpeed(
-            tiny_llama, arguments(tmp_path), train_dataset=rows(), shapo=ShaPOArguments(neurons(tiny_llama), rho=0.1)
-        )
-
-
-def test_a_trainer_that_generates_its_batches_is_refused(tiny_llama, tmp_path):
-    class Generating(ShaPOTrainerMixin, of_trl("GRPOTrainer", _prepare_inputs=lambda self, inputs: inputs), Trainer):
-        pass
-
-    with pytest.raises(ValueError, match="generates its batches"):
-        Generating(tiny_llama, arguments(tmp_path), shapo=ShaPOArguments(neurons(tiny_llama), rho=0.5))
-
-
-def test_a_reference_that_would_run_in_both_passes_is_refused(tiny_llama, tmp_path):
-    class Asking(ShaPOTrainerMixin, of_trl("KTOTrainer", precompute_ref_logps=False), Trainer):
-        pass
-
-    with pytest.raises(ValueError, match="precompute_ref_log_probs=True"):
-        Asking(tiny_llama, arguments(tmp_path), shapo=ShaPOArguments(neurons(tiny_llama), rho=0.5))
-
-
-class TestCutter:
-    def test_a_pair_is_both_of_its_rows(self):
-        cutter = Cutter(of_trl("DPOTrainer")())
-        batch = {"input_ids": torch.arange(12).view(6, 2), "ref_chosen_logps": torch.arange(3.0), "other": "kept"}
-        assert cutter.count(batch) == 3
-        cut = cutter.take(batch, [0, 2])
-        assert cut["input_ids"].tolist() == [[0, 1], [4, 5], [6, 7], [10, 11]]
-        assert cut["ref_chosen_logps"].tolist() == [0.0, 2.0]
-        assert cut["other"] == "kept"
-
-    def test_rows_are_rows_of_a_trainer_without_pairs(self):
-        cutter = Cutter(of_trl("SFTTrainer")())
-        assert cutter.take({"input_ids": torch.arange(6).view(3, 2)}, [1])["input_ids"].tolist() == [[2, 3]]
-
-    def test_a_layout_that_is_not_known_is_refused_and_one_that_cannot_be_cut(self):
-        with pytest.raises(ValueError, match="how KTOTrainer lays out its batches is not known"):
-            Cutter(of_trl("KTOTrainer")())
-        cutter = Cutter(of_trl("SFTTrainer")())
-        packed = {"input_ids": torch.zeros(4, 2), "pixel_values": torch.zeros(3, 5)}
-        assert cutter.take(packed, [0, 1, 2, 3])["pixel_values"].shape == (3, 5)
-        with pytest.raises(ValueError, match=r"tensors with \[3, 4\] rows cannot be cut"):
-            cutter.take(packed, [0])
