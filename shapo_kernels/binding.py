@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from .distributed import total
-from .layout import Block, Layout, Layouts, UnsupportedLayout
+from .layout import Block, Layout, Layouts, UnsupportedLayout, lasting_shape
 from .naming import owners
 from .ops.subspace_update import compute_dtype_of
 from .quantised import acting_shape, compute_dtype_of_quantised, is_quantised
@@ -53,7 +53,7 @@ class Target:
         tapped: bool,
     ) -> None:
         self.names, self.parameter, self.modules, self.layout = names, parameter, modules, layout
-        self._bound_shape = parameter.shape
+        self._bound_shape = lasting_shape(parameter)
         self.quantised = is_quantised(parameter)
         shape = layout.shape
         self._whole = index.numel() == (shape[axis] if shape else 1)
@@ -95,7 +95,7 @@ class Target:
     @property
     def replaced(self) -> bool:
         """Whether the layers hold another parameter than they did when it was bound, or another part of it."""
-        return self.parameter.shape != self._bound_shape or any(
+        return lasting_shape(self.parameter) != self._bound_shape or any(
             module._parameters.get(attribute) is not self.parameter for module, attribute in self.modules
         )
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .deepspeed_engine import is_engine, own_forward
+
 
 def average(values: Sequence[Tensor], over: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """Means of compact gradients, each over the ranks of its groups: one collective for all that share a group.
@@ -54,5 +56,7 @@ def total(sums: Tensor, over: Sequence[tuple[Any, ...]]) -> Tensor:
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Forward and backward passes that leave the wrapper's gradient buckets alone."""
+    if is_engine(model):
+        return own_forward(model)
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()

@@ -10,7 +10,8 @@ some ranks; its layers *compute* with all of it or, under tensor parallelism, wi
 | tensor parallel | rows or columns | the same |
 | FSDP2, HSDP, ``replicate`` | rows | whole, gathered |
 | FSDP2 with tensor parallel | rows of a tensor-parallel part | that part, gathered |
-| FSDP1 | a run of the flattened weight | whole, gathered |
+| FSDP1, ZeRO-3 | a run of the flattened weight | whole, gathered |
+| ZeRO-1, ZeRO-2 | whole | whole |
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-DEEPSPEED = "DeepSpeed (ZeRO-1, 2, 3) steps by itself and is not supported: use fully_shard or DistributedDataParallel"
-# What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.
-_ZERO_MARKS = ("ds_id", "ds_tensor", "_hp_mapping")
+from .deepspeed_engine import is_engine, why_not
 
 
 class UnsupportedLayout(ValueError):
@@ -94,14 +93,16 @@ class RunLayout(Layout):
     """A weight held as a run of its flattened elements; ``held`` are the rows that the run touches.
 
     Args:
-        start: the run's first element.
+        start, count: the run's first element and its length.
     """
 
     start: int = 0
+    count: int = 0
 
     def local(self, parameter: Tensor) -> Tensor:
         """A copy of the rows that the run touches, with zeros where other ranks hold them: only sums are of use."""
-        run = parameter.detach().flatten()
+        # ZeRO-3 keeps a parameter's run beside it, padded and maybe on another device.
+        run = getattr(parameter, "ds_tensor", parameter).detach().flatten()[: self.count].to(parameter.device)
         rows = run.new_zeros(math.prod(self.held.size))
         begin = self.start - self.held.offset[0] * math.prod(self.shape[1:])
         rows[begin : begin + run.numel()] = run
@@ -110,10 +111,11 @@ class RunLayout(Layout):
 
 @dataclass
 class _Run:
-    """Where FSDP1 has put a weight."""
+    """Where FSDP1 or ZeRO-3 has put a weight."""
 
     shape: tuple[int, ...]
     start: int
+    count: int
     shards: tuple[Any, ...]
     data: tuple[Any, ...]
 
@@ -127,7 +129,7 @@ class Layouts:
         sync: whether directions are averaged at all.
 
     Raises:
-        UnsupportedLayout: an engine that hides the weights altogether.
+        UnsupportedLayout: an engine that hides the weights altogether, or DeepSpeed where it is not supported.
     """
 
     model: nn.Module
@@ -139,7 +141,7 @@ class Layouts:
         refuse_deepspeed(self.model)
         reshard(self.model)
         self._meshes = dict(_fully_sharded(self.model))
-        self._runs = dict(_flattened(self.model))
+        self._runs = dict(_partitioned(self.model) if is_engine(self.model) else _flattened(self.model))
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """The shape of the whole weight."""
@@ -157,7 +159,7 @@ class Layouts:
                 "DistributedDataParallel(device_mesh=…) hides its tensor-parallel layout: use fully_shard instead"
             )
         if (run := self._runs.get(id(parameter))) is not None:
-            return _run_layout(run, parameter, run.data if self.sync else ())
+            return _run_layout(run, run.data if self.sync else ())
         if isinstance(parameter, DTensor):
             return self._of_dtensor(parameter)
         shape = tuple(parameter.shape)
@@ -201,6 +203,8 @@ class Layouts:
         groups: Iterable[Any]
         if mesh is not None:
             groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        elif is_engine(self.model):
+            groups = [self.model.seq_data_parallel_group]
         elif self._runs:
             groups = next(iter(self._runs.values())).data
         elif (engine := next(_of_type(self.model, DistributedDataParallel), None)) is not None:
@@ -223,14 +227,14 @@ class Layouts:
 
 
 def refuse_deepspeed(model: nn.Module) -> None:
-    """DeepSpeed takes an optimizer's parameters away and steps by itself; recognised by names, not to import it.
+    """Raises UnsupportedLayout where DeepSpeed has the model's parameters and the model is not a supported engine."""
+    if (reason := why_not(model)) is not None:
+        raise UnsupportedLayout(reason)
 
-    Raises:
-        UnsupportedLayout: the model is a DeepSpeed engine, or ZeRO (any stage) holds some of its parameters.
-    """
-    engine = any(kind.__name__ == "DeepSpeedEngine" for module in model.modules() for kind in type(module).__mro__)
-    if engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in _ZERO_MARKS):
-        raise UnsupportedLayout(DEEPSPEED)
+
+def lasting_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, whether or not ZeRO-3 has it gathered at this moment."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def reshard(model: nn.Module) -> None:
@@ -277,13 +281,27 @@ def _flattened(model: nn.Module) -> Iterator[tuple[int, _Run]]:
         data = (*shards, between) if between is not None else shards
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             start = (info.intra_param_start_idx or 0) if info.in_shard else 0
-            yield id(parameter), _Run(tuple(shape), start, shards, data)
+            yield id(parameter), _Run(tuple(shape), start, parameter.numel(), shards, data)
 
 
-def _run_layout(run: _Run, parameter: Tensor, data: tuple[Any, ...]) -> Layout:
+def _partitioned(engine: Any) -> Iterator[tuple[int, _Run]]:
+    """id of each parameter that ZeRO-3 has partitioned, and where this rank's piece lies."""
+    for name, parameter in engine.module.named_parameters():
+        if not hasattr(parameter, "ds_tensor"):
+            continue
+        kept = parameter.ds_tensor
+        start = min(parameter.ds_zero_partition_rank * kept.ds_numel, parameter.ds_numel)
+        count = min(kept.ds_numel, parameter.ds_numel - start)
+        if kept.numel() < count or hasattr(kept, "ds_quant_scale"):
+            raise UnsupportedLayout(f"DeepSpeed keeps {name!r} quantised or on a drive: keep parameters on a device")
+        shards = (parameter.ds_process_group,)
+        yield id(parameter), _Run(tuple(parameter.ds_shape), start, count, shards, (engine.seq_data_parallel_group,))
+
+
+def _run_layout(run: _Run, data: tuple[Any, ...]) -> Layout:
     row = math.prod(run.shape[1:])
     first = run.start // row if row else 0
-    last = -(-(run.start + parameter.numel()) // row) if row and parameter.numel() else first
+    last = -(-(run.start + run.count) // row) if row and run.count else first
     held = Block((first, *(0 for _ in run.shape[1:])), (last - first, *run.shape[1:]))
     return RunLayout(
         run.shape,
@@ -293,6 +311,7 @@ def _run_layout(run: _Run, parameter: Tensor, data: tuple[Any, ...]) -> Layout:
         averaged_over=data,
         gathered=True,
         start=run.start,
+        count=run.count,
     )
 
 

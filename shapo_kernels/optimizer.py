@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .deepspeed_engine import EngineStep, is_engine, why_not
 from .loss_scaling import LossScaling
 from .ops.subspace_update import NORMS
 from .perturber import Perturber
@@ -45,7 +46,8 @@ class ShaPOOptimizer(TwoPassUpdate):
     drive it by hand from ``.grad``, as SAM implementations do.
 
     Args:
-        base_optimizer: an *instance* of a torch optimizer; its param groups and state stay its own.
+        base_optimizer: an *instance* of a torch optimizer; its param groups and state stay its own. Around a DeepSpeed
+            engine, the optimizer that ``deepspeed.initialize`` returned with it.
         model: the model whose weights the subspace names, wrapped or not.
         subspace: the selected neurons; names are the unwrapped model's.
         rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its
@@ -89,7 +91,8 @@ class ShaPOOptimizer(TwoPassUpdate):
         replay_rng: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        super().__init__(base_optimizer)
+        engine_step = EngineStep(model, base_optimizer) if is_engine(model) and why_not(model) is None else None
+        super().__init__(engine_step or base_optimizer)
         for name, given, expected in (("model", model, nn.Module), ("subspace", subspace, Subspace)):
             if not isinstance(given, expected):
                 raise TypeError(
@@ -112,7 +115,7 @@ class ShaPOOptimizer(TwoPassUpdate):
         self.model = model
         self.subspace = subspace
         self.relative, self.interval, self.norm, self.sync, self.eta = relative, interval, norm, sync, eta
-        self._radii = Radii(base_optimizer, rho, norm, seed)
+        self._radii = Radii(self.base, rho, norm, seed)
         self.replay_rng = replay_rng
         self._ascent_kind, self._perturbation_kind = ascent, perturbation
         self._rounding = StochasticRounding(seed) if stochastic_rounding else None
@@ -121,6 +124,8 @@ class ShaPOOptimizer(TwoPassUpdate):
         self._stats = UpdateStats()
         self._scaling = LossScaling()
         self._bind()
+        if engine_step is not None:
+            engine_step.attach(self)
 
     def _bind(self) -> None:
         self._perturber = Perturber(
@@ -172,6 +177,8 @@ class ShaPOOptimizer(TwoPassUpdate):
     def detach(self) -> None:
         """Leave the model as it was found: restored, without hooks. The wrapper is of no further use; the base is."""
         self._perturber.detach()
+        if isinstance(self.base, EngineStep):
+            self.base.detach()
         self._detached = True
 
     def state_dict(self) -> dict[str, Any]:

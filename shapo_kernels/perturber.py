@@ -24,6 +24,7 @@ from .binding import (
     selected_weight_squared_norms,
     total_over_parts,
 )
+from .deepspeed_engine import is_engine
 from .distributed import average
 from .layout import refuse_deepspeed, reshard
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
@@ -70,6 +71,8 @@ class Perturber:
     @torch.inference_mode(False)  # what is made here and below is used again in other updates
     def _bind(self, model: nn.Module) -> None:
         targets = bind(model, self._subspace, delta=self._perturbation == "delta", sync=self._sync)
+        if is_engine(model) and not self.selective:
+            raise ValueError("DeepSpeed keeps the gradients in partitions of its own: use ascent='selective'")
         if any_gathered(targets) and (self._perturbation == "in_place" or not self.selective):
             raise ValueError(
                 "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .binding import Target
+from .deepspeed_engine import EngineStep
 
 Rho: TypeAlias = "float | tuple[float, float]"
 
@@ -50,7 +51,7 @@ class Radii:
         Negative where the base maximises: what is worst for it lies down the gradient. The loss negated and minimised
         is the same training.
         """
-        group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
+        group_of = {id(p): group for group, parameters in self._members() for p in parameters}
         drawn: dict[tuple[float, float], float] = {}
         radii = []
         for target in targets:
@@ -80,6 +81,12 @@ class Radii:
         self.__dict__.update(state)
         self._draws = torch.Generator()
         self._draws.set_state(state["_draws"])
+
+    def _members(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
+        """Each group and the model's parameters in it."""
+        if isinstance(self._base, EngineStep):
+            return self._base.members()
+        return ((group, group["params"]) for group in self._base.param_groups)
 
     def _draw(self, low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=self._draws, dtype=torch.float64).item()

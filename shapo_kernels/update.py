@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .ascent import Ascent, clear_gradients, gather_gradients, refuse_absence
+from .deepspeed_engine import EngineStep
 from .distributed import without_reduction
 from .loss_scaling import CLOSURE, LossScaling
 from .perturber import Direction, Perturber
@@ -175,6 +176,8 @@ class TwoPassUpdate(OptimizerWrapper):
                 was no ascent, or no descent after it; a closure by way of ``scaler.step``. TypeError: a scaler without
                 a closure.
         """
+        if isinstance(self.base, EngineStep):
+            return self._step_engine(self.base, closure, scaler)
         self._require_between_passes("step")
         if closure is not None:
             return self._step_with(closure, scaler)
@@ -190,6 +193,20 @@ class TwoPassUpdate(OptimizerWrapper):
         self._updates += 1
         self._finish()
         return loss
+
+    def _step_engine(self, engine: EngineStep, closure: Any, scaler: Any) -> None:
+        if closure is not None or scaler is not None:
+            raise TypeError(
+                "DeepSpeed's engine takes gradients by engine.backward(loss) and scales losses itself: use "
+                "`with opt.ascent():` and `with opt.perturbed():`, then opt.step() without a closure or scaler"
+            )
+        if engine.accumulating:
+            engine.step()
+            return
+        self._require_between_passes("step")
+        self._require_ascent()
+        self._updates += engine.step()
+        self._finish()
 
     def _step_with(self, closure: Callable[[], Any], scaler: Any) -> Any:
         passes = self._two_passes if self.due else self._one_pass
@@ -323,6 +340,10 @@ class TwoPassUpdate(OptimizerWrapper):
 
     def _direction_from_gradients(self) -> Direction:
         self._begin()
+        if isinstance(self.base, EngineStep):
+            raise RuntimeError(
+                "DeepSpeed keeps the gradients in partitions of its own: use `with opt.ascent():` instead"
+            )
         if self._perturber.gathered:
             raise RuntimeError("the selected weights are sharded: use `with opt.ascent():` or a closure instead")
         if self.replay_rng:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .layout import DEEPSPEED
+from .deepspeed_engine import USE
 
 # LBFGS runs its closure as often as it likes, SAMs perturb by themselves, sparse optimizers have no dense gradient.
 _REFUSED = ("LBFGS", "SparseAdam", "SAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM")
@@ -63,7 +63,7 @@ def _check_base(base: Any) -> None:
             f"base_optimizer is the class {base.__name__}: pass an instance, {base.__name__}(model.parameters(), …)"
         )
     if any(kind.__module__.startswith("deepspeed.") or kind.__name__ in _DEEPSPEEDS for kind in type(base).__mro__):
-        raise TypeError(f"base_optimizer is a {type(base).__name__}: {DEEPSPEED}")
+        raise TypeError(f"base_optimizer is a {type(base).__name__} and the model no engine: {USE}")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer is a {type(base).__name__}: expected an instance of a torch.optim.Optimizer")
     if isinstance(base, OptimizerWrapper):

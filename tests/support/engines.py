@@ -66,8 +66,8 @@ def groups(model, rhos):
     return [{"params": rest}, *({"params": [of[name]], "rho": rho} for name, rho in rhos.items())]
 
 
-def one_process(width=8, *, norm="global", relative=False, rhos=None, own_directions=1, clip=None):
-    """Three updates of ShaPO, written out in float64.
+def one_process(width=8, *, norm="global", relative=False, rhos=None, own_directions=1, clip=None, updates=3):
+    """Some updates of ShaPO, written out in float64.
 
     Args:
         own_directions: into how many parts the batch falls that are each perturbed along their own gradient.
@@ -81,7 +81,7 @@ def one_process(width=8, *, norm="global", relative=False, rhos=None, own_direct
     def selected(tensors):
         return {name: t.index_select(AXES[name], torch.tensor(INDICES[name])) for name, t in tensors.items()}
 
-    for x, y in batches():
+    for x, y in batches(updates):
         for part in zip(x.chunk(own_directions), y.chunk(own_directions), strict=True):
             g = selected(dict(zip(weights, torch.autograd.grad(mse(model, part), list(weights.values())), strict=True)))
             w = selected({name: p.detach() for name, p in weights.items()})

@@ -1,0 +1,168 @@
+"""DeepSpeed (ZeRO stages 0 to 3): its engine takes the steps, and a wrapper around both of them asks it to.
+
+``deepspeed.initialize`` takes the base optimizer's parameters away and gives it partitions of its own, one group at a
+time; what is once an update is ``engine.step()``. So the base of a :class:`shapo_kernels.ShaPOOptimizer` around an
+engine is that step, and calling ``engine.step()`` is calling the wrapper's. The ascent runs the engine's module and not
+the engine, whose outputs begin the reduction of gradients. Nothing here imports deepspeed: an engine is recognised by
+its class's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+USE = "make the engine first, then ShaPOOptimizer(engine.optimizer, engine, …)"
+# What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.
+_MARKS = ("ds_id", "ds_tensor", "_hp_mapping")
+
+
+def is_engine(model: object) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model that DeepSpeed has to do with cannot be perturbed, and what to do; ``None`` where it can."""
+    if is_engine(model):
+        return _unsupported(model)
+    if any(map(is_engine, model.modules())):
+        return f"a DeepSpeed engine is inside it: pass the engine itself: {USE}"
+    if any(hasattr(parameter, mark) for parameter in model.parameters() for mark in _MARKS):
+        return f"DeepSpeed has its parameters: {USE}"
+    return None
+
+
+def _unsupported(engine: Any) -> str | None:
+    what = {
+        "pipeline parallelism": any(kind.__name__ == "PipelineEngine" for kind in type(engine).__mro__),
+        "float16": engine.fp16_enabled()
+        or (engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16),
+        "mixture-of-experts layers of its own": engine.has_moe_layers,
+        "tensor parallelism": engine.mp_world_size > 1,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "ZenFlow": bool(engine.zenflow),
+    }
+    found = next((name for name, present in what.items() if present), None)
+    return found and f"DeepSpeed with {found} is not supported: use it without, or fully_shard"
+
+
+class EngineStep(Optimizer):
+    """An engine's step as a base optimizer; groups, state and defaults are those that the engine's optimizer has.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned first.
+        given: what it returned second.
+
+    Raises:
+        TypeError: another optimizer than the engine's.
+    """
+
+    def __init__(self, engine: Any, given: object) -> None:
+        # Optimizer.__init__ is not called: what it would set up is the engine's optimizer's.
+        if given is not engine.optimizer:
+            raise TypeError(
+                f"base_optimizer is a {type(given).__name__} that does not step the engine: pass the optimizer that "
+                "deepspeed.initialize returned, engine.optimizer"
+            )
+        self.engine = engine
+        self._lr_kwargs: Any = None
+
+    def attach(self, wrapper: Optimizer) -> None:
+        """From now on ``engine.step()`` is the wrapper's step.
+
+        Raises:
+            RuntimeError: it is another wrapper's.
+        """
+        if "step" in vars(self.engine):
+            raise RuntimeError("the engine's step is another ShaPOOptimizer's: call its detach() first")
+
+        def step(lr_kwargs: Any = None) -> None:
+            self._lr_kwargs = lr_kwargs
+            try:
+                wrapper.step()
+            finally:
+                self._lr_kwargs = None
+
+        self.engine.step = step
+
+    def detach(self) -> None:
+        """``engine.step()`` is its own again."""
+        vars(self.engine).pop("step", None)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the partitions that this rank updates; schedulers write to them."""
+        return self.engine.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.engine.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.engine.basic_optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "engine":
+            raise AttributeError(name)
+        return getattr(self.engine.optimizer, name)
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether this micro-batch is not an update's last, so that the coming step only counts it."""
+        return not self.engine.is_gradient_accumulation_boundary()
+
+    def step(self, closure: Any = None) -> bool:  # type: ignore[override]
+        """The engine's own step. Returns whether weights were updated."""
+        type(self.engine).step(self.engine, self._lr_kwargs)
+        return bool(self.engine.was_step_applied())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.engine.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def members(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
+        """Each group and the model's parameters in it, which ZeRO keeps apart."""
+        optimizer, groups = self.engine.optimizer, self.param_groups
+        if hasattr(optimizer, "sub_group_to_group_id"):
+            for part, parameters in enumerate(optimizer.fp16_groups):
+                yield groups[optimizer.sub_group_to_group_id[part]], parameters
+            return
+        kept = next((k for k in ("bit16_groups", "bf16_groups") if hasattr(optimizer, k)), None)
+        yield from zip(groups, getattr(optimizer, kept) if kept else (g["params"] for g in groups), strict=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise RuntimeError("an engine's groups are fixed: add the group to the optimizer that DeepSpeed is given")
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError(
+            "DeepSpeed saves an engine's optimizer: engine.save_checkpoint(folder, client_state={'shapo': "
+            "opt.shapo_state_dict()}), and after load_checkpoint opt.load_shapo_state_dict(client_state['shapo'])"
+        )
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.state_dict()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an engine's optimizer is neither copied nor pickled: save it by engine.save_checkpoint")
+
+
+@contextmanager
+def own_forward(engine: Any) -> Iterator[None]:
+    """Calls of the engine run its module alone: a backward pass from its outputs reduces and keeps no gradients."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        lower = engine.torch_autocast_enabled()
+        with torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype() if lower else None, enabled=lower):
+            return engine.module(*args, **kwargs)
+
+    engine.forward = forward
+    try:
+        yield
+    finally:
+        del engine.forward
