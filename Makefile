@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Two workers, and a file of tests to one of them: what a file builds once is built once.
-PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
+# Two workers, and a file of tests to one of them: what a file builds once is built once. tests/conftest.py orders the files.
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import shapo_kernels as sk
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: for tensors this small one thread each is faster than threads that wait for one another.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the small ones then fill up the workers' time to the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 class Block(nn.Module):

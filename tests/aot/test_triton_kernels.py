@@ -21,6 +21,7 @@ EVERY = os.environ.get("SHAPO_AOT") == "all"
 CHOSEN = [spec for spec in gpu_aot.specialisations() if EVERY or spec.core]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", gpu_aot.TARGETS)
 def test_kernels_keep_within_their_registers_and_move_wide_where_they_can(target):
     problems = []

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent / "emulation"
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.+?),\s*(\w+),\s*0,\s*([\w.()]+)>>>\((.*?)\);", re.DOTALL)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(gpu_nvcc.nvcc() is None, reason="CUDA's headers are not here"),
     pytest.mark.timeout(900),
 ]

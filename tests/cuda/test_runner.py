@@ -17,6 +17,7 @@ import torch
 RUNNER = Path(gpu.__file__)
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
     run = subprocess.run(
         [sys.executable, str(RUNNER), "--dry-run", "--output", str(tmp_path)], capture_output=True, text=True

@@ -181,6 +181,7 @@ def groups(each, sync):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_ranks_with_micro_batches_equal_the_update_written_out(trained, number):
     _, each, _, options = CASES[number]

@@ -170,6 +170,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_value_and_the_averaged_gradient_of_the_whole_batch(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -160,6 +160,7 @@ def run_ranks(program, ranks=2):
         assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [VOCABULARY_PARALLEL, FSDP2], ids=["vocabulary parallel", "fsdp2"])
 def test_two_ranks_equal_one_process(program):
     run_ranks(program)

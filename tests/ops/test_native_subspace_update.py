@@ -211,6 +211,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(tmp_path):
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_native_subspace_update as t;"

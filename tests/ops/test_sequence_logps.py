@@ -336,6 +336,7 @@ print(digest.hexdigest())
 
 
 @needs_library
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits():
     digests = {
         subprocess.run(

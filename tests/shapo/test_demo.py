@@ -14,6 +14,9 @@ from shapo_kernels import Subspace
 NUMBERS = ("flips_fitted", "increase", "seconds_per_update")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", sorted(path.stem for path in FOLDER.glob("test_*.py")))
 def test_the_kernels_agree_with_the_reference_in_the_interpreter(suite):
     run = subprocess.run(
