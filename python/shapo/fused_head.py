@@ -97,7 +97,14 @@ def unusable(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return f"its head is a {type(head).__name__}, not a plain linear layer"
-    if head._forward_hooks or head._forward_pre_hooks:
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+    if isinstance(head, FSDPModule):
+        # By itself it is gathered for a call that is not made; with others, as Accelerate shards it with the last norm,
+        # for theirs.
+        if len(head._get_fsdp_state()._modules) == 1:
+            return "FSDP2 shards its head by itself, and gathers it for a call of its own only"
+        hooks = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp.")]
+    if hooks:
         return "its head has hooks, which would not be called"
     return None
 

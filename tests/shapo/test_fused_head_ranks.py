@@ -8,11 +8,13 @@ from shapo_kernels import losses
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
+REFUSED = {"by": "fsdp2", "head": "alone"}
 CASES = {
     "fsdp2": {"by": "fsdp2"},
     "fsdp2, a tied embedding": {"by": "fsdp2", "tied": True},
     "fsdp2, checkpointing": {"by": "fsdp2", "checkpointing": True},
     "fsdp2, asked by trl": {"by": "fsdp2", "way": "trl"},
+    "fsdp2, sharded with the norm": {"by": "fsdp2", "head": "with the norm", "way": "trl"},
     "ddp": {"by": "ddp"},
     "ddp, asked by trl": {"by": "ddp", "way": "trl"},
 }
@@ -22,8 +24,9 @@ CASES = {
 def results(tmp_path_factory):
     from ranks import run_ranks
 
-    found = run_ranks(tmp_path_factory.mktemp("ranks"), 2, list(CASES.values()), "rank_fused_head.py")
-    return dict(zip(CASES, found, strict=True))
+    cases = [*CASES.values(), REFUSED]
+    found = run_ranks(tmp_path_factory.mktemp("ranks"), 2, cases, "rank_fused_head.py")
+    return dict(zip([*CASES, "refused"], found, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,3 +54,7 @@ def test_the_head_is_gathered_once_for_both_passes(name, results):
     """Forward: the layers, and the outermost module with the head. Backward: the layers again, and nothing else."""
     for result in results[name]:
         assert result["gathers"] == (3, 2)
+
+
+def test_a_head_that_is_gathered_for_its_own_call_only_is_no_fused_one(results):
+    assert results["refused"] == ("FSDP2 shards its head by itself, and gathers it for a call of its own only",) * 2

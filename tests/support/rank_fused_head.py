@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shapo.fused_head import FusedHead, find_fused_head, unwrapped
+from shapo.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
 from shapo.integrations.fused_head import _answer
 
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -38,6 +38,10 @@ def wrap(model, case):
         model.train()
     for layer in model.model.layers:
         fully_shard(layer)
+    if case.get("head") == "with the norm":  # as Accelerate does
+        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    if case.get("head") == "alone":
+        fully_shard(model.lm_head)
     return fully_shard(model)
 
 
@@ -65,10 +69,12 @@ def one_pass(case):
     """Two passes with a step of the weights between them: sums, gradients, gathers, and what asking left behind."""
     rank = torch.distributed.get_rank()
     model = wrap(make(case.get("tied", False)), case)
+    if case.get("head") == "alone":
+        return describe_head(model)
     head = find_fused_head(model, "on")
     assert head == FusedHead(1.0, None)
     if case.get("way") == "trl":
-        _answer(unwrapped(model), head)
+        _answer(unwrapped(model), head, required=True)
     left = [n for n, p in model.named_parameters() if isinstance(model, FSDPModule) and not isinstance(p, DTensor)]
     sums = []
     for _ in range(2):

@@ -47,7 +47,7 @@ class FusedHeadMixin(Trainer):
         return super().compute_ref_log_probs(model, *args, **kwargs)  # type: ignore[misc]
 
     def _install(self, model: nn.Module) -> None:
-        if self._fused_head == "off":
+        if self._fused_head == "off" or _is_answered(unwrapped(model)):
             return
         reason = self._refusal(model)
         if reason is None:
@@ -56,7 +56,7 @@ class FusedHeadMixin(Trainer):
             except UserError as error:
                 raise ValueError(str(error)) from None
             if head is not None:
-                _answer(unwrapped(model), head)
+                _answer(unwrapped(model), head, required=self._fused_head == "on")
         elif self._fused_head == "on":
             raise ValueError(f"fused_head='on' cannot serve this trainer, because {reason}: use 'auto' or 'off'")
 
@@ -79,10 +79,12 @@ def _is_answered(model: Any) -> bool:
     return hasattr(model.__dict__.get("forward"), "shapo_fused_head")
 
 
-def _answer(model: Any, head: FusedHead) -> None:
-    """From now on the model answers ``fused_lm_head=True`` by ``head``, and all other calls as before."""
-    if _is_answered(model):
-        return
+def _answer(model: Any, head: FusedHead, *, required: bool) -> None:
+    """From now on the model answers ``fused_lm_head=True`` by ``head``, and all other calls as before.
+
+    Args:
+        required: raise where the model has become one that ``head`` cannot serve, by an engine that shards it.
+    """
     theirs = model.forward
 
     def forward(
@@ -94,7 +96,10 @@ def _answer(model: Any, head: FusedHead) -> None:
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if not fused_lm_head or unusable(self) is not None:
+        reason = unusable(self) if fused_lm_head else None
+        if required and reason is not None:
+            raise ValueError(f"fused_head='on' cannot serve this model, because {reason}: use 'auto' or 'off'")
+        if not fused_lm_head or reason is not None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
             return theirs(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
