@@ -237,6 +237,20 @@ def lasting_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def refuse_inner(model: nn.Module) -> None:
+    """Asked after a forward pass, before which FSDP1 does not know its outermost module.
+
+    Raises:
+        UnsupportedLayout: that is around the model, and its ``no_sync`` out of reach: gradients that were there before
+            an ascent would be in FSDP1's way.
+    """
+    units = list(_of_type(model, FullyShardedDataParallel))
+    if units and not any(unit._is_root for unit in units):
+        raise UnsupportedLayout(
+            "the model is inside a FullyShardedDataParallel that the optimizer was not given: make it around that one"
+        )
+
+
 def reshard(model: nn.Module) -> None:
     """Let layers hold the parameters that are trained: fully_shard leaves gathered ones after an evaluation."""
     for module in _of_type(model, FSDPModule):

@@ -26,7 +26,7 @@ from .binding import (
 )
 from .deepspeed_engine import is_engine
 from .distributed import average
-from .layout import refuse_deepspeed, reshard
+from .layout import refuse_deepspeed, refuse_inner, reshard
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
@@ -143,12 +143,12 @@ class Perturber:
     def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
         """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not.
 
-        Raises:
-            RuntimeError: a weight was written to during the ascent.
-
         Args:
             averaged: it was found in gradients that somebody has reduced. An ascent's own passes reduce none: only the
                 compact direction crosses ranks, if anything does.
+
+        Raises:
+            RuntimeError: a weight was written to during the ascent. UnsupportedLayout: the model is a part of another.
         """
         if not averaged and (changed := self._current_versions() ^ self._versions):
             name = next(target.name for target in self.targets if any(key == id(target) for key, _ in changed))
@@ -157,6 +157,8 @@ class Perturber:
                 "that steps in backward hooks takes ascent='selective' and no closure"
             )
         found, _ = direction
+        if self.gathered and not self._found:
+            refuse_inner(self._model)
         self._found = self._found or bool(found)
         self._missed = [target for target in found if not target.ran]
         layouts = [target.layout for target in self.targets]

@@ -16,6 +16,7 @@ CASES = [
     ({"engine": "fsdp1_orig", "options": {"perturbation": "in_place"}}, SHARDED),
     ({"engine": "fsdp1_flat"}, "SubspaceError: the model cannot be perturbed: .* pass use_orig_params=True"),
     ({"engine": "fsdp1_no_shard"}, "SubspaceError: the model cannot be perturbed: .* use DistributedDataParallel"),
+    ({"engine": "fsdp1_inner"}, "UnsupportedLayout: the model is inside a FullyShardedDataParallel .* around that one"),
     ({"engine": "partial"}, r"SubspaceError: 'down.weight' cannot be perturbed: it is sharded as \(Partial"),
     ({"engine": "half_of_the_ranks"}, "SubspaceError: 'down.weight' cannot be perturbed: .* has 1 of 2 ranks"),
     ({"engine": "half_of_the_ranks", "options": {"sync": False}}, "nothing"),

@@ -6,6 +6,7 @@ from engines import AXES, INDICES, batches, build, mse
 from ranks import on_rank
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +24,7 @@ def made(engine):
             model,
             use_orig_params=engine != "fsdp1_flat",
             sharding_strategy=ShardingStrategy["NO_SHARD" if engine == "fsdp1_no_shard" else "FULL_SHARD"],
+            auto_wrap_policy=ModuleWrapPolicy({torch.nn.Linear}) if engine == "fsdp1_inner" else None,
             device_id=torch.device("cpu"),
         )
     elif engine == "partial":
@@ -57,7 +59,8 @@ def complaint(case):
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         names = case.get("names", ["down.weight"])
         subspace = sk.Subspace({n: INDICES[n] for n in names}, {n: AXES[n] for n in names})
-        opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.1, **case.get("options", {}))
+        known = model.module if case["engine"] == "fsdp1_inner" else model
+        opt = sk.ShaPOOptimizer(base, known, subspace, rho=0.1, **case.get("options", {}))
         if case.get("by_hand"):
             opt.perturb()
         for data in batches(1):
