@@ -12,12 +12,19 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from engines import plain_name
+from peft import LoraConfig
 from ranks import on_rank
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOState, ShaPOTrainerMixin
@@ -25,9 +32,17 @@ from shapo.integrations import ShaPOArguments, ShaPOState, ShaPOTrainerMixin
 LOGGED = ("loss", "grad_norm", "shapo/ascent_loss", "shapo/gap", "shapo/grad_norm")
 
 
-class ShaPOTrainer(ShaPOTrainerMixin, Trainer):
+class InOrder:
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
+
+
+class ShaPOTrainer(ShaPOTrainerMixin, InOrder, Trainer):
+    pass
+
+
+class ShaPODPOTrainer(ShaPOTrainerMixin, InOrder, DPOTrainer):
+    pass
 
 
 @contextmanager
@@ -57,22 +72,22 @@ def whole(model):
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in named.items()}
 
 
-def trainer(case, folder, world):
-    """A Trainer's updates; a second one that resumes from the first one's second checkpoint, where there is one."""
+def llama(case):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, case.get("dtype", "float64")))
-    tokens = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0))
-    engine = case.get("engine", "ddp")
-    version = {"fsdp2": 2, "fsdp1": 1}.get(engine)
+    return LlamaForCausalLM(config).to(getattr(torch, case.get("dtype", "float64")))
+
+
+def trainers_arguments(kind, case, folder, world):
+    version = {"fsdp2": 2, "fsdp1": 1}.get(case.get("engine", "ddp"))
     if world > 1 and version is not None:
         settings = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         engine_options = {"fsdp": True, "fsdp_config": {**settings, **case.get("fsdp_config", {})}}
     else:
         engine_options = {}
-    arguments = TrainingArguments(
+    arguments = kind(
         str(folder),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4 // world,
@@ -89,43 +104,97 @@ def trainer(case, folder, world):
         disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
         **engine_options,
+        **case.get("arguments", {}),
     )
     if engine_options:
         assert arguments.device.type == "cpu"
         pretend_a_device()
-    subspace = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 9, 40] for i in range(2)})
-    made = ShaPOTrainer(
-        model,
-        arguments,
-        train_dataset=[{"input_ids": row, "labels": row.clone()} for row in tokens],
-        shapo=ShaPOArguments(subspace, rho=0.5, **case.get("options", {})),
-    )
+    return arguments
+
+
+def trained(made, case):
+    """Until its end, from a checkpoint on where the case has one."""
     made.train(resume_from_checkpoint=case.get("from"))
+    assert made.is_fsdp_enabled == bool(made.args.fsdp)
     logs = [[entry[key] for key in LOGGED] for entry in made.state.log_history if "shapo/gap" in entry]
-    optimizer = made._shapo_optimizer()
-    assert made.is_fsdp_enabled == bool(engine_options)
-    return {"parameters": whole(made.model), "logs": logs, "updates": optimizer.updates}
+    return {"parameters": whole(made.model), "logs": logs, "updates": made._shapo_optimizer().updates}
+
+
+def shapo_arguments(case):
+    subspace = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 9, 40] for i in range(2)})
+    return ShaPOArguments(subspace, rho=0.5, **case.get("options", {}))
+
+
+def trainer(case, folder, world):
+    """A Trainer's updates."""
+    tokens = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0))
+    made = ShaPOTrainer(
+        llama(case),
+        trainers_arguments(TrainingArguments, case, folder, world),
+        train_dataset=[{"input_ids": row, "labels": row.clone()} for row in tokens],
+        shapo=shapo_arguments(case),
+    )
+    return trained(made, case)
+
+
+def dpo(case, folder, world):
+    """trl's DPOTrainer on pairs of different lengths; its reference is a model of its own, or the adapter's base."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="1"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2", unk_token="1")
+    tokens = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        {"prompt": text(row[:3]), "chosen": text(row[3 : 6 + n % 3]), "rejected": text(row[8 : 10 + n % 2])}
+        for n, row in enumerate(tokens)
+    ]
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    made = ShaPODPOTrainer(
+        llama(case),
+        None if case.get("adapter") else llama(case),
+        trainers_arguments(DPOConfig, {"arguments": {"bf16": False}, **case}, folder, world),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapter if case.get("adapter") else None,
+        shapo=shapo_arguments(case),
+        fused_head=case.get("fused_head", "off"),
+    )
+    return trained(made, case)
+
+
+def text(tokens):
+    return " " + " ".join(map(str, tokens))
 
 
 def loop(case, folder, world):
-    """A plain Accelerate loop: the optimizer is made first and prepared with the model."""
+    """A plain Accelerate loop: the optimizer is made first and prepared with the model; after it under FSDP1."""
     options = {}
-    if world > 1 and case["engine"] == "fsdp2":
+    if world > 1 and case["engine"] != "ddp":
         PartialState(cpu=True)
         pretend_a_device()
+        # FSDP1's whole state dicts move to the CPU, from where they are not copied then, and are freed.
+        of_fsdp1 = {"use_orig_params": True, "sync_module_states": False, "state_dict_type": "SHARDED_STATE_DICT"}
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1
+            fsdp_version=int(case["engine"][-1]),
+            auto_wrap_policy="size_based_wrap",
+            min_num_params=1,
+            **(of_fsdp1 if case["engine"] == "fsdp1" else {}),
         )
     accelerator = Accelerator(cpu=not options, gradient_accumulation_steps=2, **options)
+    dtype = getattr(torch, case.get("dtype", "float64"))
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-    base = torch.optim.AdamW(plain.parameters(), lr=0.1)
-    shapo = sk.ShaPOOptimizer(base, plain, sk.Subspace({"2.weight": [3, 9]}), rho=0.3, **case.get("options", {}))
-    model, opt = accelerator.prepare(plain, shapo)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+    model = plain if world == 1 or case["engine"] != "fsdp1" else accelerator.prepare(plain)
+    base = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[case.get("optim", "adamw")](model.parameters(), lr=0.1)
+    shapo = sk.ShaPOOptimizer(base, model, sk.Subspace({"2.weight": [3, 9]}), rho=0.3, **case.get("options", {}))
+    if model is plain:
+        model, opt = accelerator.prepare(plain, shapo)
+    else:
+        opt = accelerator.prepare(shapo)
     if world > 1:
-        assert "FSDP" in type(model).__name__ or case["engine"] == "ddp"
+        engine = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule, "fsdp1": FullyShardedDataParallel}
+        assert isinstance(model, engine[case["engine"]])
     accelerator.register_for_checkpointing(ShaPOState(shapo))
-    data = torch.randn(3, 2, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = torch.randn(3, 2, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     if case.get("from"):
         accelerator.load_state(case["from"])
         assert shapo.updates == 1
@@ -165,11 +234,11 @@ def loop(case, folder, world):
 def train(case):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(case["folder"])
-    run = {"trainer": trainer, "loop": loop}[case["kind"]]
+    run = {"trainer": trainer, "dpo": dpo, "loop": loop}[case["kind"]]
     with accelerate_anew():
         results = [run(case, folder, world)]
     if case.get("resume"):
-        checkpoint = folder / ("checkpoint-1" if case["kind"] == "trainer" else "saved")
+        checkpoint = folder / ("saved" if case["kind"] == "loop" else "checkpoint-1")
         with accelerate_anew():
             results.append(run({**case, "from": str(checkpoint), "resume": False}, folder, world))
     return results
