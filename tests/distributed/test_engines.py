@@ -5,6 +5,8 @@ import torch
 from engines import one_process
 from ranks import run_ranks
 
+#: Saved in the middle of an interval, by names through torch.distributed.checkpoint.
+RESUMED = {"options": {"interval": 2, "relative": True}, "momentum": 0.9, "resumed": True}
 #: Engine, options, and what else a case is about; each is run on as many ranks as its list says.
 ON_TWO = [
     {"engine": "ddp", "options": {"perturbation": "in_place"}},
@@ -25,6 +27,7 @@ ON_TWO = [
     {"engine": "fsdp1", "width": 7, "options": {"relative": True}, "rhos": {"down.weight": 0.2}},
     {"engine": "fsdp1_zero2", "options": {"norm": "layer"}, "accumulate": 2},
     *({"engine": engine, "closure": True} for engine in ("ddp", "fsdp", "fsdp1", "tp")),
+    *({"engine": engine, "width": width, **RESUMED} for engine, width in (("fsdp1", 7), ("tp", 8))),
 ]
 ON_FOUR = [
     {"engine": "fsdp", "width": 7, "options": {"relative": True}, "accumulate": 2},
@@ -39,6 +42,7 @@ ON_FOUR = [
     {"engine": "fsdp_tp_sequence", "options": {"relative": True}, "clip": 0.1},
     {"engine": "fsdp1", "width": 7, "accumulate": 2},
     {"engine": "fsdp1_hybrid", "options": {"relative": True}},
+    {"engine": "fsdp_tp", "width": 7, **RESUMED},
 ]
 
 
@@ -47,18 +51,26 @@ def named(case):
     return f"{case['engine']}: {rest}" if rest else case["engine"]
 
 
+def run(folder, world, cases):
+    checkpoints = [{"checkpoint": str(folder / str(i))} if case.get("resumed") else {} for i, case in enumerate(cases)]
+    return run_ranks(folder, world, [{**case, **kept} for case, kept in zip(cases, checkpoints, strict=True)])
+
+
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("two"), 2, ON_TWO)
+    return run(tmp_path_factory.mktemp("two"), 2, ON_TWO)
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("four"), 4, ON_FOUR)
+    return run(tmp_path_factory.mktemp("four"), 4, ON_FOUR)
 
 
 def check(case, results, ways):
-    """One process is equalled, stats too; where each of ``ways`` parts of the batch has its own direction, weights."""
+    """One process is equalled, stats too; where each of ``ways`` parts of the batch has its own direction, weights.
+
+    A run that was resumed is equalled to the bit.
+    """
     options = case.get("options", {})
     own = 1 if options.get("sync", True) else ways
     norm, relative = options.get("norm", "global"), options.get("relative", False)
@@ -69,12 +81,17 @@ def check(case, results, ways):
         rhos=case.get("rhos"),
         own_directions=own,
         clip=case.get("clip"),
+        interval=options.get("interval", 1),
+        momentum=case.get("momentum", 0.0),
     )
     for result in results:
         assert result["parameters"].keys() == parameters.keys()
         for name, expected in parameters.items():
             assert torch.equal(result["parameters"][name], results[0]["parameters"][name])
             torch.testing.assert_close(result["parameters"][name], expected, rtol=1e-12, atol=1e-13)
+        assert ("resumed" in result) == case.get("resumed", False)
+        for name, resumed in result.get("resumed", {}).items():
+            assert torch.equal(resumed, result["parameters"][name])
         for key, expected in stats.items() if own == 1 else ():
             assert result["stats"][key] == pytest.approx(expected, rel=1e-12), key
 

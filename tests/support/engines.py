@@ -66,23 +66,39 @@ def groups(model, rhos):
     return [{"params": rest}, *({"params": [of[name]], "rho": rho} for name, rho in rhos.items())]
 
 
-def one_process(width=8, *, norm="global", relative=False, rhos=None, own_directions=1, clip=None, updates=3):
+def one_process(
+    width=8,
+    *,
+    norm="global",
+    relative=False,
+    rhos=None,
+    own_directions=1,
+    clip=None,
+    updates=3,
+    interval=1,
+    momentum=0.0,
+):
     """Some updates of ShaPO, written out in float64.
 
     Args:
         own_directions: into how many parts the batch falls that are each perturbed along their own gradient.
         clip: the greatest norm of pass 2's gradient.
+        interval: every ``interval``-th update is a ShaPO update.
     """
     model = build(width)
-    base = torch.optim.SGD(model.parameters(), lr=LR)
+    base = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum)
     weights = {name: p for name, p in model.named_parameters() if name in INDICES}
     radius = {name: (rhos or {}).get(name, RHO) for name in INDICES}
 
     def selected(tensors):
         return {name: t.index_select(AXES[name], torch.tensor(INDICES[name])) for name, t in tensors.items()}
 
-    for x, y in batches(updates):
-        for part in zip(x.chunk(own_directions), y.chunk(own_directions), strict=True):
+    for number, (x, y) in enumerate(batches(updates), 1):
+        parts = zip(x.chunk(own_directions), y.chunk(own_directions), strict=True)
+        if number % interval:
+            parts = ()
+            mse(model, (x, y)).backward()
+        for part in parts:
             g = selected(dict(zip(weights, torch.autograd.grad(mse(model, part), list(weights.values())), strict=True)))
             w = selected({name: p.detach() for name, p in weights.items()})
             size = {name: (g[name].norm(), w[name].norm()) for name in g}

@@ -2,8 +2,10 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
 from ranks import on_rank
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -86,37 +88,63 @@ def clip(parameters, most):
         torch.nn.utils.clip_grads_with_norm_(together, most, norm)
 
 
-def train(case):
-    model, ways, place = wrap(build(case.get("width", 8)), case["engine"])
-    parameters = dict(model.named_parameters())
+def update(model, opt, case, data):
     pieces = case.get("accumulate", 1)
-    base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR)
-    opt = sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
-    for x, y in batches():
-        if case.get("closure"):
-            opt.step(closure(model, opt, (x.chunk(ways)[place], y.chunk(ways)[place])))
-            continue
-        mine = x.chunk(ways)[place].chunk(pieces), y.chunk(ways)[place].chunk(pieces)
-        with opt.ascent():
-            for piece in zip(*mine, strict=True):
-                opt.ascend(mse(model, piece) / pieces)
-        with opt.perturbed():
-            for piece in zip(*mine, strict=True):
-                (mse(model, piece) / pieces).backward()
-        if case["engine"] == "fsdp_ignoring":
-            dist.all_reduce(model.head.weight.grad, op=dist.ReduceOp.SUM)
-            model.head.weight.grad /= ways
-        if "clip" in case:
-            clip(list(parameters.values()), case["clip"])
-        opt.step()
-        opt.zero_grad()
-    stats = opt.stats
+    if case.get("closure"):
+        opt.step(closure(model, opt, data))
+        return
+    mine = [part.chunk(pieces) for part in data]
+    with opt.ascent():
+        for piece in zip(*mine, strict=True):
+            opt.ascend(mse(model, piece) / pieces)
+    with opt.perturbed():
+        for piece in zip(*mine, strict=True):
+            (mse(model, piece) / pieces).backward()
+    if case["engine"] == "fsdp_ignoring":
+        dist.all_reduce(model.head.weight.grad, op=dist.ReduceOp.SUM)
+        model.head.weight.grad /= dist.get_world_size()
+    if "clip" in case:
+        clip(list(model.parameters()), case["clip"])
+    opt.step()
+    opt.zero_grad()
+
+
+def whole(model):
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
-            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+            found = {name: p.detach().clone() for name, p in model.named_parameters()}
     else:
-        whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
-    return {"parameters": {plain_name(name): p.detach() for name, p in whole.items()}, "stats": stats}
+        found = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    return {plain_name(name): p.detach() for name, p in found.items()}
+
+
+def state(model, opt):
+    weights, optimizer = get_state_dict(model, opt)
+    return {"model": weights, "optimizer": optimizer, "shapo": opt.shapo_state_dict()}
+
+
+def load(model, opt, checkpoint):
+    found = state(model, opt)
+    dcp.load(found, checkpoint_id=checkpoint)
+    set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    opt.load_shapo_state_dict(found["shapo"])
+
+
+def train(case, resumed=False):
+    """Three updates. Where there is a ``checkpoint`` it is saved after the first, and a second run goes on from it."""
+    model, ways, place = wrap(build(case.get("width", 8)), case["engine"])
+    base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR, momentum=case.get("momentum", 0.0))
+    opt = sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
+    if resumed:
+        load(model, opt, case["checkpoint"])
+    for x, y in list(batches())[opt.updates :]:
+        update(model, opt, case, (x.chunk(ways)[place], y.chunk(ways)[place]))
+        if "checkpoint" in case and opt.updates == 1:
+            dcp.save(state(model, opt), checkpoint_id=case["checkpoint"])
+    found = {"parameters": whole(model), "stats": opt.stats}
+    if "checkpoint" in case and not resumed:
+        found["resumed"] = train(case, resumed=True)["parameters"]
+    return found
 
 
 if __name__ == "__main__":
