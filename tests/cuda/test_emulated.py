@@ -45,7 +45,7 @@ def operators(tmp_path_factory):
     torch_folder = Path(torch.__file__).parent
     library = folder / "libshapo_emulated.so"
     command = [
-        "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-w",
+        "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-ffp-contract=off", "-w",
         "-include", folder / "cuda" / "cuda_emulation.h", "-I", folder / "cuda", "-isystem", torch_folder / "include",
         *(f"-isystem{path}" for path in gpu_nvcc.headers()), "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(folder / "cuda").glob("*.cpp"), "-o", library, torch_folder / "lib" / "libtorch_cpu.so",

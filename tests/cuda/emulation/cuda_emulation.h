@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector_types.h>
 
@@ -30,14 +31,18 @@ namespace emulation {
 
 enum class State { READY, AT_WARP, AT_BLOCK, DONE };
 
+// A fiber is made once and runs block after block. It is entered through its context, and after that by jumps, which,
+// unlike swapcontext, ask the operating system for nothing (_FORTIFY_SOURCE takes those to another stack for mistakes).
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool entered;
   State state;
   double shuffled;
 };
 
 constexpr size_t STACK = 256 * 1024;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline const std::function<void()>* body = nullptr;
@@ -47,14 +52,23 @@ inline dim3 grid_dimension;
 inline void wait(State state) {
   Fiber& self = fibers[thread_index.x];
   self.state = state;
-  const uint3 mine = thread_index;
-  swapcontext(&self.context, &scheduler);
-  thread_index = mine;
+  if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
-  (*body)();
-  fibers[thread_index.x].state = State::DONE;
+  for (;;) {
+    (*body)();
+    wait(State::DONE);
+  }
+}
+
+inline void run(size_t thread) {
+  thread_index = uint3{static_cast<unsigned>(thread), 0, 0};
+  Fiber& fiber = fibers[thread];
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.place, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
 }
 
 // Lets go of those fibers of a range that wait at `state` if all that are not done do; whether there were any.
@@ -70,28 +84,30 @@ inline bool release(size_t begin, size_t end, State state) {
   return any;
 }
 
-inline void run_block(size_t threads) {
+inline void make_fibers(size_t threads) {
+  fibers.resize(threads);
+  stacks.resize(threads * STACK);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks.data() + i * STACK;
     fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = &scheduler;
-    fiber.state = State::READY;
     makecontext(&fiber.context, enter, 0);
+    fiber.entered = false;
   }
+}
+
+inline void run_block(size_t threads) {
+  for (size_t i = 0; i < threads; ++i) fibers[i].state = State::READY;
   for (;;) {
-    for (size_t i = 0; i < threads; ++i) {
-      if (fibers[i].state != State::READY) continue;
-      thread_index = uint3{static_cast<unsigned>(i), 0, 0};
-      swapcontext(&scheduler, &fibers[i].context);
-    }
+    for (size_t i = 0; i < threads; ++i)
+      if (fibers[i].state == State::READY) run(i);
     bool going = false;
     for (size_t warp = 0; warp < threads; warp += 32) going |= release(warp, warp + 32, State::AT_WARP);
     if (!going) going = release(0, threads, State::AT_BLOCK);
     if (going) continue;
-    for (const Fiber& fiber : fibers) {
-      if (fiber.state == State::DONE) continue;
+    for (size_t i = 0; i < threads; ++i) {
+      if (fibers[i].state == State::DONE) continue;
       std::fputs("a block of threads waits for a thread that will not come\n", stderr);
       std::abort();
     }
@@ -101,8 +117,7 @@ inline void run_block(size_t threads) {
 
 inline void launch(dim3 grid, size_t threads, const std::function<void()>& kernel) {
   grid_dimension = grid;
-  fibers.assign(threads, Fiber{});
-  stacks.resize(threads * STACK);
+  if (fibers.size() < threads) make_fibers(threads);
   body = &kernel;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
