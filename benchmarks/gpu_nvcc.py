@@ -1,7 +1,11 @@
-"""Compiles csrc/cuda with nvcc, which needs no GPU, and reads off what each kernel takes: nothing is run or timed."""
+"""Compiles csrc/cuda with nvcc, which needs no GPU, and reads off what each kernel takes: nothing is run or timed.
+
+The same is read from a library that has been built, where cuobjdump is here.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -63,6 +67,30 @@ def compile_source(
     output = demangled(run.stdout + run.stderr)
     warnings = [line for line in output.splitlines() if "warning" in line.lower()]
     return list(_kernels(source.name, output)), warnings
+
+
+def cuobjdump() -> str | None:
+    """The CUDA toolkit's, or the one that Triton brings with it."""
+    found = shutil.which("cuobjdump")
+    if found is None and importlib.util.find_spec("triton") is not None:
+        from triton import knobs
+
+        found = knobs.nvidia.cuobjdump.path
+    return found
+
+
+def read_library(library: Path) -> list[Kernel]:
+    """The kernels of a library, for every architecture that it has binary code for."""
+    command = [cuobjdump() or "cuobjdump", "-res-usage", str(library)]
+    said = demangled(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = []
+    for binary in re.split(r"^arch = ", said, flags=re.MULTILINE)[1:]:
+        architecture = binary.split()[0]
+        for name, resources in re.findall(r"^ Function (.+):\n(.+)$", binary, re.MULTILINE):
+            number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
+            spills = number["STACK"] + number["LOCAL"]
+            found.append(Kernel(library.name, _short(name), architecture, number["REG"], number["SHARED"], spills))
+    return found
 
 
 def demangled(text: str) -> str:
