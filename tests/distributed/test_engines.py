@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import one_process
+from engines import INDICES, build, one_process
 from ranks import run_ranks
 
 #: Saved in the middle of an interval, by names through torch.distributed.checkpoint.
@@ -28,6 +28,23 @@ ON_TWO = [
     {"engine": "fsdp1_zero2", "options": {"norm": "layer"}, "accumulate": 2},
     *({"engine": engine, "closure": True} for engine in ("ddp", "fsdp", "fsdp1", "tp")),
     *({"engine": engine, "width": width, **RESUMED} for engine, width in (("fsdp1", 7), ("tp", 8))),
+]
+# fully_shard's policies, and how near bfloat16 (spacing 1/128) and float16 (1/1024) must come.
+HALVES = [
+    ({"param_dtype": "bfloat16"}, {}, 0.01),
+    ({"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"}, {"relative": True}, 0.01),
+    ({"param_dtype": "bfloat16", "cast_forward_inputs": False}, {}, 0.01),
+    ({"param_dtype": "float16", "reduce_dtype": "float32"}, {"norm": "layer"}, 0.002),
+]
+IN_HALVES = [
+    {
+        "engine": "fsdp",
+        "dtype": "float32",
+        "inputs": "float32" if policy.get("cast_forward_inputs", True) else policy["param_dtype"],
+        "policy": policy,
+        "options": options,
+    }
+    for policy, options, _ in HALVES
 ]
 ON_FOUR = [
     {"engine": "fsdp", "width": 7, "options": {"relative": True}, "accumulate": 2},
@@ -58,7 +75,7 @@ def run(folder, world, cases):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), 2, ON_TWO)
+    return run(tmp_path_factory.mktemp("two"), 2, ON_TWO + IN_HALVES)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +123,25 @@ def test_two_ranks_equal_one_process(on_two, number):
 @pytest.mark.parametrize("number", range(len(ON_FOUR)), ids=[named(case) for case in ON_FOUR])
 def test_four_ranks_equal_one_process(on_four, number):
     check(ON_FOUR[number], on_four[number], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(HALVES)), ids=[str(policy) for policy, _, _ in HALVES])
+def test_fully_sharded_weights_that_compute_in_16_bits_are_perturbed_as_their_precision_allows(on_two, number):
+    _, options, near = HALVES[number]
+    start = dict(build().named_parameters())
+    parameters, stats = one_process(**options)
+    unperturbed, _ = one_process(rhos=dict.fromkeys(INDICES, 0.0))
+
+    def moved(parameters):
+        return torch.cat([(parameters[name].double() - p).detach().flatten() for name, p in start.items()])
+
+    expected = moved(parameters)
+    assert (moved(unperturbed) - expected).norm() > 30 * near * expected.norm()  # so much is there to miss
+    for result in on_two[len(ON_TWO) + number]:
+        assert (moved(result["parameters"]) - expected).norm() < near * expected.norm()
+        assert result["stats"]["epsilon_norm"] == pytest.approx(stats["epsilon_norm"], rel=near)
+        assert result["stats"]["grad_norm"] == pytest.approx(stats["grad_norm"], rel=near)
+        assert result["stats"]["realised_norm"] == pytest.approx(result["stats"]["epsilon_norm"], rel=near)
+        assert result["stats"]["realised_norm"] != result["stats"]["epsilon_norm"]  # measured where it computes
+        assert result["stats"]["realised_cosine"] > 1 - near**2

@@ -7,7 +7,7 @@ from engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_n
 from ranks import on_rank
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -21,16 +21,28 @@ from torch.nn.parallel import DistributedDataParallel
 import shapo_kernels as sk
 
 
-def wrap(model, engine):
-    """The model under an engine, how many ways the data is split, and this rank's place among them."""
+def wrap(model, engine, policy=None):
+    """The model under an engine, how many ways the data is split, and this rank's place among them.
+
+    Args:
+        policy: fully_shard's mixed precision, with dtypes by name.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = (model.up, model.down, model.conv, model.head)
     if engine == "ddp":
         return DistributedDataParallel(model), world, rank
     if engine in ("fsdp", "fsdp_ignoring"):
         ignored = {model.head.weight} if engine == "fsdp_ignoring" else None
+        dtypes = {
+            key: getattr(torch, value) if isinstance(value, str) else value for key, value in (policy or {}).items()
+        }
         for layer in (*layers, model):
-            fully_shard(layer, mesh=init_device_mesh("cpu", (world,)), ignored_params=ignored)
+            fully_shard(
+                layer,
+                mesh=init_device_mesh("cpu", (world,)),
+                ignored_params=ignored,
+                mp_policy=MixedPrecisionPolicy(**dtypes),
+            )
         return model, world, rank
     if engine == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -132,12 +144,14 @@ def load(model, opt, checkpoint):
 
 def train(case, resumed=False):
     """Three updates. Where there is a ``checkpoint`` it is saved after the first, and a second run goes on from it."""
-    model, ways, place = wrap(build(case.get("width", 8)), case["engine"])
+    plain = build(case.get("width", 8)).to(getattr(torch, case.get("dtype", "float64")))
+    model, ways, place = wrap(plain, case["engine"], case.get("policy"))
     base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR, momentum=case.get("momentum", 0.0))
     opt = sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
     if resumed:
         load(model, opt, case["checkpoint"])
     for x, y in list(batches())[opt.updates :]:
+        x = x.to(getattr(torch, case.get("inputs", "float64")))
         update(model, opt, case, (x.chunk(ways)[place], y.chunk(ways)[place]))
         if "checkpoint" in case and opt.updates == 1:
             dcp.save(state(model, opt), checkpoint_id=case["checkpoint"])
