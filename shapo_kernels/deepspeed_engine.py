@@ -3,8 +3,8 @@
 ``deepspeed.initialize`` takes the base optimizer's parameters away and gives it partitions of its own, one group at a
 time; what is once an update is ``engine.step()``. So the base of a :class:`shapo_kernels.ShaPOOptimizer` around an
 engine is that step, and calling ``engine.step()`` is calling the wrapper's. The ascent runs the engine's module and not
-the engine, whose outputs begin the reduction of gradients. Nothing here imports deepspeed: an engine is recognised by
-its class's name.
+the engine, whose outputs begin the reduction of gradients. Accelerate steps by itself at the end of its backward pass,
+inside the descent: that ends the descent. Nothing here imports deepspeed: an engine is recognised by its class's name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 USE = "make the engine first, then ShaPOOptimizer(engine.optimizer, engine, …)"
 # What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.
@@ -57,7 +58,7 @@ class EngineStep(Optimizer):
 
     Args:
         engine: what ``deepspeed.initialize`` returned first.
-        given: what it returned second.
+        given: what it returned second, or what Accelerate put around it.
 
     Raises:
         TypeError: another optimizer than the engine's.
@@ -65,13 +66,16 @@ class EngineStep(Optimizer):
 
     def __init__(self, engine: Any, given: object) -> None:
         # Optimizer.__init__ is not called: what it would set up is the engine's optimizer's.
-        if given is not engine.optimizer:
+        if all(engine.optimizer is not one for one in (given, getattr(given, "optimizer", given))):
             raise TypeError(
                 f"base_optimizer is a {type(given).__name__} that does not step the engine: pass the optimizer that "
                 "deepspeed.initialize returned, engine.optimizer"
             )
         self.engine = engine
         self._lr_kwargs: Any = None
+        self._ran: RemovableHandle | None = None
+        #: Whether the engine has stepped by itself, and nothing has been computed since.
+        self.stepped = False
 
     def attach(self, wrapper: Optimizer) -> None:
         """From now on ``engine.step()`` is the wrapper's step.
@@ -83,17 +87,24 @@ class EngineStep(Optimizer):
             raise RuntimeError("the engine's step is another ShaPOOptimizer's: call its detach() first")
 
         def step(lr_kwargs: Any = None) -> None:
-            self._lr_kwargs = lr_kwargs
+            self._lr_kwargs, self.stepped, ends = lr_kwargs, False, not self.accumulating
             try:
                 wrapper.step()
             finally:
                 self._lr_kwargs = None
+            self.stepped = ends
+
+        def computed(module: nn.Module, args: Any) -> None:
+            self.stepped = False
 
         self.engine.step = step
+        self._ran = self.engine.module.register_forward_pre_hook(computed)
 
     def detach(self) -> None:
         """``engine.step()`` is its own again."""
         vars(self.engine).pop("step", None)
+        if self._ran is not None:
+            self._ran.remove()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -118,13 +129,18 @@ class EngineStep(Optimizer):
         """Whether this micro-batch is not an update's last, so that the coming step only counts it."""
         return not self.engine.is_gradient_accumulation_boundary()
 
+    def count(self) -> None:
+        """The engine's own step after a micro-batch that is not an update's last."""
+        if not self.engine.inside_no_sync_ctxt:  # there it is illegal, and Accelerate counts by itself
+            self.step()
+
     def step(self, closure: Any = None) -> bool:  # type: ignore[override]
         """The engine's own step. Returns whether weights were updated."""
         type(self.engine).step(self.engine, self._lr_kwargs)
         return bool(self.engine.was_step_applied())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.engine.optimizer.zero_grad(set_to_none=set_to_none)
+        """Nothing: the engine clears gradients in its step, and has those of earlier micro-batches until then."""
 
     def members(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
         """Each group and the model's parameters in it, which ZeRO keeps apart."""

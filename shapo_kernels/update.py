@@ -200,9 +200,14 @@ class TwoPassUpdate(OptimizerWrapper):
                 "DeepSpeed's engine takes gradients by engine.backward(loss) and scales losses itself: use "
                 "`with opt.ascent():` and `with opt.perturbed():`, then opt.step() without a closure or scaler"
             )
-        if engine.accumulating:
-            engine.step()
+        if engine.stepped:  # as Accelerate's backward() does, before the loop asks for a step
             return
+        if engine.accumulating:
+            engine.count()
+            return
+        if self.is_perturbed:
+            self._direction = None
+            _complain_of(self._come_back())
         self._require_between_passes("step")
         self._require_ascent()
         self._updates += engine.step()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 
 transformers = pytest.importorskip("transformers")
-from trainers import ShaPOTrainer, arguments, neurons, of_trl, rows  # noqa: E402
+from trainers import ShaPOTrainer, arguments, neurons, of_trl, rows, sgd  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 
@@ -51,16 +52,15 @@ def test_arguments_out_of_range_are_refused(tiny_llama, options):
         ShaPOArguments(neurons(tiny_llama), rho=0.5, **options)
 
 
-def test_deepspeed_is_refused_when_the_trainer_is_made(tiny_llama, tmp_path):
+def test_a_ready_optimizer_under_deepspeed_is_refused_when_the_trainer_is_made(tiny_llama, tmp_path):
     class UnderDeepSpeed(ShaPOTrainer):
         def create_accelerator_and_postprocess(self) -> None:  # what a deepspeed config has it say
             super().create_accelerator_and_postprocess()
             self.is_deepspeed_enabled = True
 
-    with pytest.raises(ValueError, match=r"^the Trainer mixin does not run under DeepSpeed: use DDP or FSDP2$"):
-        UnderDeepSpeed(
-            tiny_llama, arguments(tmp_path), train_dataset=rows(), shapo=ShaPOArguments(neurons(tiny_llama), rho=0.1)
-        )
+    ready = sk.ShaPOOptimizer(sgd(tiny_llama)[0], tiny_llama, neurons(tiny_llama), rho=0.1)
+    with pytest.raises(ValueError, match=r"^DeepSpeed takes an optimizer's parameters away: give the trainer its base"):
+        UnderDeepSpeed(tiny_llama, arguments(tmp_path), train_dataset=rows(), optimizers=(ready, None))
 
 
 def test_a_trainer_that_generates_its_batches_is_refused(tiny_llama, tmp_path):

@@ -4,12 +4,13 @@ The same functions train in one process, which is what the ranks are compared wi
 that are none of the CPU only; told that the device is one, all of its own code runs over gloo as it does over NCCL.
 """
 
+import importlib.util
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -20,14 +21,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOState, ShaPOTrainerMixin
+
+if importlib.util.find_spec("deepspeed"):
+    import deepspeed
 
 LOGGED = ("loss", "grad_norm", "shapo/ascent_loss", "shapo/gap", "shapo/grad_norm")
 
@@ -64,7 +67,21 @@ def pretend_a_device():
     PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 
 
+def deepspeed_config(engine):
+    # Its shared-memory collectives are compiled when they are first needed; gloo's do as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return {
+        "zero_optimization": {"stage": int(engine.removeprefix("zero")), "stage3_param_persistence_threshold": 100},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
 def whole(model):
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {plain_name(name): p.detach().clone() for name, p in model.named_parameters()}
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             return {plain_name(name): p.detach().clone() for name, p in model.named_parameters()}
@@ -85,6 +102,8 @@ def trainers_arguments(kind, case, folder, world):
     if world > 1 and version is not None:
         settings = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         engine_options = {"fsdp": True, "fsdp_config": {**settings, **case.get("fsdp_config", {})}}
+    elif world > 1 and case["engine"].startswith("zero"):
+        engine_options = {"deepspeed": deepspeed_config(case["engine"])}
     else:
         engine_options = {}
     arguments = kind(
@@ -106,7 +125,7 @@ def trainers_arguments(kind, case, folder, world):
         **engine_options,
         **case.get("arguments", {}),
     )
-    if engine_options:
+    if "fsdp" in engine_options:
         assert arguments.device.type == "cpu"
         pretend_a_device()
     return arguments
@@ -117,6 +136,7 @@ def trained(made, case):
     made.train(resume_from_checkpoint=case.get("from"))
     assert made.is_fsdp_enabled == bool(made.args.fsdp)
     logs = [[entry[key] for key in LOGGED] for entry in made.state.log_history if "shapo/gap" in entry]
+    assert made.is_deepspeed_enabled == bool(made.args.deepspeed)
     return {"parameters": whole(made.model), "logs": logs, "updates": made._shapo_optimizer().updates}
 
 
@@ -165,10 +185,28 @@ def text(tokens):
     return " " + " ".join(map(str, tokens))
 
 
+def prepared(accelerator, plain, made, case):
+    """The prepared model, what steps, and the ShaPOOptimizer that it is or has inside."""
+    options = {"rho": 0.3, **case.get("options", {})}
+    subspace = sk.Subspace({"2.weight": [3, 9]})
+    engine = case["engine"] if accelerator.num_processes > 1 else "none"
+    if engine.startswith("zero"):
+        model, base = accelerator.prepare(plain, made(plain.parameters(), lr=0.1))
+        shapo = sk.ShaPOOptimizer(base, model, subspace, **options)
+        return model, shapo, shapo
+    if engine == "fsdp1":
+        model = accelerator.prepare(plain)
+        shapo = sk.ShaPOOptimizer(made(model.parameters(), lr=0.1), model, subspace, **options)
+        return model, accelerator.prepare(shapo), shapo
+    shapo = sk.ShaPOOptimizer(made(plain.parameters(), lr=0.1), plain, subspace, **options)
+    return *accelerator.prepare(plain, shapo), shapo
+
+
 def loop(case, folder, world):
-    """A plain Accelerate loop: the optimizer is made first and prepared with the model; after it under FSDP1."""
+    """A plain Accelerate loop: the optimizer is prepared with the model; under FSDP1 and DeepSpeed made around it."""
     options = {}
-    if world > 1 and case["engine"] != "ddp":
+    zero = world > 1 and case["engine"].startswith("zero")
+    if world > 1 and case["engine"].startswith("fsdp"):
         PartialState(cpu=True)
         pretend_a_device()
         # FSDP1's whole state dicts move to the CPU, from where they are not copied then, and are freed.
@@ -179,20 +217,20 @@ def loop(case, folder, world):
             min_num_params=1,
             **(of_fsdp1 if case["engine"] == "fsdp1" else {}),
         )
+    if zero:
+        config = {**deepspeed_config(case["engine"]), "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 4}
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(cpu=not options, gradient_accumulation_steps=2, **options)
     dtype = getattr(torch, case.get("dtype", "float64"))
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
-    model = plain if world == 1 or case["engine"] != "fsdp1" else accelerator.prepare(plain)
-    base = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[case.get("optim", "adamw")](model.parameters(), lr=0.1)
-    shapo = sk.ShaPOOptimizer(base, model, sk.Subspace({"2.weight": [3, 9]}), rho=0.3, **case.get("options", {}))
-    if model is plain:
-        model, opt = accelerator.prepare(plain, shapo)
-    else:
-        opt = accelerator.prepare(shapo)
+    made = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[case.get("optim", "adamw")]
+    model, opt, shapo = prepared(accelerator, plain, made, case)
     if world > 1:
-        engine = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule, "fsdp1": FullyShardedDataParallel}
-        assert isinstance(model, engine[case["engine"]])
+        engine = {"ddp": "Distributed", "fsdp1": "FullySharded", "fsdp2": "FSDP", "zero": "DeepSpeed"}
+        assert type(model).__name__.startswith(engine[case["engine"] if not zero else "zero"])
     accelerator.register_for_checkpointing(ShaPOState(shapo))
     data = torch.randn(3, 2, 8, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     if case.get("from"):

@@ -33,8 +33,11 @@ def refuse_before(shapo: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
     """Raises ValueError for a trainer, or arguments of one, under which an update would be another than it seems."""
     arguments = trainer.args
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("the Trainer mixin does not run under DeepSpeed: use DDP or FSDP2")
+    if trainer.is_deepspeed_enabled and isinstance(trainer.optimizer, ShaPOOptimizer):
+        raise ValueError(
+            "DeepSpeed takes an optimizer's parameters away: give the trainer its base, optimizers=(AdamW(…), None), "
+            "or none, and shapo=ShaPOArguments(subspace, rho=…)"
+        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs in one process would run under nn.DataParallel: launch with torchrun or "

@@ -48,9 +48,9 @@ class ShaPOTrainerMixin(FusedHeadMixin):
 
     Raises:
         TypeError: ``shapo`` is no :class:`ShaPOArguments`, or lacks what it takes to wrap an optimizer.
-        ValueError: options of a ready optimizer given twice; more ``ascent_pairs`` than an ascent is over; DeepSpeed,
+        ValueError: options of a ready optimizer given twice; more ``ascent_pairs`` than an ascent is over;
             ``nn.DataParallel``, trainers that generate their batches, reentrant checkpointing with the selective
-            ascent.
+            ascent, a ready optimizer under DeepSpeed.
     """
 
     def __init__(self, *args: Any, shapo: ShaPOArguments | None = None, **kwargs: Any) -> None:
@@ -71,8 +71,13 @@ class ShaPOTrainerMixin(FusedHeadMixin):
     # -- the optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's optimizer, or the one it was given, wrapped; a ready ShaPOOptimizer as it is."""
+        """The trainer's optimizer, or the one it was given, wrapped; a ready ShaPOOptimizer as it is.
+
+        Under DeepSpeed it is wrapped once there is an engine.
+        """
         created = super().create_optimizer(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            return created
         found = _beneath_accelerate(created)
         if found is self._wrapped:
             return created  # a second train()
@@ -81,12 +86,22 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         else:
             model: Any = next((m for m in (*args, kwargs.get("model")) if m is not None), self.model)
             created = self.optimizer = found = self.shapo.wrap(created, model)
-        self._wrapped, self._schedule = found, self.shapo.schedule(found.rho)
-        if not self._schedule.is_constant and _have_radii_of_their_own(found):
-            raise ValueError("plain_updates and rho_warmup set opt.rho, but a param group has a radius of its own")
+        self._take(found)
         return created
 
+    def _take(self, optimizer: ShaPOOptimizer) -> None:
+        self._wrapped, self._schedule = optimizer, self.shapo.schedule(optimizer.rho)
+        if not self._schedule.is_constant and _have_radii_of_their_own(optimizer):
+            raise ValueError("plain_updates and rho_warmup set opt.rho, but a param group has a radius of its own")
+
     def _shapo_optimizer(self) -> ShaPOOptimizer:
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            if self._wrapped is None or self._wrapped.model is not engine:
+                if self._wrapped is not None:  # of an earlier train()
+                    self._wrapped.detach()
+                self._take(self.shapo.wrap(engine.optimizer, engine))
+            return self._wrapped  # type: ignore[return-value]
         found = _beneath_accelerate(self.optimizer)
         if not isinstance(found, ShaPOOptimizer):
             raise RuntimeError("the trainer's optimizer is no ShaPOOptimizer: leave create_optimizer to the mixin")
@@ -211,14 +226,19 @@ class ShaPOTrainerMixin(FusedHeadMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        # Under FSDP the optimizer's state is saved by the names of parameters, and everything else of it dropped.
-        if self.is_fsdp_enabled and self.args.should_save:
+        # Under FSDP the optimizer's state is saved by the names of parameters, and everything else of it dropped; under
+        # DeepSpeed the engine saves its own.
+        if self._saves_beside and self.args.should_save:
             torch.save(self._shapo_optimizer().shapo_state_dict(), Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_fsdp_enabled and (path := Path(checkpoint) / _STATE).exists():
+        if checkpoint is not None and self._saves_beside and (path := Path(checkpoint) / _STATE).exists():
             self._shapo_optimizer().load_shapo_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    @property
+    def _saves_beside(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # -- what is logged
 
