@@ -8,11 +8,14 @@ the dtype that the layer computed in and passes the output on. It stays attached
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections import OrderedDict
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
@@ -42,6 +45,7 @@ class Tap:
         self._direction: Tensor | None = None
         self._adding = False
         self._watch = Watch(None)
+        self._place: tuple[OrderedDict[int, Any], int] = OrderedDict(), 0
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
         #: Whether the layer has run at all since the ascent, or the update, began.
@@ -52,21 +56,32 @@ class Tap:
         drop_copies(module)
         self._watch = watch
         # First of all hooks: those of tensor parallelism add up or gather what the layer puts out, FSDP's may cast it.
-        return module.register_forward_hook(self, with_kwargs=True, prepend=True)
+        handle = module.register_forward_hook(self, with_kwargs=True, prepend=True)
+        self._place = cast(OrderedDict[int, Any], module._forward_hooks), handle.id
+        return handle
 
     is_copy = False
 
     def observe(self, leaf: Tensor) -> None:
         """From now on let the gradient of the compact ``leaf`` out; its values are never read."""
         self._direction, self._adding, self.unrecorded = leaf, False, False
+        self._go_first()
 
     def add(self, direction: Tensor) -> None:
         """From now on compute as if the compact ``direction`` had been added to the weight."""
         self._direction, self._adding = direction, True
+        self._go_first()
 
     def rest(self) -> None:
         """From now on pass outputs on as they are."""
         self._direction, self._adding = None, False
+
+    def _go_first(self) -> None:
+        """Before hooks that others have put first since, and that may change the output; taps add up in any order."""
+        hooks, place = self._place
+        before = itertools.takewhile(lambda hook: hook is not self, hooks.values())
+        if place in hooks and not all(isinstance(hook, Tap) for hook in before):
+            hooks.move_to_end(place, last=False)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
@@ -74,6 +89,8 @@ class Tap:
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
+            if not torch.compiler.is_compiling() and _global_forward_hooks:
+                _refuse_changed_output(module, args, kwargs, output)
             input = args[0] if args else next(iter(kwargs.values()))
             if isinstance(output, DTensor):
                 output = self._on_parts(output, input, self._direction)
@@ -124,6 +141,20 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         self._watch.refuse_copies()
         return _copied_tap, (self._features_first, self._axis, self._index, self._sharded)
+
+
+def _refuse_changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Global hooks run before a layer's own. Most only look; that one changed the output is seen in no other way than
+    by computing it again.
+    """
+    with torch.no_grad():
+        own, given = (x.to_local() if isinstance(x, DTensor) else x for x in (module.forward(*args, **kwargs), output))
+        same = own.dtype == given.dtype and own.shape == given.shape
+        if not (same and torch.allclose(own, given, rtol=0, atol=0, equal_nan=True)):
+            raise RuntimeError(
+                f"a global forward hook changed the output of a {type(module).__name__} whose neurons are selected: "
+                "register it on the layer itself"
+            )
 
 
 def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: bool) -> Tap:

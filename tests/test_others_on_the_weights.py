@@ -6,15 +6,11 @@ import warnings
 
 import pytest
 import torch
-from updates import COMBINATIONS, bits, same_bits, update, wrap
+from updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
 
 import shapo_kernels as sk
 
 PERTURBATIONS = ["in_place", "delta"]
-
-
-def refuses_in_one_line(message):
-    return pytest.raises(RuntimeError, match=rf"^[^\n]*{message}[^\n]*$")
 
 
 def ascended(model, subspace, data, loss, **options):

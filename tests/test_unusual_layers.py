@@ -1,66 +1,23 @@
 """Layers and losses that are linear in name only: perturbed as the mathematics says, or refused in one line."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from updates import COMBINATIONS, bits, same_bits, update, wrap
+from updates import (
+    COMBINATIONS,
+    F64,
+    LAYER,
+    assert_as_written_out,
+    between,
+    bits,
+    refuses_in_one_line,
+    same_bits,
+    update,
+    wrap,
+)
 
 import shapo_kernels as sk
-
-F64 = torch.float64
-
-
-def refuses_in_one_line(message):
-    return pytest.raises(RuntimeError, match=rf"^[^\n]*{message}[^\n]*$")
-
-
-def written_out(model, subspace, data, loss):
-    """One update of gradient descent (0.1) at theta + eps (0.3), whatever the model computes."""
-    names = dict(model.named_parameters())
-    gradients = dict(zip(names, torch.autograd.grad(loss(model, data), list(names.values())), strict=True))
-    selected = {n: gradients[n].index_select(subspace.axis(n), subspace[n]) for n in subspace}
-    norm = torch.cat([g.flatten() for g in selected.values()]).norm()
-    before = {n: names[n].detach().clone() for n in subspace}
-    with torch.no_grad():
-        for n, g in selected.items():
-            names[n].index_add_(subspace.axis(n), subspace[n], 0.3 * g / norm)
-    descent = torch.autograd.grad(loss(model, data), list(names.values()))
-    with torch.no_grad():
-        for n, weight in before.items():
-            names[n].copy_(weight)
-        for parameter, gradient in zip(names.values(), descent, strict=True):
-            parameter.sub_(gradient, alpha=0.1)
-
-
-def assert_as_written_out(model, subspace, data, loss, **options):
-    expected = copy.deepcopy(model)
-    written_out(expected, subspace, data, loss)
-    update(wrap(model, subspace, **options), model, data, loss)
-    for mine, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
-
-
-class Between(nn.Module):
-    """Some layer that is applied to an activation, and a head."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.first, self.layer, self.head = nn.Linear(8, 8), layer, nn.Linear(8, 3)
-        self.to(F64)
-
-    def forward(self, x):
-        return self.head(self.layer(torch.tanh(self.first(x))))
-
-
-def between(layer):
-    torch.manual_seed(0)
-    return Between(layer())
-
-
-LAYER = sk.Subspace({"layer.weight": [1, 3]})
 
 
 class Normalised(nn.Linear):
