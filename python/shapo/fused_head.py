@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shapo.errors import UserError
 from shapo_kernels import losses
+from shapo_kernels.deepspeed_engine import is_engine
 
 # Of the stand-in: 1 tells the scale, the largest the soft cap, and all of them whether that was all.
 _PROBES = (-37.0, -2.5, -0.125, 0.0, 0.25, 1.0, 4.0, 55.0, 1e6)
@@ -110,7 +111,7 @@ def unusable(model: Any) -> str | None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside an adapter's, DDP's and torch.compile's wrappers."""
+    """The transformers model inside an adapter's, DDP's, DeepSpeed's and torch.compile's wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
             config = getattr(model, "active_peft_config", None)
@@ -118,7 +119,7 @@ def unwrapped(model: Any) -> Any:
             if getattr(config, "is_prompt_learning", False):
                 return model
             model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model):
             model = model.module
         else:
             return model

@@ -49,7 +49,17 @@ if importlib.util.find_spec("deepspeed"):
         {"engine": "zero2"},
         {"engine": "zero3", "options": {"interval": 2, "relative": True}, "resume": True},
     ]
-    DPO += [{"engine": "zero3"}]
+    DPO += [
+        {"engine": "zero2", "fused_head": "on", "optim": "sgd"},
+        {"engine": "zero3", "fused_head": "auto", "options": {"interval": 2}, "optim": "sgd", "resume": True},
+        {
+            "engine": "zero3",
+            "adapter": True,
+            "optim": "sgd",
+            "dtype": "float32",
+            "arguments": {"bf16": False, "activation_checkpointing": False},
+        },
+    ]
     LOOPS += [
         {"engine": "zero1", "each": True},
         {"engine": "zero2", "each": False},

@@ -61,6 +61,9 @@ class FusedHeadMixin(Trainer):
             raise ValueError(f"fused_head='on' cannot serve this trainer, because {reason}: use 'auto' or 'off'")
 
     def _refusal(self, model: nn.Module) -> str | None:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is not None and plugin.zero_stage == 3:
+            return "ZeRO-3 gathers a head for a call of its own only"
         if not _is_asked_for_logps(unwrapped(model)):
             return "it does not ask its model for log-probabilities by trl's fused_lm_head"
         if getattr(self, "use_weighting", False):

@@ -57,7 +57,8 @@ def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
     if selective and _checkpoints_reentrantly(arguments):
         raise ValueError(
             "reentrant checkpointing refuses the selective ascent: set use_reentrant=False in "
-            "activation_checkpointing_kwargs (gradient_checkpointing_kwargs), or ascent='grad'"
+            "activation_checkpointing_kwargs (gradient_checkpointing_kwargs), activation_checkpointing=False (trl "
+            "makes adapters' reentrant under ZeRO-3), or ascent='grad'"
         )
     micro_batches = 1 if shapo.per_micro_batch else arguments.gradient_accumulation_steps
     shapo.part().require_at_most(arguments.per_device_train_batch_size * micro_batches)
@@ -69,8 +70,9 @@ def _asks_reference_once(kinds: Sequence[type]) -> bool:
 
 
 def _checkpoints_reentrantly(arguments: Any) -> bool:
-    # transformers 5 has a new name, and the old one beside it.
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if getattr(arguments, name, False):
-            return bool((getattr(arguments, f"{name}_kwargs", None) or {}).get("use_reentrant", False))
-    return False
+    # transformers 5 has a new name, and the old one beside it; trl writes to the old one where PEFT meets ZeRO-3.
+    return any(
+        getattr(arguments, name, False)
+        and (getattr(arguments, f"{name}_kwargs", None) or {}).get("use_reentrant", False)
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
