@@ -153,16 +153,14 @@ class Target:
             TypeError: it is sparse.
         """
         grad = self.parameter.grad
-        if grad is None:
-            return None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"the gradient of {self.name!r} is {grad.layout}: ShaPO needs dense gradients (sparse=False)"
-            )
-        return self._as_matrix(grad)
+        return None if grad is None else self._as_matrix(grad)
 
     def compact(self, gradient: Tensor) -> Tensor:
-        """The selected neurons of a gradient of the parameter, in the compute dtype."""
+        """The selected neurons of a gradient of the parameter, in the compute dtype.
+
+        Raises:
+            TypeError: it is sparse.
+        """
         matrix = self._as_matrix(gradient)
         selected = matrix if self._whole else matrix.index_select(self.axis, self.index)
         return selected.to(self.compute_dtype)
@@ -182,6 +180,10 @@ class Target:
         return buffer
 
     def _as_matrix(self, gradient: Tensor) -> Tensor:
+        if gradient.layout != torch.strided:
+            raise TypeError(
+                f"the gradient of {self.name!r} is {gradient.layout}: ShaPO needs dense gradients (sparse=False)"
+            )
         if isinstance(gradient, DTensor):
             # Sums over a mesh's dimension may still be outstanding (Partial).
             gradient = gradient.redistribute(placements=cast(DTensor, self.parameter).placements).to_local()
@@ -251,6 +253,8 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
                 )
         index = torch.unique(torch.cat([subspace[name] for name in names]))
         modules = owner_of[id(parameter)]
+        if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None for m, _ in modules):
+            raise SubspaceError(f"{names[0]!r} is written to in every forward pass (max_norm): it cannot be perturbed")
         linear = all(
             attribute == "weight" and stores_features_first(module, quantised=quantised) is not None
             for module, attribute in modules

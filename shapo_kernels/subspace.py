@@ -178,6 +178,7 @@ class Subspace(Mapping[str, Tensor]):
         seen: set[int] = set()
         indices = {}
         for name, parameter in names.items():
+            _refuse_uninitialised(name, parameter)
             if parameter.is_floating_point() and parameter.numel() and id(parameter) not in seen:
                 seen.add(id(parameter))
                 indices[name] = torch.arange(parameter.shape[0] if parameter.dim() else 1)
@@ -266,6 +267,7 @@ class Subspace(Mapping[str, Tensor]):
                 close = difflib.get_close_matches(name, parameters, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise SubspaceError(f"the model has no parameter {name!r}{hint}")
+            _refuse_uninitialised(name, parameter)
             shape = acting_shape(parameter, owner_of[id(parameter)])
             if shape is None:
                 raise SubspaceError(
@@ -287,6 +289,11 @@ class Subspace(Mapping[str, Tensor]):
                 f"{name!r} has {shape[axis]} neurons on axis {axis} of {list(shape)}, "
                 f"but the subspace selects neuron {largest}: is it for another model, or is the axis the other one?"
             )
+
+
+def _refuse_uninitialised(name: str, parameter: Tensor) -> None:
+    if nn.parameter.is_lazy(parameter):
+        raise SubspaceError(f"{name!r} has no shape yet: run a forward pass through its lazy layer first")
 
 
 def _sorted_indices(name: str, values: Any) -> Tensor:

@@ -110,9 +110,12 @@ class Tap:
             index = self._index = index.to(output.device)
         # Rows of the matrix are what the layer puts out, columns what it takes in.
         matrix = direction.t() if self._features_first else direction
-        if self._on_input_side:
+        if self._on_input_side and not _transformed():
             join = ops.neuron_update if self._adding else ops.neuron_tap
             return join(output, input, matrix, index)
+        if self._on_input_side:
+            selected = input if index is None else input.index_select(-1, index)
+            return output + nn.functional.linear(selected.to(output.dtype), matrix.to(output.dtype))
         change = nn.functional.linear(input.to(output.dtype), matrix.to(output.dtype))
         return output + change if index is None else output.index_add(-1, index, change)
 
@@ -141,6 +144,11 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         self._watch.refuse_copies()
         return _copied_tap, (self._features_first, self._axis, self._index, self._sharded)
+
+
+def _transformed() -> bool:
+    """Whether the layer runs inside vmap or another of torch.func's, which see through torch's own operators only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _refuse_changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

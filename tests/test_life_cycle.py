@@ -339,9 +339,15 @@ def test_adadeltas_own_rho_is_left_alone(toy, batch, loss, subspace):
     assert opt.stats["epsilon_norm"] == pytest.approx(0.2)
 
 
-def test_sparse_gradients_are_refused_in_one_line():
+@pytest.mark.parametrize("form", ["by hand", "selective", "grad"])
+def test_sparse_gradients_are_refused_in_one_line(form):
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
-    opt = sk.ShaPOOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sk.Subspace.full(model), rho=0.1)
-    model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(TypeError, match="dense gradients"):
-        opt.perturb()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {} if form == "by hand" else {"ascent": form}
+    opt = sk.ShaPOOptimizer(base, model, sk.Subspace.full(model), rho=0.1, **options)
+    with pytest.raises(TypeError, match=r"^[^\n]*dense gradients[^\n]*$"):  # noqa: PT012
+        if form == "by hand":
+            model(torch.tensor([1, 2])).sum().backward()
+            opt.perturb()
+        with opt.ascent():
+            opt.ascend(model(torch.tensor([1, 2])).sum())

@@ -191,3 +191,74 @@ def test_inputs_of_any_number_of_dimensions_are_taken(ascent, perturbation, shap
         before = bits(model)
         update(wrap(model, LAYER, ascent=ascent, perturbation=perturbation), model, x, loss)
         assert same_bits(model, before)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 2)
+
+    def forward(self, x):
+        return self.conv(x.view(-1, 2, 2, 2)).flatten(1)
+
+
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 2, num_layers=2, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.view(-1, 4, 2))[0].flatten(1)
+
+
+class Words(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8, **options)
+
+    def forward(self, x):
+        return x + self.embedding(x[:, :3].abs().mul(4).long().clamp(max=9)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "indices", "axis"),
+    [
+        (Images, {"conv.weight": [1, 3]}, 0),
+        (Sequences, {"lstm.weight_ih_l0": [1, 6], "lstm.weight_hh_l1": [0]}, 0),
+        (Sequences, {"lstm.weight_ih_l0": [1], "lstm.weight_hh_l1": [0]}, 1),
+        (Words, {"embedding.weight": [0, 2, 9]}, 0),
+        (Words, {"embedding.weight": [1, 7]}, 1),
+    ],
+)
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_neurons_of_layers_that_are_not_linear_are_perturbed_in_place(
+    batch, loss, layer, indices, axis, ascent, perturbation
+):
+    model = between(layer)
+    subspace = sk.Subspace({f"layer.{name}": index for name, index in indices.items()}, axis=axis)
+    if perturbation == "delta":
+        with pytest.raises(sk.SubspaceError, match=r"^[^\n]*perturbation='delta' cannot move it; use 'in_place'$"):
+            wrap(model, subspace, ascent=ascent, perturbation=perturbation)
+    else:
+        assert_as_written_out(model, subspace, batch(), loss, ascent=ascent, perturbation=perturbation)
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "auto"])
+def test_an_embedding_that_writes_to_its_weight_in_every_forward_pass_is_refused(perturbation):
+    model = between(lambda: Words(max_norm=1.0))
+    with pytest.raises(sk.SubspaceError, match=r"^'layer.embedding.weight' is written to .* \(max_norm\)[^\n]*$"):
+        wrap(model, sk.Subspace({"layer.embedding.weight": [0]}, axis=0), perturbation=perturbation)
+
+
+@pytest.mark.parametrize("subspace", ["some neurons", "full"])
+def test_a_weight_without_a_shape_is_refused_until_its_lazy_layer_has_run(batch, loss, subspace):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LazyLinear(3)).to(F64)
+
+    def made():
+        chosen = sk.Subspace.full(model) if subspace == "full" else sk.Subspace({"2.weight": [1, 3]})
+        return wrap(model, chosen)
+
+    with pytest.raises(sk.SubspaceError, match=r"^'2.weight' has no shape yet: run a forward pass[^\n]*$"):
+        made()
+    model(batch()[0])
+    update(made(), model, batch(), loss)
