@@ -197,7 +197,7 @@ class Layouts:
 
     def _data_groups(self, parameter: Tensor) -> tuple[Any, ...]:
         """The groups to average over: those of the weight's own engine, else of the engine around it."""
-        if not self.sync or not dist.is_available() or not dist.is_initialized():
+        if not self.sync or not ranks_are_known():
             return ()
         mesh = self._meshes.get(id(parameter), next(iter(self._meshes.values()), None))
         groups: Iterable[Any]
@@ -224,6 +224,10 @@ class Layouts:
             f"its tensor-parallel mesh has {ranks} of {dist.get_world_size()} ranks, and nothing says which of the "
             "others see other data: wrap the model with fully_shard on the data-parallel mesh, or pass sync=False"
         )
+
+
+def ranks_are_known() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def refuse_deepspeed(model: nn.Module) -> None:

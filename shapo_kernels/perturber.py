@@ -26,7 +26,7 @@ from .binding import (
 )
 from .deepspeed_engine import is_engine
 from .distributed import average
-from .layout import refuse_deepspeed, refuse_inner, reshard
+from .layout import ranks_are_known, refuse_deepspeed, refuse_inner, reshard
 from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from .radius import Radii
 from .stats import UpdateStats
@@ -86,6 +86,7 @@ class Perturber:
         if self._rounding is not None and not any(target.parameter.dtype in HALVES for target in targets):
             raise ValueError("stochastic_rounding=True, but no selected weight is bfloat16 or float16")
         self.targets, self._model, self._begun = targets, model, False
+        self._among_ranks = ranks_are_known()
         self._versions: set[tuple[int, int]] = set()
         self._found, self._missed = False, list[Target]()
         self._measured_in: dict[Target, torch.dtype] = {}
@@ -99,7 +100,8 @@ class Perturber:
         return any_gathered(self.targets)
 
     def follow(self, model: nn.Module) -> None:
-        """Bind again what was sharded or replaced since, as Accelerate's ``prepare`` does; asked as an update begins.
+        """Bind again what was sharded or replaced since, as Accelerate's ``prepare`` does, or where ranks have come
+        together since; asked as an update begins.
 
         Args:
             model: as it is wrapped by now.
@@ -114,7 +116,7 @@ class Perturber:
             if self._begun:
                 return
             reshard(self._model)
-        if not any(target.replaced for target in self.targets):
+        if self._among_ranks == ranks_are_known() and not any(target.replaced for target in self.targets):
             return
         self.detach()
         try:

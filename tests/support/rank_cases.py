@@ -142,12 +142,20 @@ def load(model, opt, checkpoint):
     opt.load_shapo_state_dict(found["shapo"])
 
 
+def optimizer(model, case):
+    base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR, momentum=case.get("momentum", 0.0))
+    return sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
+
+
 def train(case, resumed=False):
     """Three updates. Where there is a ``checkpoint`` it is saved after the first, and a second run goes on from it."""
-    plain = build(case.get("width", 8)).to(getattr(torch, case.get("dtype", "float64")))
-    model, ways, place = wrap(plain, case["engine"], case.get("policy"))
-    base = torch.optim.SGD(groups(model, case.get("rhos")), lr=LR, momentum=case.get("momentum", 0.0))
-    opt = sk.ShaPOOptimizer(base, model, sk.Subspace(INDICES, AXES), rho=RHO, **case.get("options", {}))
+    if case["engine"] == "ddp_of_an_early_model":
+        plain, opt = EARLY
+        model, ways, place = wrap(plain, "ddp")
+    else:
+        plain = build(case.get("width", 8)).to(getattr(torch, case.get("dtype", "float64")))
+        model, ways, place = wrap(plain, case["engine"], case.get("policy"))
+        opt = optimizer(model, case)
     if resumed:
         load(model, opt, case["checkpoint"])
     for x, y in list(batches())[opt.updates :]:
@@ -162,4 +170,7 @@ def train(case, resumed=False):
 
 
 if __name__ == "__main__":
+    # Made before the ranks have come together; the model is wrapped afterwards.
+    early = build()
+    EARLY = early, optimizer(early, {})
     on_rank(train)
