@@ -81,8 +81,15 @@ class EngineStep(Optimizer):
         """From now on ``engine.step()`` is the wrapper's step.
 
         Raises:
-            RuntimeError: it is another wrapper's.
+            RuntimeError: it is another wrapper's. TypeError: the engine's optimizer does not say which of the model's
+                parameters are in which group, as radii and ``maximize`` must know.
         """
+        of_the_model = {id(parameter) for parameter in self.engine.module.parameters()}
+        if not any(id(parameter) in of_the_model for _, members in self.members() for parameter in members):
+            raise TypeError(
+                f"the engine's {type(self.engine.optimizer).__name__} does not say which parameters are in its groups: "
+                "use ZeRO, or the optimizer without it"
+            )
         if "step" in vars(self.engine):
             raise RuntimeError("the engine's step is another ShaPOOptimizer's: call its detach() first")
 
@@ -149,7 +156,7 @@ class EngineStep(Optimizer):
             for part, parameters in enumerate(optimizer.fp16_groups):
                 yield groups[optimizer.sub_group_to_group_id[part]], parameters
             return
-        kept = next((k for k in ("bit16_groups", "bf16_groups") if hasattr(optimizer, k)), None)
+        kept = next((k for k in ("bit16_groups", "bf16_groups", "fp16_groups") if hasattr(optimizer, k)), None)
         yield from zip(groups, getattr(optimizer, kept) if kept else (g["params"] for g in groups), strict=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -30,7 +30,10 @@ ON_TWO = [
     {"stage": 3, "accumulate": 2, "rhos": {"down.weight": 0.2}, "zero": PERSISTENT_OR_NOT},
     {"stage": 3, "options": {"relative": True}, "zero": OFFLOADED},
     {"stage": 3, "options": {"sync": False}},
+    {"stage": 0, "config": BF16, "rhos": {"up.weight": 0.2}},
     {"stage": 1, "config": BF16},
+    {"stage": 1, "config": {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "rhos": {"up.weight": 0.2}},
+    {"stage": 2, "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}},
     {"stage": 3, "config": BF16, "options": {"relative": True}},
 ]
 ON_FOUR = [
