@@ -37,8 +37,8 @@ $(STAMP): EXTRAS := test,bench
 # Torch first and by name: everything after it then finds one and fetches no other. What tests need, the demo's too.
 $(TRAIN) $(STAMP): pyproject.toml setup.py $(wildcard tools/*.py) $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
 	touch $(TRAIN) $@
 
 clean:
