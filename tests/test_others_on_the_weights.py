@@ -87,6 +87,22 @@ def test_what_others_write_in_a_descent_stays_or_is_refused(toy, batch, loss, su
         assert not opt.is_perturbed
 
 
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_a_write_that_autograd_does_not_count_is_lost_on_neurons_that_are_written_back_and_stays_on_others(
+    toy, batch, loss, subspace, perturbation
+):
+    model = toy()
+    before = {name: model.get_parameter(name).detach().clone() for name in subspace}
+    with ascended(model, subspace, batch(), loss, perturbation=perturbation).perturbed():
+        for name in subspace:
+            model.get_parameter(name).data.fill_(7.0)
+    for name, index in subspace.items():
+        expected = torch.full_like(before[name], 7.0)
+        if perturbation == "in_place":
+            expected[:, index] = before[name][:, index]
+        assert torch.equal(model.get_parameter(name), expected)
+
+
 def test_an_exception_of_a_descent_is_not_hidden_by_that_refusal(toy, batch, loss, subspace):
     opt = ascended(toy(), subspace, batch(), loss)
     with pytest.raises(ZeroDivisionError), opt.perturbed():  # noqa: PT012
