@@ -7,13 +7,13 @@ direction from the ``.grad`` of an ordinary backward pass, as the classic two-st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import graph, ops
 from .binding import Target
 from .ops.subspace_update import compute_dtype_of
 
@@ -26,8 +26,12 @@ class Ascent(Protocol):
     def ascend(self, loss: Tensor) -> None:
         """One backward pass that belongs to the ascent."""
 
-    def collect(self) -> None:
-        """Take in what a ``loss.backward()`` by somebody else, a closure, has left behind."""
+    def collect(self, loss: Any = None) -> None:
+        """Take in what a ``loss.backward()`` by somebody else, a closure, has left behind.
+
+        Args:
+            loss: what the closure returned.
+        """
 
     def finish(self) -> tuple[list[Target], list[Tensor]]:
         """The targets that have a gradient, and their compact gradients."""
@@ -67,12 +71,16 @@ class SelectiveAscent:
         missed = [t for (t, _), grad in zip(self._leaves, grads, strict=True) if grad is None and not t.ran]
         if missed:
             _refuse_other_uses(loss, missed)
+        if self._strict and (beside := graph.used_beside_calls(loss, self._targets)):
+            refuse_other_use(beside[0])
         if self._strict and all(grad is None for grad in grads):
             refuse_absence(self._targets)
         for (target, _), grad in zip(self._leaves, grads, strict=True):
             self._add(target, grad)
 
-    def collect(self) -> None:
+    def collect(self, loss: Any = None) -> None:
+        if self._strict and (beside := graph.used_beside_calls(loss, self._targets)):
+            refuse_other_use(beside[0])
         for target, leaf in self._leaves:
             if leaf.grad is None and target.parameter.grad is not None and not target.ran:
                 refuse_other_use(target)
@@ -113,9 +121,12 @@ class GradAscent:
     def ascend(self, loss: Tensor) -> None:
         check_differentiable(loss)
         loss.backward()
-        self.collect()
+        self.collect(loss)
 
-    def collect(self) -> None:
+    def collect(self, loss: Any = None) -> None:
+        if self._strict:
+            for target in graph.used_beside_calls(loss, self._targets):
+                target.used_beside_calls = True
         found = any(p.grad is not None for p in self._parameters)
         if self._strict and found and all(target.parameter.grad is None for target in self._targets):
             refuse_absence(self._targets)
@@ -166,41 +177,30 @@ def refuse_absence(targets: Sequence[Target]) -> None:
 
 def _refuse_other_uses(loss: Tensor, targets: Sequence[Target]) -> None:
     """A weight that the loss depends on though its layer did not run is used otherwise, by no tap's knowledge."""
-    variables = {id(getattr(node, "variable", None)) for node in _graph(loss)}
+    variables = {id(getattr(node, "variable", None)) for node in graph.nodes(loss.grad_fn)}
     for target in targets:
         if id(target.parameter) in variables:
             refuse_other_use(target)
 
 
 def refuse_other_use(target: Target) -> None:
-    raise RuntimeError(
-        f"the loss uses {target.name!r} without calling its layer (as nn.MultiheadAttention uses its out_proj): "
-        "that takes ascent='grad' with perturbation='in_place'"
+    how = (
+        "beside its layer's calls (as a penalty on the weights does)"
+        if target.ran
+        else "without calling its layer (as nn.MultiheadAttention uses its out_proj)"
     )
+    raise RuntimeError(f"the loss uses {target.name!r} {how}: that takes ascent='grad' with perturbation='in_place'")
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     """Where a reentrant checkpoint hides a selected neuron from ``autograd.grad``, others may have their gradients, and
     the direction would be a wrong one.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(loss.grad_fn)):
         raise RuntimeError(
             "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
             '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'
         )
-
-
-def _graph(loss: Tensor) -> Iterator[Any]:
-    """Every node of a loss's graph, once."""
-    seen: set[Any] = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def check_differentiable(loss: Tensor) -> None:

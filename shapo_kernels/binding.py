@@ -77,6 +77,8 @@ class Target:
                 )
                 for module, _ in modules
             )
+        #: Whether a loss was seen to depend on the weight by other ways than its layers' calls.
+        self.used_beside_calls = False
         self._compact_rows: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         self._buffers: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ class Tap:
     """
 
     def __init__(self, *, features_first: bool, axis: int, index: Tensor | None, sharded: bool = False) -> None:
-        self._features_first = features_first
+        self.features_first = features_first
         self._sharded = sharded
         self._on_input_side = (axis == 0) == features_first
         self._axis = axis
@@ -48,6 +48,8 @@ class Tap:
         self._place: tuple[OrderedDict[int, Any], int] = OrderedDict(), 0
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
+        #: Of each call in the first ascent, where its graph begins and ends; ``None`` for one that has none to be seen.
+        self.calls: list[tuple[Any, Any] | None] | None = None
         #: Whether the layer has run at all since the ascent, or the update, began.
         self.ran = False
         self.compute_dtype: torch.dtype | None = None
@@ -86,6 +88,9 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
         self.compute_dtype, self.ran = output.dtype, True
+        if not torch.compiler.is_compiling() and self.calls is not None:
+            taken = args[0] if args else next(iter(kwargs.values()))
+            self.calls.append(None if _transformed() else (output.grad_fn, taken.grad_fn))
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
@@ -109,7 +114,7 @@ class Tap:
         if index is not None and index.device != output.device:
             index = self._index = index.to(output.device)
         # Rows of the matrix are what the layer puts out, columns what it takes in.
-        matrix = direction.t() if self._features_first else direction
+        matrix = direction.t() if self.features_first else direction
         if self._on_input_side and not _transformed():
             join = ops.neuron_update if self._adding else ops.neuron_tap
             return join(output, input, matrix, index)
@@ -139,11 +144,11 @@ class Tap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
         self._watch.refuse_copies()
-        return _copied_tap(self._features_first, self._axis, self._index, self._sharded)
+        return _copied_tap(self.features_first, self._axis, self._index, self._sharded)
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._watch.refuse_copies()
-        return _copied_tap, (self._features_first, self._axis, self._index, self._sharded)
+        return _copied_tap, (self.features_first, self._axis, self._index, self._sharded)
 
 
 def _transformed() -> bool:

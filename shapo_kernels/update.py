@@ -328,7 +328,7 @@ class TwoPassUpdate(OptimizerWrapper):
             try:
                 with without_reduction(self.model):
                     loss = closure()
-                ascent.collect()
+                ascent.collect(loss)
                 direction = self._perturber.agreed(ascent.finish())
             finally:
                 ascent.abort()

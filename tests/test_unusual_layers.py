@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import Conv1D
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from updates import (
     COMBINATIONS,
     F64,
@@ -75,6 +77,82 @@ def test_a_weight_that_is_used_without_its_layer_is_refused_where_taps_would_mis
         opt.step(closure) if form == "closure" else update(opt, model, batch(), loss)
     assert same_bits(model, before)
     assert not opt.is_perturbed
+
+
+def with_a_penalty(model, data):
+    return (model(data[0]) - data[1]).square().mean() + sum(p.square().sum() for p in model.parameters()) / 10
+
+
+def with_a_second_reader(model, data):
+    hidden = torch.tanh(model.first(data[0]))
+    return (model(data[0]) - data[1]).square().mean() + F.linear(hidden, model.layer.weight).square().mean()
+
+
+@pytest.mark.parametrize("form", ["context", "closure"])
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+@pytest.mark.parametrize("loss", [with_a_penalty, with_a_second_reader])
+def test_a_weight_that_is_used_beside_its_layers_calls_is_refused_where_taps_would_miss_it(
+    batch, loss, ascent, perturbation, form
+):
+    model = between(lambda: nn.Linear(8, 8))
+    if (ascent, perturbation) == ("grad", "in_place"):
+        assert_as_written_out(model, LAYER, batch(), loss, ascent=ascent, perturbation=perturbation)
+        return
+    opt, before = wrap(model, LAYER, ascent=ascent, perturbation=perturbation), bits(model)
+
+    def closure():
+        opt.zero_grad()
+        value = loss(model, batch())
+        value.backward()
+        return value
+
+    with refuses_in_one_line(r"'layer\.weight' beside its layer's calls .* ascent='grad' with perturbation='in_place'"):
+        opt.step(closure) if form == "closure" else update(opt, model, batch(), loss)
+    assert same_bits(model, before)
+    assert not opt.is_perturbed
+
+
+class Again(nn.Module):
+    """One layer, called twice in a row, on rows of sequences, and once more where nothing is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.linear(x.view(-1, 2, 4))
+        return self.linear(torch.tanh(self.linear(x.view(-1, 2, 4)))).flatten(1)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_a_layer_that_is_called_twice_is_used_by_its_calls_alone(batch, loss, ascent, perturbation, checkpointed):
+    class Twofold(Again):
+        def forward(self, x):
+            if not checkpointed:
+                return super().forward(x)
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    subspace = sk.Subspace({"layer.linear.weight": [1, 3]})
+    assert_as_written_out(between(Twofold), subspace, batch(), loss, ascent=ascent, perturbation=perturbation)
+
+
+class Projected(nn.Module):
+    """As GPT-2's Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Conv1D(8, 8)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_a_gradient_penalty_through_a_conv1d_is_no_use_beside_its_calls(batch, ascent, perturbation):
+    subspace = sk.Subspace({"layer.conv.weight": [1, 3]}, axis=0)
+    assert_as_written_out(between(Projected), subspace, batch(), penalised, ascent=ascent, perturbation=perturbation)
 
 
 class Experts(nn.Module):

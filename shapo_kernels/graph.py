@@ -1,0 +1,51 @@
+"""What the graph of a loss tells of weights. Walked in Python, so in the first ascent only, or before an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .binding import Target
+
+
+def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
+    """Every node of a graph, once, from ``start`` on and up to those in ``stop``."""
+    seen: set[Any] = {None, *stop}
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(next_node for next_node, _ in node.next_functions)
+
+
+def used_beside_calls(loss: Any, targets: Sequence[Target]) -> list[Target]:
+    """Weights that the loss depends on by other ways than their layers' calls, of which taps know: a penalty on the
+    weights, another layer that reads them.
+
+    What is compiled or transformed, and weights that ranks hold parts of, are not looked into.
+    """
+    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        return []
+    calls = {target: [call for tap in target.taps for call in tap.calls or ()] for target in targets}
+    watched = {id(t.parameter): t for t, made in calls.items() if made and None not in made and not t.layout.held_over}
+    if not watched:
+        return []
+    inside = {
+        node for t in watched.values() for put_out, taken in filter(None, calls[t]) for node in nodes(put_out, [taken])
+    }
+    found = {}
+    for node in nodes(loss.grad_fn):
+        if node in inside or node.name().startswith("CompiledFunction"):
+            continue
+        for next_node, _ in node.next_functions:
+            target = watched.get(id(getattr(next_node, "variable", None)))
+            # A gradient of gradients leads there too: through a Conv1D's weight transposed, through a Linear's own
+            # transposition.
+            if target is not None and not (node.name() == "TBackward0" and target.taps[0].features_first):
+                found[target.name] = target
+    return list(found.values())
