@@ -1,17 +1,14 @@
 """Dr.DPO and the mean: exact over micro-batches and ranks, finite, with the right limits (L3)."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_aggregation import Pairs, aggregate
+from ranks import run_ranks
 
 from shapo_kernels import losses
 
@@ -74,33 +71,11 @@ def test_gradients_of_both_orders_are_right():
     assert torch.autograd.gradgradcheck(lambda x: losses.drdpo(x, beta_prime=0.7), per_pair)
 
 
-class Pairs:
-    """Losses of pairs that share parameters, as a model's do."""
-
-    def __init__(self, rows=13):
-        generator = torch.Generator().manual_seed(5)
-        self.inputs = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
-        self.parameters = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    def losses(self, rows):
-        return torch.nn.functional.softplus(self.inputs[rows] @ self.parameters) * 3
-
-    def gradient(self):
-        gradient, self.parameters.grad = self.parameters.grad, None
-        return gradient
-
-
 @pytest.mark.parametrize("beta_prime", [None, 0.05, 1.0, 1e6])
 @pytest.mark.parametrize("sizes", [(13,), (4, 4, 5), (1, 12), (1,) * 13])
 def test_shares_of_micro_batches_add_up_to_the_whole_batch_in_value_and_gradient(beta_prime, sizes):
     pairs = Pairs()
-
-    def aggregate(per_pair, **keywords):
-        if beta_prime is None:
-            return losses.mean(per_pair, **keywords)
-        return losses.drdpo(per_pair, beta_prime=beta_prime, **keywords)
-
-    full = aggregate(pairs.losses(slice(None)))
+    full = aggregate(pairs.losses(slice(None)), beta_prime)
     full.backward()
     expected = pairs.gradient()
     micro_batches = torch.arange(13).split(sizes)
@@ -109,7 +84,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole_batch_in_value_and_gradient
     assert whole.value.item() == pytest.approx(full.item(), rel=1e-12)
     total = 0.0
     for rows in micro_batches:
-        share = aggregate(pairs.losses(rows), whole=whole)
+        share = aggregate(pairs.losses(rows), beta_prime, whole=whole)
         share.backward()
         total += share.item()
     assert total == pytest.approx(full.item(), rel=1e-12)
@@ -124,76 +99,20 @@ def test_the_mean_of_micro_batch_means_would_not_be_exact():
     assert abs(full - naive) > 0.1
 
 
-WORKER = textwrap.dedent(
-    """
-    import sys, torch
-    import torch.distributed as dist
-    from shapo_kernels import losses
-    sys.path.insert(0, sys.argv[2])
-    from test_aggregation import Pairs
-
-    rank = int(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    group, results, pairs = dist.group.WORLD, {}, Pairs()
-
-    def finish(name, value):
-        # What DDP does: gradients are averaged over ranks.
-        gradient = pairs.gradient()
-        dist.all_reduce(gradient)
-        results[name] = (value, gradient / 2)
-
-    for layout, first in {"uneven": 4, "one rank idle": 13}.items():
-        rows = torch.arange(13)[first:] if rank else torch.arange(13)[:first]
-        for beta_prime in (None, 0.05, 1.0, 1e6):
-            def aggregate(per_pair, **keywords):
-                if beta_prime is None:
-                    return losses.mean(per_pair, **keywords)
-                return losses.drdpo(per_pair, beta_prime=beta_prime, **keywords)
-            loss = aggregate(pairs.losses(rows), group=group)
-            loss.backward()
-            finish((layout, beta_prime, "at once"), loss.detach())
-            micro_batches = rows.split(3) if len(rows) else (rows,)
-            with torch.no_grad():
-                all_losses = [pairs.losses(part) for part in micro_batches]
-                whole = losses.whole_batch(all_losses, beta_prime=beta_prime, group=group)
-            value = torch.zeros((), dtype=torch.float64)
-            for part in micro_batches:
-                share = aggregate(pairs.losses(part), whole=whole)
-                share.backward()
-                value += share.detach()
-            dist.all_reduce(value)
-            finish((layout, beta_prime, "in micro-batches"), value / 2)
-    torch.save(results, sys.argv[3])
-    dist.destroy_process_group()
-    """
-)
-
-
 @pytest.mark.slow
 def test_two_ranks_have_the_value_and_the_averaged_gradient_of_the_whole_batch(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), os.path.dirname(__file__), str(tmp_path / f"{rank}.pt")],
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    uneven, one_rank_idle = 4, 13
+    cases = [{"first": f, "beta_prime": b} for f in (uneven, one_rank_idle) for b in (None, 0.05, 1.0, 1e6)]
     pairs = Pairs()
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
-        assert len(results) == 16
-        for (_, beta_prime, _), (value, gradient) in results.items():
-            per_pair = pairs.losses(slice(None))
-            full = per_pair.mean() if beta_prime is None else losses.drdpo(per_pair, beta_prime=beta_prime)
-            full.backward()
-            assert value.item() == pytest.approx(full.item(), rel=1e-12)
-            assert torch.allclose(gradient, pairs.gradient(), rtol=1e-12, atol=1e-14)
+    for case, ranks in zip(cases, run_ranks(tmp_path, 2, cases, "rank_aggregation.py"), strict=True):
+        per_pair, beta_prime = pairs.losses(slice(None)), case["beta_prime"]
+        full = per_pair.mean() if beta_prime is None else losses.drdpo(per_pair, beta_prime=beta_prime)
+        full.backward()
+        expected = pairs.gradient()
+        for at_once, in_micro_batches in ranks:
+            for value, gradient in (at_once, in_micro_batches):
+                assert value.item() == pytest.approx(full.item(), rel=1e-12)
+                assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_a_share_cannot_be_differentiated_twice_in_silence():

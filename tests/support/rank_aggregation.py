@@ -1,0 +1,60 @@
+"""What each rank of the test of Dr.DPO and the mean does: its rows of a batch, at once and in micro-batches."""
+
+import torch
+import torch.distributed as dist
+from ranks import on_rank
+
+from shapo_kernels import losses
+
+
+class Pairs:
+    """Losses of pairs that share parameters, as a model's do."""
+
+    def __init__(self, rows=13):
+        generator = torch.Generator().manual_seed(5)
+        self.inputs = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+        self.parameters = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def losses(self, rows):
+        return torch.nn.functional.softplus(self.inputs[rows] @ self.parameters) * 3
+
+    def gradient(self):
+        gradient, self.parameters.grad = self.parameters.grad, None
+        return gradient
+
+
+def aggregate(per_pair, beta_prime, **keywords):
+    """Dr.DPO, or the mean where ``beta_prime`` is None."""
+    if beta_prime is None:
+        return losses.mean(per_pair, **keywords)
+    return losses.drdpo(per_pair, beta_prime=beta_prime, **keywords)
+
+
+def averaged(gradient):
+    """What DDP does."""
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
+
+
+def both_ways(case):
+    """(value, gradient averaged over the ranks) of the batch at once, and of its micro-batches' shares."""
+    group, pairs, beta_prime = dist.group.WORLD, Pairs(), case["beta_prime"]
+    rows = torch.arange(13)[case["first"] :] if dist.get_rank() else torch.arange(13)[: case["first"]]
+    loss = aggregate(pairs.losses(rows), beta_prime, group=group)
+    loss.backward()
+    at_once = loss.detach(), averaged(pairs.gradient())
+    micro_batches = rows.split(3) if len(rows) else (rows,)
+    with torch.no_grad():
+        all_losses = [pairs.losses(part) for part in micro_batches]
+        whole = losses.whole_batch(all_losses, beta_prime=beta_prime, group=group)
+    value = torch.zeros((), dtype=torch.float64)
+    for part in micro_batches:
+        share = aggregate(pairs.losses(part), beta_prime, whole=whole)
+        share.backward()
+        value += share.detach()
+    dist.all_reduce(value)
+    return [at_once, (value / dist.get_world_size(), averaged(pairs.gradient()))]
+
+
+if __name__ == "__main__":
+    on_rank(both_ways)
