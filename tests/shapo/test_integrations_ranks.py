@@ -11,6 +11,14 @@ from ranks import run_ranks
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
+# Its clip_grad_norm_ takes no float64, its whole state dicts cannot be of a CPU, and of sharded checkpoints Accelerate
+# restores no optimizer's state under it, a plain AdamW's neither.
+FSDP1 = {
+    "engine": "fsdp1",
+    "fsdp_config": {"sync_module_states": "false", "state_dict_type": "SHARDED_STATE_DICT"},
+    "dtype": "float32",
+    "optim": "sgd",
+}
 # A run that resumes starts in the middle of an interval.
 TRAINERS = [
     {"engine": "ddp"},
@@ -24,14 +32,14 @@ TRAINERS = [
         "resume": True,
     },
     {"engine": "fsdp2", "fsdp_config": {"activation_checkpointing": True}},
-    # Its clip_grad_norm_ does not take float64.
-    {"engine": "fsdp1", "fsdp_config": {"sync_module_states": "false"}, "dtype": "float32", "optim": "sgd"},
+    {**FSDP1, "options": {"interval": 2}, "resume": True},
 ]
 # trl's own head computes in float32.
 DPO = [
     {"engine": "ddp", "fused_head": "on"},
     {"engine": "fsdp2", "options": {"interval": 2, "relative": True}, "fused_head": "on", "resume": True},
     {"engine": "fsdp2", "dtype": "float32", "optim": "sgd"},
+    {**FSDP1, "options": {"relative": True}},
     {"engine": "fsdp2", "adapter": True, "optim": "sgd", "dtype": "float32", "fused_head": "auto"},
 ]
 LOOPS = [
@@ -40,7 +48,6 @@ LOOPS = [
     {"engine": "ddp", "each": False, "options": {"ascent": "grad"}},
     {"engine": "fsdp2", "each": False, "options": {"interval": 2, "relative": True}, "resume": True},
     {"engine": "fsdp2", "each": True},
-    # Of sharded checkpoints Accelerate restores no optimizer's state under FSDP1, a plain AdamW's neither.
     {"engine": "fsdp1", "each": False, "options": {"interval": 2}, "dtype": "float32", "optim": "sgd", "resume": True},
     {"engine": "fsdp1", "each": True, "dtype": "float32"},
 ]
