@@ -9,24 +9,16 @@ from updates import COMBINATIONS, bits, same_bits
 import shapo_kernels as sk
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from llamas import llama  # noqa: E402
 
 IDS = torch.arange(18).view(2, 9)
 BASE = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 5, 30] for i in range(2)})
 
 
 def make(targets=("q_proj", "down_proj"), adapted=True):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config).double()
+    model = llama(vocab_size=40, num_key_value_heads=1, use_cache=False).double()
     if not adapted:
         return model
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))

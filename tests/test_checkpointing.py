@@ -134,22 +134,14 @@ def test_an_evaluation_inside_a_descent_does_not_forbid_later_plain_updates(toy,
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("perturbation", ["in_place", "delta"])
 def test_transformers_gradient_checkpointing_changes_nothing(perturbation, reentrant):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
+    pytest.importorskip("transformers")
+    from llamas import llama
+
     subspace = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 5, 30] for i in range(2)})
     ids = torch.arange(18).view(2, 9)
     models = []
     for checkpointed in (True, False):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).double().train()
+        model = llama(vocab_size=40, num_key_value_heads=1, use_cache=False).double().train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()

@@ -8,19 +8,11 @@ from ranks import run_ranks
 @pytest.mark.slow
 def test_a_planned_llama_equals_one_process_in_place_and_refuses_what_it_cannot_see(tmp_path):
     pytest.importorskip("transformers", minversion="5.0")
+    from llamas import llama
     from rank_transformers import update
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).double().save_pretrained(tmp_path / "model")
+    llama(hidden_size=32, intermediate_size=96, pad_token_id=0).double().save_pretrained(tmp_path / "model")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
     update(model)
     (results,) = run_ranks(tmp_path, 2, [{"model": str(tmp_path / "model")}], "rank_transformers.py")

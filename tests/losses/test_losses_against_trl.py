@@ -15,11 +15,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def models():
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    policy = transformers.LlamaForCausalLM(config)
+    from llamas import llama
+
+    policy = llama(vocab_size=40, pad_token_id=0)
     reference = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -10,26 +10,27 @@ import weights  # noqa: F401
 from wrappers import Ours
 
 
+def peers(attribute):
+    """Requirements with each of the peers that it names."""
+    return pytest.mark.parametrize(
+        ("requirement", "peer"),
+        [(requirement, peer) for requirement in registry.ALL for peer in getattr(requirement, attribute)],
+        ids=lambda value: getattr(value, "__name__", str(value)),
+    )
+
+
 @pytest.mark.parametrize("requirement", registry.ALL, ids=str)
 def test_it_is_met(requirement):
     requirement.check(Ours)
 
 
-@pytest.mark.parametrize(
-    ("requirement", "peer"),
-    [(r, peer) for r in registry.ALL for peer in r.missed_by],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@peers("missed_by")
 def test_the_check_catches(requirement, peer):
     with pytest.raises(requirement.missed_by[peer]):
         requirement.check(peer)
 
 
-@pytest.mark.parametrize(
-    ("requirement", "peer"),
-    [(r, peer) for r in registry.ALL for peer in r.met_by],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@peers("met_by")
 def test_a_peer_meets_it_too(requirement, peer):
     requirement.check(peer)
 

@@ -6,7 +6,6 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from shapo.data import synthetic
 from shapo.data.tokens import PairEncoder
@@ -37,14 +36,12 @@ def tiny_encoder(tiny_tokenizer: PreTrainedTokenizerFast) -> PairEncoder:
 
 @pytest.fixture(scope="session")
 def _tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from llamas import llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return llama(
         vocab_size=len(tiny_tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -52,7 +49,6 @@ def _tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tiny_tokenizer.eos_token_id,
         pad_token_id=tiny_tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture
@@ -64,16 +60,8 @@ def tiny_llama(_tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
 @pytest.fixture
 def reward_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """One layer, random weights, one score for each row."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from llamas import llama
+    from transformers import LlamaForSequenceClassification
 
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    return LlamaForSequenceClassification(config)
+    size = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return llama(LlamaForSequenceClassification, seed=1, **size, num_labels=1, pad_token_id=tiny_tokenizer.pad_token_id)

@@ -233,13 +233,12 @@ def test_a_subspace_is_written_into_a_folder_that_is_not_there_yet_and_never_ove
 
 
 def test_what_the_model_has_no_embedding_for_is_one_line(shapo, files, tmp_path, tiny_tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from llamas import llama
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     size = {"vocab_size": len(tiny_tokenizer)}
     models = {
-        "narrow": LlamaForCausalLM(
-            LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        ),
+        "narrow": llama(vocab_size=50),
         "short": GPT2LMHeadModel(GPT2Config(**size, n_positions=24, n_embd=8, n_layer=1, n_head=2)),
     }
     for name, model in models.items():

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llamas import llama
 
 from shapo.data import synthetic
 from shapo.data.formats import load_pairs
@@ -40,18 +40,8 @@ def prepare():
     rows = synthetic.generate(0, sft=40, train=16, selection=2, test=2, test_unseen=2)
     tokenizer = synthetic.train_tokenizer((a + b for a, b in synthetic.sft_examples(rows["sft"], seed=0)), 300)
     pairs = TokenizedPairs(load_pairs(rows["train"][:8]), PairEncoder(tokenizer, max_length=64, max_prompt_length=40))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_dropout=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config), pairs
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 1}
+    return llama(**size, attention_dropout=0.2, pad_token_id=tokenizer.pad_token_id), pairs
 
 
 def train(model, pairs, folder):

@@ -3,12 +3,12 @@
 import contextlib
 
 import torch
+from llamas import llama
 from ranks import on_rank
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from shapo.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
 from shapo.integrations.fused_head import _answer
@@ -18,16 +18,7 @@ LABELS = TOKENS.masked_fill(torch.tensor([[True] * 4 + [False] * 5, [False] * 9]
 
 
 def make(tied=False):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).double()
+    return llama(vocab_size=61, tie_word_embeddings=tied).double()
 
 
 def wrap(model, case):

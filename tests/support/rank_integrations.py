@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from engines import plain_name
+from llamas import llama
 from peft import LoraConfig
 from ranks import on_rank
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
@@ -89,12 +90,8 @@ def whole(model):
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in named.items()}
 
 
-def llama(case):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, case.get("dtype", "float64")))
+def model_of(case):
+    return llama(intermediate_size=48, pad_token_id=0).to(getattr(torch, case.get("dtype", "float64")))
 
 
 def trainers_arguments(kind, case, folder, world):
@@ -149,7 +146,7 @@ def trainer(case, folder, world):
     """A Trainer's updates."""
     tokens = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0))
     made = ShaPOTrainer(
-        llama(case),
+        model_of(case),
         trainers_arguments(TrainingArguments, case, folder, world),
         train_dataset=[{"input_ids": row, "labels": row.clone()} for row in tokens],
         shapo=shapo_arguments(case),
@@ -169,8 +166,8 @@ def dpo(case, folder, world):
     ]
     adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     made = ShaPODPOTrainer(
-        llama(case),
-        None if case.get("adapter") else llama(case),
+        model_of(case),
+        None if case.get("adapter") else model_of(case),
         trainers_arguments(DPOConfig, {"arguments": {"bf16": False}, **case}, folder, world),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
