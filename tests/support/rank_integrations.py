@@ -116,7 +116,7 @@ def trainers_arguments(kind, case, folder, world):
         use_cpu=True,
         logging_steps=1,
         save_strategy="steps" if case.get("resume") else "no",
-        save_steps=1,
+        save_steps=3,
         disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
         **engine_options,
@@ -273,7 +273,7 @@ def train(case):
     with accelerate_anew():
         results = [run(case, folder, world)]
     if case.get("resume"):
-        checkpoint = folder / ("saved" if case["kind"] == "loop" else "checkpoint-1")
+        checkpoint = folder / ("saved" if case["kind"] == "loop" else "checkpoint-3")
         with accelerate_anew():
             results.append(run({**case, "from": str(checkpoint), "resume": False}, folder, world))
     return results
