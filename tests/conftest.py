@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import shapo_kernels as sk
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model and row is made here: no test waits for a network
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: for tensors this small one thread each is faster than threads that wait for one another.
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
