@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
+from .adapters import reading_base_weights
 from .distributed import total
 from .layout import Block, Layout, Layouts, UnsupportedLayout, lasting_shape
 from .naming import owners
@@ -222,7 +223,7 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
         layouts = Layouts(model, sync)
     except UnsupportedLayout as error:
         raise SubspaceError(f"the model cannot be perturbed: {error}") from error
-    owner_of = owners(model)
+    owner_of, read_by = owners(model), reading_base_weights(model)
     grouped: dict[int, list[str]] = {}
     resolved = subspace.resolve(model, shape_of=layouts.shape)
     for name, parameter in resolved.items():
@@ -269,6 +270,12 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
         if delta and not linear:
             raise SubspaceError(
                 f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
+            )
+        adapter = next((read_by[id(module)] for module, _ in modules if id(module) in read_by), None)
+        if adapter is not None and not parameter.requires_grad:
+            raise SubspaceError(
+                f"{names[0]!r} is frozen, and its adapter ({adapter}) computes with it beside its layer's calls, where "
+                "no gradient of it is found: select other weights, or use LoRA, DoRA without dropout, VeRA, IA3…"
             )
         tapped = linear and (partial or delta or layout.gathered or quantised)
         targets.append(Target(tuple(names), parameter, index, axis, modules, layout, tapped=tapped))

@@ -17,11 +17,11 @@ IDS = torch.arange(18).view(2, 9)
 BASE = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 5, 30] for i in range(2)})
 
 
-def make(targets=("q_proj", "down_proj"), adapted=True):
+def make(targets=("q_proj", "down_proj"), adapted=True, kind=peft.LoraConfig, **config):
     model = llama(vocab_size=40, num_key_value_heads=1, use_cache=False).double()
     if not adapted:
         return model
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
+    model = peft.get_peft_model(model, kind(r=2, target_modules=list(targets), **config))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave lora_A without a gradient
@@ -42,10 +42,16 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "down_proj")])
-@pytest.mark.parametrize("perturbation", ["in_place", "delta"])
-def test_the_frozen_base_is_perturbed_along_its_own_gradient_while_adapters_train(perturbation, targets):
-    model = make(targets)
+ADAPTED = {"beside": {"targets": ["q_proj"]}, "on it": {}, "DoRA": {"use_dora": True}}
+
+
+# A delta leaves the norms that DoRA takes for constants where they are.
+@pytest.mark.parametrize(
+    ("perturbation", "adapted"),
+    [("in_place", "beside"), ("in_place", "on it"), ("in_place", "DoRA"), ("delta", "beside"), ("delta", "on it")],
+)
+def test_the_frozen_base_is_perturbed_along_its_own_gradient_while_adapters_train(perturbation, adapted):
+    model = make(**ADAPTED[adapted])
     base = {n: p for n, p in model.named_parameters() if "lora" not in n}
     before = {n: p.detach().clone() for n, p in base.items()}
     opt = wrap(model, perturbation=perturbation)
@@ -58,7 +64,7 @@ def test_the_frozen_base_is_perturbed_along_its_own_gradient_while_adapters_trai
     assert all(torch.equal(p, before[n]) for n, p in base.items())
     assert all(p.grad is None for p in base.values())
     # The same by hand, in a twin whose base takes gradients.
-    twin = make(targets).requires_grad_(True)
+    twin = make(**ADAPTED[adapted]).requires_grad_(True)
     loss(twin).backward()
     named = dict(twin.named_parameters())
     selected = [next(p for n, p in named.items() if _plain(n) == name) for name in BASE]
@@ -73,6 +79,20 @@ def test_the_frozen_base_is_perturbed_along_its_own_gradient_while_adapters_trai
 
 def _plain(name):
     return name.replace("base_model.model.", "", 1).replace(".base_layer", "")
+
+
+READERS = {
+    "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.5},
+    "HiRA": {"kind": peft.HiraConfig},
+    "GLoRA": {"kind": peft.GloraConfig},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_frozen_weight_that_its_adapter_computes_with_beside_its_layer_is_refused(name):
+    with pytest.raises(sk.SubspaceError, match=rf"^'\S+' is frozen, and its adapter \({name}\) computes with it.*$"):
+        wrap(make(**READERS[name]))
+    wrap(make(targets=["q_proj"], **READERS[name]))  # not the selected weights' adapter
 
 
 @pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
