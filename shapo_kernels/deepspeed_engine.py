@@ -184,8 +184,14 @@ def own_forward(engine: Any) -> Iterator[None]:
         with torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype() if lower else None, enabled=lower):
             return engine.module(*args, **kwargs)
 
-    engine.forward = forward
+    def backward(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "engine.backward(loss) inside `with opt.ascent():` would add the ascent's gradients to the update's: hand "
+            "the loss over by opt.ascend(loss)"
+        )
+
+    engine.forward, engine.backward = forward, backward
     try:
         yield
     finally:
-        del engine.forward
+        del engine.forward, engine.backward

@@ -130,6 +130,7 @@ SAID = {
     "by hand": r"^DeepSpeed keeps the gradients in partitions of its own: use `with opt.ascent\(\):` instead$",
     "state_dict": r"^DeepSpeed saves an engine's optimizer: engine.save_checkpoint\(folder, client_state=",
     "second": r"^the engine's step is another ShaPOOptimizer's: call its detach\(\) first$",
+    "backward in an ascent": r"^engine.backward\(loss\) inside .* hand the loss over by opt.ascend\(loss\)$",
     "no ascent": r"^this update is due and had no ascent",
     "wrapped before": rf"^DeepSpeed has its parameters: {FIRST}",
 }

@@ -155,6 +155,7 @@ def messages(case):
     noted("by hand", opt.perturb, RuntimeError)
     noted("state_dict", opt.state_dict, RuntimeError)
     noted("second", lambda: wrapped(engine, {}), RuntimeError)
+    noted("backward in an ascent", opt.ascent()(lambda: engine.backward(mse(engine, mine))), RuntimeError)
     engine.backward(mse(engine, mine))
     noted("no ascent", engine.step, RuntimeError)
     opt.detach()
