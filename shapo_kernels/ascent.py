@@ -58,6 +58,8 @@ class SelectiveAscent:
         usable = [target for target in self._targets if target.taps or target.parameter.requires_grad]
         self._leaves = [(target, target.leaf() if target.taps else target.parameter) for target in usable]
         self._sums = {}
+        if self._strict:
+            graph.note_calls(self._targets)
         for target, leaf in self._leaves:
             for tap in target.taps:
                 tap.observe(leaf)
@@ -97,6 +99,7 @@ class SelectiveAscent:
         for target, _ in self._leaves:
             for tap in target.taps:
                 tap.rest()
+        graph.forget_calls(self._targets)
         self._leaves, self._sums = [], {}
 
     def _add(self, target: Target, grad: Tensor | None) -> None:
@@ -115,6 +118,8 @@ class GradAscent:
         self._earlier: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def begin(self) -> None:
+        if self._strict:
+            graph.note_calls(self._targets)
         self._earlier = [(parameter, parameter.grad) for parameter in self._parameters]
         clear_gradients(self._parameters)
 
@@ -139,6 +144,7 @@ class GradAscent:
     def abort(self) -> None:
         for parameter, grad in self._earlier:
             parameter.grad = grad
+        graph.forget_calls(self._targets)
         self._earlier = []
 
 
@@ -185,11 +191,12 @@ def _refuse_other_uses(loss: Tensor, targets: Sequence[Target]) -> None:
 
 def refuse_other_use(target: Target) -> None:
     how = (
-        "beside its layer's calls (as a penalty on the weights does)"
+        "beside its layer's calls (as a penalty on the weights does): that takes"
         if target.ran
-        else "without calling its layer (as nn.MultiheadAttention uses its out_proj)"
+        else "without calling its layer inside the ascent: run the forward pass inside `with opt.ascent():`, or, for a "
+        "layer that is never called (nn.MultiheadAttention's out_proj), use"
     )
-    raise RuntimeError(f"the loss uses {target.name!r} {how}: that takes ascent='grad' with perturbation='in_place'")
+    raise RuntimeError(f"the loss uses {target.name!r} {how} ascent='grad' with perturbation='in_place'")
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:

@@ -23,23 +23,37 @@ def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
         pending.extend(next_node for next_node, _ in node.next_functions)
 
 
+def note_calls(targets: Sequence[Target]) -> None:
+    """From now on taps note what :func:`used_beside_calls` asks for, and with it hold the graphs of their calls."""
+    for target in targets:
+        for tap in target.taps:
+            tap.calls = None if target.layout.held_over else []
+
+
+def forget_calls(targets: Sequence[Target]) -> None:
+    for tap in (tap for target in targets for tap in target.taps):
+        tap.calls = None
+
+
 def used_beside_calls(loss: Any, targets: Sequence[Target]) -> list[Target]:
     """Weights that the loss depends on by other ways than their layers' calls, of which taps know: a penalty on the
     weights, another layer that reads them.
 
-    What is compiled or transformed, and weights that ranks hold parts of, are not looked into.
+    What is compiled or transformed, and weights that ranks hold parts of, are not looked into. The calls that the loss
+    came from are forgotten, or every micro-batch's activations would stay until the last one's.
     """
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return []
     calls = {target: [call for tap in target.taps for call in tap.calls or ()] for target in targets}
-    watched = {id(t.parameter): t for t, made in calls.items() if made and None not in made and not t.layout.held_over}
+    watched = {id(t.parameter): t for t, made in calls.items() if made and None not in made}
     if not watched:
         return []
     inside = {
         node for t in watched.values() for put_out, taken in filter(None, calls[t]) for node in nodes(put_out, [taken])
     }
     found = {}
-    for node in nodes(loss.grad_fn):
+    walked = list(nodes(loss.grad_fn))
+    for node in walked:
         if node in inside or node.name().startswith("CompiledFunction"):
             continue
         for next_node, _ in node.next_functions:
@@ -48,4 +62,7 @@ def used_beside_calls(loss: Any, targets: Sequence[Target]) -> list[Target]:
             # transposition.
             if target is not None and not (node.name() == "TBackward0" and target.taps[0].features_first):
                 found[target.name] = target
+    passed = set(walked)
+    for tap in (tap for target in watched.values() for tap in target.taps):
+        tap.calls = [call for call in tap.calls or () if call is not None and call[0] not in passed]
     return list(found.values())

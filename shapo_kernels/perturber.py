@@ -132,7 +132,6 @@ class Perturber:
         self._begun = True
         self._versions = self._current_versions()
         self.settle()
-        self._note_calls(not self._found)
         kind = SelectiveAscent if self.selective else GradAscent
         return kind(self.targets, parameters, strict=not self._found)
 
@@ -140,10 +139,6 @@ class Perturber:
         """An ascent begins, or the update ends: what has run is of no account any more."""
         for tap in (tap for target in self.targets for tap in target.taps):
             tap.ran = False
-
-    def _note_calls(self, noted: bool) -> None:
-        for tap in (tap for target in self.targets for tap in target.taps):
-            tap.calls = [] if noted else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -168,7 +163,6 @@ class Perturber:
             refuse_inner(self._model)
         self._found = self._found or bool(found)
         self._missed = [target for target in found if not target.ran or target.used_beside_calls]
-        self._note_calls(False)
         layouts = [target.layout for target in self.targets]
         over = [() if averaged else layout.averaged_over for layout in layouts]
         if not any(over) and not any(layout.held_over or layout.computed_over for layout in layouts):

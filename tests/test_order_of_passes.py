@@ -2,10 +2,14 @@
 
 import copy
 import re
+import weakref
 
 import pytest
 import torch
-from updates import COMBINATIONS, bits, same_bits, update, wrap
+from torch import nn
+from updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
+
+import shapo_kernels as sk
 
 
 def refused(error, message, call, *args):
@@ -91,3 +95,43 @@ def test_a_copy_begins_its_update_anew(toy, batch, loss, subspace):
     copied.zero_grad()
     update(copied, other, batch(), loss)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "delta"])
+def test_a_forward_pass_before_the_ascent_is_told_where_it_belongs(toy, batch, loss, subspace, perturbation):
+    model = toy()
+    opt, value = wrap(model, subspace, perturbation=perturbation), loss(model, batch())
+    with refuses_in_one_line(r"run the forward pass inside `with opt\.ascent\(\):`"), opt.ascent():
+        opt.ascend(value)
+
+
+class Marked(torch.autograd.Function):
+    """The identity, with a mark that lives as long as its place in the graph does."""
+
+    @staticmethod
+    def forward(ctx, x, marks):
+        ctx.mark = nn.Identity()
+        marks.add(ctx.mark)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_no_micro_batch_and_no_failed_ascent_leaves_its_graph_behind(toy, batch, loss, ascent, perturbation):
+    model, marks = toy(), weakref.WeakSet()
+    last = sk.Subspace({"layers.1.down_proj.weight": [1]})  # a selective backward pass ends there
+    opt = wrap(model, last, ascent=ascent, perturbation=perturbation)
+    model.layers[0].register_forward_hook(lambda module, args, output: Marked.apply(output, marks))
+    with pytest.raises(ZeroDivisionError), opt.ascent():
+        loss(model, batch()) * (1 // 0)
+    assert not marks
+    with opt.ascent():
+        waiting = loss(model, batch())
+        opt.ascend(loss(model, batch()))
+        assert len(marks) == 1
+        opt.ascend(waiting)
+        del waiting
+        assert not marks
