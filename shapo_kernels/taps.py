@@ -46,7 +46,7 @@ class Tap:
         self._adding = False
         self._watch = Watch(None)
         self._place: tuple[OrderedDict[int, Any], int] = OrderedDict(), 0
-        self._unchecked = True
+        self._checked_under: tuple[int, ...] = ()
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
         #: Of each call in the first ascent, where its graph begins and ends; ``None`` for one that has none to be seen.
@@ -95,10 +95,10 @@ class Tap:
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
-            if not torch.compiler.is_compiling() and self._unchecked:
-                if _global_forward_hooks:
+            if not torch.compiler.is_compiling() and self._checked_under != (present := tuple(_global_forward_hooks)):
+                if present:
                     _refuse_changed_output(module, args, kwargs, output)
-                self._unchecked = False
+                self._checked_under = present
             input = args[0] if args else next(iter(kwargs.values()))
             if isinstance(output, DTensor):
                 output = self._on_parts(output, input, self._direction)
@@ -161,13 +161,14 @@ def _transformed() -> bool:
 
 def _refuse_changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
     """Global hooks run before a layer's own. Most only look; that one changed the output is seen in no other way than
-    by computing it again, which is done once for each layer. Rounding may differ between two computations.
+    by computing it again: once for each layer and set of hooks. Rounding may differ between two computations.
     """
     with torch.no_grad():
         own, given = (x.to_local() if isinstance(x, DTensor) else x for x in (module.forward(*args, **kwargs), output))
         same = own.dtype == given.dtype and own.shape == given.shape
         near = 8 * torch.finfo(own.dtype).eps
-        if not (same and torch.allclose(own, given, rtol=near, atol=near * own.abs().max().item(), equal_nan=True)):
+        largest = own.nan_to_num(0, 0, 0).abs().max().item() if own.numel() else 0.0
+        if not (same and torch.allclose(own, given, rtol=near, atol=near * largest, equal_nan=True)):
             raise RuntimeError(
                 f"a global forward hook changed the output of a {type(module).__name__} whose neurons are selected: "
                 "register it on the layer itself"

@@ -91,6 +91,35 @@ def test_global_hooks_are_seen_too_and_refused_where_they_change_an_output_befor
     assert_alike(model, expected)
 
 
+def test_a_global_hook_that_comes_after_others_and_after_the_first_update_is_refused_too(batch, loss):
+    model = between(lambda: nn.Linear(8, 8))
+    opt = wrap(model, LAYER)
+    for first in (None, GLOBAL["a look"]):
+        handles = [first()] if first else []
+        try:
+            update(opt, model, batch(), loss)
+            handles.append(GLOBAL["output"]())
+            with refuses_in_one_line("global forward hook changed the output of a Linear"):
+                update(opt, model, batch(), loss)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_overflows_under_a_global_hook_is_skipped_as_without_one(batch, loss, value):
+    model = between(lambda: nn.Linear(8, 8))
+    opt = wrap(model, LAYER)
+    x, y = batch()
+    x[0, 0] = value
+    handle = GLOBAL["a look"]()
+    try:
+        update(opt, model, (x, y), lambda model, data: (model.layer(data[0])[:, :3] - data[1]).square().mean())
+    finally:
+        handle.remove()
+    assert opt.stats["skipped"] == 1
+
+
 def test_taps_of_two_optimizers_stay_where_they_are(toy, batch, loss, subspace):
     model = toy()
     opts = [wrap(model, subspace, perturbation="delta") for _ in range(2)]
