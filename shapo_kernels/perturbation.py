@@ -87,6 +87,7 @@ class InPlace:
             compute_dtype=_lower_compute_dtype(targets),
         )
         self._written = True
+        _forget_autocast_copies()
         self._versions = [(weight, weight._version) for weight in weights]
         return total_over_parts(realised, targets)
 
@@ -133,6 +134,12 @@ class InPlace:
         # The model may have gone to another dtype or device in the meantime, and its weights with it.
         bits = [old.to(weight) for old, weight in zip(bits, weights, strict=True)]
         ops.restore_(weights, [t.index for t in targets], [t.axis for t in targets], bits)
+        _forget_autocast_copies()
+
+
+def _forget_autocast_copies() -> None:
+    """One ``torch.autocast`` around both passes keeps the copies of weights that it has made, whatever is written."""
+    torch.clear_autocast_cache()
 
 
 class Delta:

@@ -1,7 +1,10 @@
 """Loss scaling and autocast: a scaled update equals the plain one; an overflow in either pass skips exactly it (S8)."""
 
+import contextlib
+
 import pytest
 import torch
+from updates import COMBINATIONS, wrap
 
 import shapo_kernels as sk
 
@@ -305,3 +308,37 @@ def test_training_under_autocast_goes_where_float32_goes(toy, batch, loss, subsp
     low, full = movement(True), movement(False)
     # A few roundings of relative size 2^-9 (bfloat16) or 2^-12 (float16) in each of five updates.
     assert (low - full).norm() / full.norm() < (0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+@pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)
+def test_one_autocast_around_an_update_has_no_stale_copies_of_perturbed_weights(
+    toy, batch, loss, subspace, ascent, perturbation
+):
+    def losses(around):
+        model, found = toy(torch.float32), []
+        opt = wrap(model, subspace, rho=2.0, ascent=ascent, perturbation=perturbation)
+
+        def lower(enabled):
+            return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+        def computed():
+            with lower(True) if not around else contextlib.nullcontext():
+                found.append(loss(model, batch(dtype=torch.float32)))
+            return found[-1]
+
+        with lower(around):
+            with opt.ascent():
+                opt.ascend(computed())
+            with opt.perturbed():
+                computed().backward()
+                with opt.unperturbed():
+                    computed()
+                computed()
+            computed()
+        return [value.item() for value in found]
+
+    expected = losses(around=False)
+    assert losses(around=True) == expected
+    theta, descent, aside, again, left = expected
+    assert theta == aside == left
+    assert descent == again != theta
