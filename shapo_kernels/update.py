@@ -90,7 +90,7 @@ class TwoPassUpdate(OptimizerWrapper):
         ascent.begin()
         self._ascending, self._handed_over = ascent, False
         try:
-            with without_reduction(self.model):
+            with without_reduction(self.model, selective=self._perturber.selective):
                 yield
             found = ascent.finish()
             if not self._handed_over and not found[0]:
@@ -326,7 +326,7 @@ class TwoPassUpdate(OptimizerWrapper):
         with torch.enable_grad():
             ascent.begin()
             try:
-                with without_reduction(self.model):
+                with without_reduction(self.model, selective=False):
                     loss = closure()
                 ascent.collect(loss)
                 direction = self._perturber.agreed(ascent.finish())

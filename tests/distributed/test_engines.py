@@ -13,6 +13,7 @@ ON_TWO = [
     {"engine": "ddp", "options": {"perturbation": "delta", "relative": True}, "accumulate": 2},
     {"engine": "ddp", "options": {"ascent": "grad"}, "accumulate": 2},
     {"engine": "ddp", "options": {"sync": False}},
+    *({"engine": "ddp_static", "options": {"perturbation": perturbation}} for perturbation in ("in_place", "delta")),
     {"engine": "ddp_of_an_early_model"},
     {"engine": "fsdp", "width": 7},
     {"engine": "fsdp", "options": {"relative": True, "norm": "layer"}, "rhos": {"up.weight": 0.2}},

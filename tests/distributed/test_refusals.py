@@ -6,6 +6,7 @@ import pytest
 from ranks import run_ranks
 
 SHARDED = "ValueError: the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+STATIC = r"RuntimeError: DistributedDataParallel\(static_graph=True\) .* use static_graph=False, or `with opt.ascent"
 CASES = [
     ({"engine": "fully_shard", "options": {"perturbation": "in_place"}}, SHARDED),
     ({"engine": "fully_shard", "options": {"ascent": "grad"}}, SHARDED),
@@ -22,6 +23,8 @@ CASES = [
     ({"engine": "half_of_the_ranks", "options": {"sync": False}}, "nothing"),
     # A plain weight of such a model is trained by the same ranks.
     ({"engine": "half_of_the_ranks", "names": ["head.weight"]}, "SubspaceError: 'head.weight' .* has 1 of 2 ranks"),
+    ({"engine": "ddp_static", "options": {"ascent": "grad"}}, STATIC),
+    ({"engine": "ddp_static", "closure": True}, STATIC),
     ({"engine": "ddp_of_tensor_parallel"}, "SubspaceError: 'down.weight' cannot be perturbed: .* use fully_shard"),
     ({"engine": "forward_replaced"}, "RuntimeError: .* took or gave a plain tensor.* ascent='grad'"),
     ({"engine": "forward_replaced", "options": {"ascent": "grad", "perturbation": "in_place"}}, "nothing"),

@@ -29,8 +29,8 @@ def wrap(model, engine, policy=None):
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = (model.up, model.down, model.conv, model.head)
-    if engine == "ddp":
-        return DistributedDataParallel(model), world, rank
+    if engine in ("ddp", "ddp_static"):
+        return DistributedDataParallel(model, static_graph=engine == "ddp_static"), world, rank
     if engine in ("fsdp", "fsdp_ignoring"):
         ignored = {model.head.weight} if engine == "fsdp_ignoring" else None
         dtypes = {

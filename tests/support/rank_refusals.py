@@ -27,6 +27,8 @@ def made(engine):
             auto_wrap_policy=ModuleWrapPolicy({torch.nn.Linear}) if engine == "fsdp1_inner" else None,
             device_id=torch.device("cpu"),
         )
+    elif engine == "ddp_static":
+        model = DistributedDataParallel(model, static_graph=True)
     elif engine == "partial":
         parameter = DTensor.from_local(model.down.weight.detach(), mesh, [Partial()])
         model.down.weight = torch.nn.Parameter(parameter)
@@ -63,6 +65,8 @@ def complaint(case):
         opt = sk.ShaPOOptimizer(base, known, subspace, rho=0.1, **case.get("options", {}))
         if case.get("by_hand"):
             opt.perturb()
+        if case.get("closure"):
+            opt.step(lambda: mse(model, next(batches(1))).backward())
         for data in batches(1):
             with opt.ascent():
                 opt.ascend(mse(model, data))
