@@ -9,7 +9,7 @@ inside the descent: that ends the descent. Nothing here imports deepspeed: an en
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,6 +192,22 @@ def own_forward(engine: Any) -> Iterator[None]:
 
     engine.forward, engine.backward = forward, backward
     try:
-        yield
+        with _without_hooks(getattr(engine.optimizer, "_leaf_module_hooks", ())):
+            yield
     finally:
         del engine.forward, engine.backward
+
+
+@contextmanager
+def _without_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """ZeRO-3's leaf modules (experts, some of them idle) reduce zeros where a backward pass leaves no gradients."""
+    taken = []
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook

@@ -29,6 +29,7 @@ ON_TWO = [
     {"stage": 3, "options": {"relative": True, "norm": "layer"}, "accumulate": 2, "zero": PERSISTENT_OR_NOT},
     {"stage": 3, "accumulate": 2, "rhos": {"down.weight": 0.2}, "zero": PERSISTENT_OR_NOT},
     {"stage": 3, "options": {"relative": True}, "zero": OFFLOADED},
+    {"stage": 3, "leaves": True, "accumulate": 2},
     {"stage": 3, "options": {"sync": False}},
     {"stage": 0, "config": BF16, "rhos": {"up.weight": 0.2}},
     {"stage": 1, "config": BF16},

@@ -37,7 +37,10 @@ def engine_of(model, case, parameters=None):
 
 def model_for(case):
     # ZeRO-0 reduces no float64.
-    return build(case.get("width", 8)).to(torch.float64 if case["stage"] else torch.float32)
+    model = build(case.get("width", 8)).to(torch.float64 if case["stage"] else torch.float32)
+    if case.get("leaves"):
+        deepspeed.utils.set_z3_leaf_modules(model, [nn.Linear])
+    return model
 
 
 def wrapped(engine, case):
