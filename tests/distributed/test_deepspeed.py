@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from engines import RHO, one_process
+from engines import RHO, one_process, one_process_of
 from ranks import run_ranks
 
 pytestmark = [
@@ -67,17 +67,7 @@ def on_four(tmp_path_factory):
 
 
 def check(case, results):
-    options = case.get("options", {})
-    own = 1 if options.get("sync", True) else len(results)
-    norm, relative = options.get("norm", "global"), options.get("relative", False)
-    parameters, stats = one_process(
-        case.get("width", 8),
-        norm=norm,
-        relative=relative,
-        rhos=case.get("rhos"),
-        own_directions=own,
-        clip=case.get("clip"),
-    )
+    parameters, stats = one_process_of(case, len(results))
     weights_within, stats_within = (2**-7, 2**-7) if "config" in case else (1e-6, 1e-6)
     for result in results:
         assert result["updates"] == 3
@@ -87,7 +77,7 @@ def check(case, results):
             torch.testing.assert_close(
                 result["parameters"][name].double(), expected, rtol=weights_within, atol=weights_within
             )
-        for key, expected in stats.items() if own == 1 else ():
+        for key, expected in stats.items():
             assert result["stats"][key] == pytest.approx(expected, rel=stats_within), key
 
 

@@ -129,3 +129,20 @@ def one_process(
         "realised_cosine": 1.0,
     }
     return {name: p.detach() for name, p in model.named_parameters()}, stats
+
+
+def one_process_of(case, ways):
+    """What :func:`one_process` gives for a case of the engines' tests; no stats where ``ways`` ranks have their own."""
+    options = case.get("options", {})
+    own = 1 if options.get("sync", True) else ways
+    parameters, stats = one_process(
+        case.get("width", 8),
+        norm=options.get("norm", "global"),
+        relative=options.get("relative", False),
+        rhos=case.get("rhos"),
+        own_directions=own,
+        clip=case.get("clip"),
+        interval=options.get("interval", 1),
+        momentum=case.get("momentum", 0.0),
+    )
+    return parameters, stats if own == 1 else {}
