@@ -8,10 +8,10 @@ This package needs torch alone. The method around it (probe, selection, training
 """
 
 from . import backends, losses, ops
-from .batch_norm import frozen_batch_norm
+from .model.batch_norm import frozen_batch_norm
 from .optimizer import ShaPOOptimizer
-from .random_state import RandomState
 from .subspace import Subspace, SubspaceError
+from .update.random_state import RandomState
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import graph, ops
-from .binding import Target
+from . import ops
+from .model import weight_uses
+from .model.targets import Target
 from .ops.subspace_update import compute_dtype_of
 
 
@@ -59,7 +60,7 @@ class SelectiveAscent:
         self._leaves = [(target, target.leaf() if target.taps else target.parameter) for target in usable]
         self._sums = {}
         if self._strict:
-            graph.note_calls(self._targets)
+            weight_uses.note_calls(self._targets)
         for target, leaf in self._leaves:
             for tap in target.taps:
                 tap.observe(leaf)
@@ -73,7 +74,7 @@ class SelectiveAscent:
         missed = [t for (t, _), grad in zip(self._leaves, grads, strict=True) if grad is None and not t.ran]
         if missed:
             _refuse_other_uses(loss, missed)
-        if self._strict and (beside := graph.used_beside_calls(loss, self._targets)):
+        if self._strict and (beside := weight_uses.used_beside_calls(loss, self._targets)):
             refuse_other_use(beside[0])
         if self._strict and all(grad is None for grad in grads):
             refuse_absence(self._targets)
@@ -81,7 +82,7 @@ class SelectiveAscent:
             self._add(target, grad)
 
     def collect(self, loss: Any = None) -> None:
-        if self._strict and (beside := graph.used_beside_calls(loss, self._targets)):
+        if self._strict and (beside := weight_uses.used_beside_calls(loss, self._targets)):
             refuse_other_use(beside[0])
         for target, leaf in self._leaves:
             if leaf.grad is None and target.parameter.grad is not None and not target.ran:
@@ -99,7 +100,7 @@ class SelectiveAscent:
         for target, _ in self._leaves:
             for tap in target.taps:
                 tap.rest()
-        graph.forget_calls(self._targets)
+        weight_uses.forget_calls(self._targets)
         self._leaves, self._sums = [], {}
 
     def _add(self, target: Target, grad: Tensor | None) -> None:
@@ -119,7 +120,7 @@ class GradAscent:
 
     def begin(self) -> None:
         if self._strict:
-            graph.note_calls(self._targets)
+            weight_uses.note_calls(self._targets)
         self._earlier = [(parameter, parameter.grad) for parameter in self._parameters]
         clear_gradients(self._parameters)
 
@@ -130,7 +131,7 @@ class GradAscent:
 
     def collect(self, loss: Any = None) -> None:
         if self._strict:
-            for target in graph.used_beside_calls(loss, self._targets):
+            for target in weight_uses.used_beside_calls(loss, self._targets):
                 target.used_beside_calls = True
         found = any(p.grad is not None for p in self._parameters)
         if self._strict and found and all(target.parameter.grad is None for target in self._targets):
@@ -144,7 +145,7 @@ class GradAscent:
     def abort(self) -> None:
         for parameter, grad in self._earlier:
             parameter.grad = grad
-        graph.forget_calls(self._targets)
+        weight_uses.forget_calls(self._targets)
         self._earlier = []
 
 
@@ -183,7 +184,7 @@ def refuse_absence(targets: Sequence[Target]) -> None:
 
 def _refuse_other_uses(loss: Tensor, targets: Sequence[Target]) -> None:
     """A weight that the loss depends on though its layer did not run is used otherwise, by no tap's knowledge."""
-    variables = {id(getattr(node, "variable", None)) for node in graph.nodes(loss.grad_fn)}
+    variables = {id(getattr(node, "variable", None)) for node in weight_uses.nodes(loss.grad_fn)}
     for target in targets:
         if id(target.parameter) in variables:
             refuse_other_use(target)
@@ -203,7 +204,7 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     """Where a reentrant checkpoint hides a selected neuron from ``autograd.grad``, others may have their gradients, and
     the direction would be a wrong one.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(loss.grad_fn)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in weight_uses.nodes(loss.grad_fn)):
         raise RuntimeError(
             "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
             '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'

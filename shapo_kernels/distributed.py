@@ -1,4 +1,4 @@
-"""Collectives: sums over the parts of weights, means over data-parallel ranks. Which ranks: :mod:`.layout`."""
+"""Collectives: sums over the parts of weights, means over data-parallel ranks. Which ranks: ``interop.sharding``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .deepspeed_engine import is_engine, own_forward
+from .interop.deepspeed import is_engine, own_forward
 
 
 def average(values: Sequence[Tensor], over: Sequence[tuple[Any, ...]]) -> list[Tensor]:

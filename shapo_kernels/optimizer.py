@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .deepspeed_engine import EngineStep, is_engine, why_not
-from .loss_scaling import LossScaling
+from .interop.deepspeed import EngineStep, is_engine, why_not
 from .ops.subspace_update import NORMS
-from .perturber import Perturber
-from .radius import Radii, Rho, checked_rho
-from .stats import UpdateStats
 from .stochastic_rounding import StochasticRounding
 from .subspace import Subspace
-from .update import TwoPassUpdate
+from .update.bound_subspace import Perturber
+from .update.loss_scaling import LossScaling
+from .update.radius import Radii, Rho, checked_rho
+from .update.stats import UpdateStats
+from .update.two_pass import TwoPassUpdate
 
 _STATE_VERSION = 1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from .binding import Target, selected_weight_squared_norms, total_over_parts
+from .model.targets import Target, selected_weight_squared_norms, total_over_parts
 from .stochastic_rounding import StochasticRounding
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .naming import owners, parameter_aliases, parameters_by_name
-from .quantised import acting_shape, is_quantised
+from .interop.names import owners, parameter_aliases, parameters_by_name
+from .interop.quantised import acting_shape, is_quantised
 
 FORMAT = "shapo-subspace"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 import shapo_kernels as sk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model and row is made here: no test waits for a network
+
+# Programs that tests start import the packages of tests by the same names.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: for tensors this small one thread each is faster than threads that wait for one another.

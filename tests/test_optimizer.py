@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from updates import COMBINATIONS, bits, same_bits, update, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, bits, same_bits, update, wrap
 
 
 @pytest.mark.parametrize(("ascent", "perturbation"), COMBINATIONS)

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from updates import COMBINATIONS, bits, same_bits, update, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, bits, same_bits, update, wrap
 
 
 def test_unselected_weights_are_never_written(toy, batch, loss, subspace):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shapo.errors import UserError
 from shapo_kernels import losses
-from shapo_kernels.deepspeed_engine import is_engine
+from shapo_kernels.interop.deepspeed import is_engine
 
 # Of the stand-in: 1 tells the scale, the largest the soft cap, and all of them whether that was all.
 _PROBES = (-37.0, -2.5, -0.125, 0.0, 0.25, 1.0, 4.0, 55.0, 1e6)

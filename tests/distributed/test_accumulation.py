@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_accumulation import INDICES, LR, MICRO_BATCHES, RANKS, RHO, build, mse, updates
-from ranks import run_ranks
+
+from tests.support.rank_accumulation import INDICES, LR, MICRO_BATCHES, RANKS, RHO, build, mse, updates
+from tests.support.ranks import run_ranks
 
 # engine, a perturbation for each micro-batch, gradients reduced in the last backward pass alone, options
 CASES: list[tuple[str, bool, bool, dict[str, Any]]] = [

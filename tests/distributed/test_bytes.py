@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from engines import AXES, INDICES, build
-from ranks import run_ranks
+
+from tests.support.engines import AXES, INDICES, build
+from tests.support.ranks import run_ranks
 
 CASES = [
     {"engine": "ddp"},

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shapo_kernels as sk
+from tests.support.ranks import run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "torchrun_fsdp2.py"
 

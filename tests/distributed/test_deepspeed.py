@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from engines import RHO, one_process, one_process_of
-from ranks import run_ranks
+
+from tests.support.engines import RHO, one_process, one_process_of
+from tests.support.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.slow,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from engines import INDICES, build, one_process, one_process_of
-from ranks import run_ranks
+
+from tests.support.engines import INDICES, build, one_process, one_process_of
+from tests.support.ranks import run_ranks
 
 #: Saved in the middle of an interval, by names through torch.distributed.checkpoint.
 RESUMED = {"options": {"interval": 2, "relative": True}, "momentum": 0.9, "resumed": True}

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from ranks import run_ranks
+
+from tests.support.ranks import run_ranks
 
 SHARDED = "ValueError: the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
 STATIC = r"RuntimeError: DistributedDataParallel\(static_graph=True\) .* use static_graph=False, or `with opt.ascent"

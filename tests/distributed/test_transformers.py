@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from ranks import run_ranks
+
+from tests.support.ranks import run_ranks
 
 
 @pytest.mark.slow
 def test_a_planned_llama_equals_one_process_in_place_and_refuses_what_it_cannot_see(tmp_path):
     pytest.importorskip("transformers", minversion="5.0")
-    from llamas import llama
-    from rank_transformers import update
     from transformers import LlamaForCausalLM
+
+    from tests.support.llamas import llama
+    from tests.support.rank_transformers import update
 
     llama(hidden_size=32, intermediate_size=96, pad_token_id=0).double().save_pretrained(tmp_path / "model")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)

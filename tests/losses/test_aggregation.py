@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_aggregation import Pairs, aggregate
-from ranks import run_ranks
 
 from shapo_kernels import losses
+from tests.support.rank_aggregation import Pairs, aggregate
+from tests.support.ranks import run_ranks
 
 mpmath.mp.dps = 60
 

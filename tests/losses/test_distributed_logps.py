@@ -1,7 +1,8 @@
 """The head over ranks: divided by its vocabulary it equals the whole one; a sharded weight is gathered once (L5)."""
 
 import pytest
-from ranks import run_ranks
+
+from tests.support.ranks import run_ranks
 
 OPTIONS = ({}, {"softcap": 2.0, "scale": 0.7})
 CASES = [

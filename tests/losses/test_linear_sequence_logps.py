@@ -3,10 +3,10 @@
 import pytest
 import torch
 from measure import peak_extra_bytes
-from textbook import IGNORE, eager, head, make_labels
 
 from shapo_kernels import backends, losses
 from shapo_kernels.losses import linear_head, linear_tiles
+from tests.support.textbook import IGNORE, eager, head, make_labels
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def models():
-    from llamas import llama
+    from tests.support.llamas import llama
 
     policy = llama(vocab_size=40, pad_token_id=0)
     reference = copy.deepcopy(policy)

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from textbook import IGNORE, eager, make_labels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapo_kernels import losses
 from shapo_kernels.reference import sequence_logps as reference
+from tests.support.textbook import IGNORE, eager, make_labels
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,7 +50,7 @@ def test_the_logits_of_a_position_are_those_of_the_next_label():
 
 def test_sums_and_counts_are_those_of_the_loss_of_a_hugging_face_model():
     pytest.importorskip("transformers")
-    from llamas import llama
+    from tests.support.llamas import llama
 
     model = llama(vocab_size=31, num_hidden_layers=1)
     labels = make_labels(3, 10, 31)

@@ -213,14 +213,11 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(tmp_path):
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_native_subspace_update as t;"
-        "torch.save(t.all_results(), sys.argv[2])"
-    )
+    code = "import sys, runpy, torch; torch.save(runpy.run_path(sys.argv[1])['all_results'](), sys.argv[2])"
     for capability in ("baseline", "avx2"):
         path = tmp_path / f"{capability}.pt"
         env = {**os.environ, "SHAPO_CPU_CAPABILITY": capability}
-        subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(path)], env=env, check=True)
+        subprocess.run([sys.executable, "-c", code, __file__, str(path)], env=env, check=True)
         results = torch.load(path)
         assert all(same_bits(a, b) for a, b in zip(all_results(), results, strict=True)), capability
 

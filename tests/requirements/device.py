@@ -1,13 +1,14 @@
 """S14 and S15: what the device waits for, and what is compiled."""
 
-import peers
 import torch
-from registry import requirement
-from small import loss_of, mlp
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from wrappers import OursByDelta, PytorchOptimizer
+
+from tests.requirements import peers
+from tests.requirements.registry import requirement
+from tests.requirements.small import loss_of, mlp
+from tests.requirements.wrappers import OursByDelta, PytorchOptimizer
 
 aten = torch.ops.aten
 #: Operators whose result is a Python value, or has a size that only the data knows: on a GPU the host waits for them.

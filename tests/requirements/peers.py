@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch.optim import Optimizer
-from wrappers import Wrapper
+
+from tests.requirements.wrappers import Wrapper
 
 
 class Textbook(Optimizer):

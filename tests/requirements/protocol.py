@@ -6,13 +6,14 @@ import io
 import pickle
 import warnings
 
-import peers
 import torch
-from registry import requirement
-from small import assert_close, batch, bits, closure_of, flat, loss_of, mlp, same_bits
 from torch import nn
 from torch.optim import lr_scheduler
-from wrappers import LR, PytorchLookSAM, PytorchOptimizer
+
+from tests.requirements import peers
+from tests.requirements.registry import requirement
+from tests.requirements.small import assert_close, batch, bits, closure_of, flat, loss_of, mlp, same_bits
+from tests.requirements.wrappers import LR, PytorchLookSAM, PytorchOptimizer
 
 MOMENTUM = {"momentum": 0.9}
 

@@ -5,10 +5,11 @@ Every engine, uneven shards, per-rank perturbation and refusals: ``tests/distrib
 
 import pytest
 import torch
-from engines import build
-from rank_requirements import named, trained
-from ranks import run_ranks
-from registry import RANKS
+
+from tests.requirements.registry import RANKS
+from tests.support.engines import build
+from tests.support.rank_requirements import named, trained
+from tests.support.ranks import run_ranks
 
 CASES = [
     {"wrapper": wrapper, "engine": engine, "width": 7}

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-import device  # noqa: F401
-import protocol  # noqa: F401
 import pytest
-import registry
-import weights  # noqa: F401
-from wrappers import Ours
+
+from tests.requirements import (
+    device,  # noqa: F401
+    protocol,  # noqa: F401
+    registry,
+    weights,  # noqa: F401
+)
+from tests.requirements.wrappers import Ours
 
 
 def peers(attribute):

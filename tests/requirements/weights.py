@@ -3,14 +3,14 @@
 import contextlib
 import warnings
 
-import peers
 import torch
-from registry import requirement
-from small import SELECTED, assert_close, bits, flat, loss_of, mlp, same_bits
 from torch import nn
-from wrappers import LR, RHO, OursByDelta, PytorchOptimizer
 
 import shapo_kernels as sk
+from tests.requirements import peers
+from tests.requirements.registry import requirement
+from tests.requirements.small import SELECTED, assert_close, bits, flat, loss_of, mlp, same_bits
+from tests.requirements.wrappers import LR, RHO, OursByDelta, PytorchOptimizer
 
 
 @requirement("S1", missed_by=(peers.SubtractsEps, peers.RebindsData), met_by=(PytorchOptimizer, peers.DenseMask))

@@ -36,7 +36,7 @@ def tiny_encoder(tiny_tokenizer: PreTrainedTokenizerFast) -> PairEncoder:
 
 @pytest.fixture(scope="session")
 def _tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    from llamas import llama
+    from tests.support.llamas import llama
 
     return llama(
         vocab_size=len(tiny_tokenizer),
@@ -60,8 +60,9 @@ def tiny_llama(_tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
 @pytest.fixture
 def reward_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
     """One layer, random weights, one score for each row."""
-    from llamas import llama
     from transformers import LlamaForSequenceClassification
+
+    from tests.support.llamas import llama
 
     size = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     return llama(LlamaForSequenceClassification, seed=1, **size, num_labels=1, pad_token_id=tiny_tokenizer.pad_token_id)

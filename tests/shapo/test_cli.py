@@ -233,8 +233,9 @@ def test_a_subspace_is_written_into_a_folder_that_is_not_there_yet_and_never_ove
 
 
 def test_what_the_model_has_no_embedding_for_is_one_line(shapo, files, tmp_path, tiny_tokenizer):
-    from llamas import llama
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.support.llamas import llama
 
     size = {"vocab_size": len(tiny_tokenizer)}
     models = {

@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    from ranks import run_ranks
+    from tests.support.ranks import run_ranks
 
     cases = [*CASES.values(), REFUSED]
     found = run_ranks(tmp_path_factory.mktemp("ranks"), 2, cases, "rank_fused_head.py")
@@ -31,7 +31,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_have_the_log_probabilities_and_the_step_of_one_process(name, results):
-    from rank_fused_head import LABELS, TOKENS, make
+    from tests.support.rank_fused_head import LABELS, TOKENS, make
 
     model = make(CASES[name].get("tied", False))
     for update in range(2):

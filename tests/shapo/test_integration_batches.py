@@ -8,7 +8,7 @@ import torch
 from shapo.integrations.batches import Cutter
 
 pytest.importorskip("transformers")
-from trainers import of_trl
+from tests.support.trainers import of_trl
 
 
 class TestCutter:

@@ -13,7 +13,7 @@ import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments
 
 transformers = pytest.importorskip("transformers")
-from trainers import PlainTrainer, ShaPOTrainer, arguments, logged, neurons, rows, sgd  # noqa: E402
+from tests.support.trainers import PlainTrainer, ShaPOTrainer, arguments, logged, neurons, rows, sgd  # noqa: E402
 
 
 @pytest.mark.parametrize("interval", [1, 2])

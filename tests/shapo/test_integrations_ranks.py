@@ -8,7 +8,8 @@ import json
 
 import pytest
 import torch
-from ranks import run_ranks
+
+from tests.support.ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def named(case):
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """What one process has at the end, and what each of two ranks has."""
-    from rank_integrations import train
+    from tests.support.rank_integrations import train
 
     folder = tmp_path_factory.mktemp("ranks")
     cases = [{**case, "folder": str(folder / str(number))} for number, case in enumerate(CASES)]

@@ -8,8 +8,9 @@ import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOTrainerMixin
 
 transformers = pytest.importorskip("transformers")
-from trainers import ShaPOTrainer, arguments, neurons, of_trl, rows, sgd  # noqa: E402
 from transformers import Trainer  # noqa: E402
+
+from tests.support.trainers import ShaPOTrainer, arguments, neurons, of_trl, rows, sgd  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from llamas import llama
 
 from shapo.data import synthetic
 from shapo.data.formats import load_pairs
@@ -27,6 +26,7 @@ from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.training.logps import TokenizedPairs
 from shapo.training.preference import train_preferences
 from shapo_kernels import Subspace
+from tests.support.llamas import llama
 
 UPDATES = 10
 LOOP = LoopConfig(updates=UPDATES, batch_size=4, micro_batch_size=2, lr=1e-2, save_every=1)

@@ -4,13 +4,13 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from ranks import on_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import shapo_kernels as sk
+from tests.support.ranks import on_rank
 
 RHO, LR, RANKS, MICRO_BATCHES = 0.4, 0.1, 2, 3
 INDICES = {"2.weight": [0, 5], "4.weight": [1, 4]}

@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-from ranks import on_rank
 
 from shapo_kernels import losses
+from tests.support.ranks import on_rank
 
 
 class Pairs:

@@ -1,13 +1,13 @@
 """What each rank of the test of communication does: updates, and what the last one's passes sent over the ranks."""
 
 import torch
-from engines import AXES, INDICES, batches, build, mse
-from rank_cases import wrap
-from ranks import on_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shapo_kernels as sk
+from tests.support.engines import AXES, INDICES, batches, build, mse
+from tests.support.rank_cases import wrap
+from tests.support.ranks import on_rank
 
 
 class Collectives(TorchDispatchMode):

@@ -3,8 +3,6 @@
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
-from ranks import on_rank
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
@@ -19,6 +17,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import shapo_kernels as sk
+from tests.support.engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
+from tests.support.ranks import on_rank
 
 
 def wrap(model, engine, policy=None):

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from ranks import on_rank
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+from tests.support.ranks import on_rank
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from torchrun_fsdp2 import Training

@@ -7,11 +7,11 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
-from ranks import on_rank
 from torch import nn
 
 import shapo_kernels as sk
+from tests.support.engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
+from tests.support.ranks import on_rank
 
 # DeepSpeed's shared-memory collectives are compiled when they are first needed; gloo's do as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -3,8 +3,6 @@
 import contextlib
 
 import torch
-from llamas import llama
-from ranks import on_rank
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -12,6 +10,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from shapo.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
 from shapo.integrations.fused_head import _answer
+from tests.support.llamas import llama
+from tests.support.ranks import on_rank
 
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 LABELS = TOKENS.masked_fill(torch.tensor([[True] * 4 + [False] * 5, [False] * 9]), -100)

@@ -14,10 +14,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from engines import plain_name
-from llamas import llama
 from peft import LoraConfig
-from ranks import on_rank
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -29,6 +26,9 @@ from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOState, ShaPOTrainerMixin
+from tests.support.engines import plain_name
+from tests.support.llamas import llama
+from tests.support.ranks import on_rank
 
 if importlib.util.find_spec("deepspeed"):
     import deepspeed

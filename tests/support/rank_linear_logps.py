@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -12,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from shapo_kernels import losses
 from shapo_kernels.losses import linear_tiles
+from tests.support.ranks import on_rank
 
 linear_tiles.FEWEST_COLUMNS = 3  # a small vocabulary is cut as a large one is
 

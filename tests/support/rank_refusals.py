@@ -2,8 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from engines import AXES, INDICES, batches, build, mse
-from ranks import on_rank
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -12,6 +10,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import shapo_kernels as sk
+from tests.support.engines import AXES, INDICES, batches, build, mse
+from tests.support.ranks import on_rank
 
 
 def made(engine):

@@ -1,17 +1,12 @@
 """What each rank of the tests of S12 does: three updates by some wrapper, of a model under some engine."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
-from engines import batches, build, mse, plain_name
-from rank_cases import wrap
-from ranks import on_rank
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "requirements"))
-import peers
-import wrappers
+from tests.requirements import peers, wrappers
+from tests.support.engines import batches, build, mse, plain_name
+from tests.support.rank_cases import wrap
+from tests.support.ranks import on_rank
 
 ONLY = {"up.weight": [1, 4], "down.weight": [0, 2]}
 

@@ -1,10 +1,10 @@
 """What each rank of the test of transformers' tensor parallelism does: one update of a small Llama, and a refusal."""
 
 import torch
-from ranks import on_rank
 from transformers import LlamaForCausalLM
 
 import shapo_kernels as sk
+from tests.support.ranks import on_rank
 
 SUBSPACE = {"model.layers.0.mlp.down_proj.weight": [1, 50], "model.layers.1.mlp.down_proj.weight": [90]}
 

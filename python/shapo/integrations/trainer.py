@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from shapo_kernels import ShaPOOptimizer
-from shapo_kernels.random_state import RandomState
+from shapo_kernels.update.random_state import RandomState
 
 from .arguments import ShaPOArguments
 from .batches import Cutter

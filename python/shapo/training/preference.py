@@ -37,7 +37,7 @@ from shapo.training.objective import make_batch, make_loss
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
 from shapo_kernels import ShaPOOptimizer, Subspace, losses
-from shapo_kernels.random_state import RandomState
+from shapo_kernels.update.random_state import RandomState
 
 
 def train_preferences(

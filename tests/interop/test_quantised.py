@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from updates import update
 
 import shapo_kernels as sk
+from tests.support.updates import update
 
 
 class Packed4bit(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .binding import Target
+from .targets import Target
 
 
 def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from updates import bits, same_bits, update, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import bits, same_bits, update, wrap
 
 
 def test_the_norm_of_epsilon_is_rho_over_the_selected_gradient_only(toy, batch, loss, subspace):

@@ -13,9 +13,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .ascent import Ascent, GradAscent, SelectiveAscent, refuse_other_use
-from .binding import (
+from .. import ops
+from ..ascent import Ascent, GradAscent, SelectiveAscent, refuse_other_use
+from ..distributed import average
+from ..interop.deepspeed import is_engine
+from ..interop.sharding import ranks_are_known, refuse_deepspeed, refuse_inner, reshard
+from ..model.descent_guard import Watch
+from ..model.targets import (
     Target,
     attach,
     bind,
@@ -24,15 +28,11 @@ from .binding import (
     selected_weight_squared_norms,
     total_over_parts,
 )
-from .deepspeed_engine import is_engine
-from .distributed import average
-from .layout import ranks_are_known, refuse_deepspeed, refuse_inner, reshard
-from .perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
+from ..perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
+from ..stochastic_rounding import HALVES, StochasticRounding
+from ..subspace import Subspace, SubspaceError
 from .radius import Radii
 from .stats import UpdateStats
-from .stochastic_rounding import HALVES, StochasticRounding
-from .subspace import Subspace, SubspaceError
-from .watch import Watch
 
 #: Some of the targets and, compact, the gradient of each.
 Direction: TypeAlias = "tuple[list[Target], list[Tensor]]"

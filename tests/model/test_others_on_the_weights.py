@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
 
 PERTURBATIONS = ["in_place", "delta"]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from updates import COMBINATIONS, update
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, update
 
 
 class Checkpointed(nn.Module):
@@ -135,7 +135,7 @@ def test_an_evaluation_inside_a_descent_does_not_forbid_later_plain_updates(toy,
 @pytest.mark.parametrize("perturbation", ["in_place", "delta"])
 def test_transformers_gradient_checkpointing_changes_nothing(perturbation, reentrant):
     pytest.importorskip("transformers")
-    from llamas import llama
+    from tests.support.llamas import llama
 
     subspace = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 5, 30] for i in range(2)})
     ids = torch.arange(18).view(2, 9)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from updates import COMBINATIONS, LAYER, between, refuses_in_one_line, update, wrap, written_out
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, LAYER, between, refuses_in_one_line, update, wrap, written_out
 
 
 def louder(output):

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .deepspeed_engine import is_engine, why_not
+from .deepspeed import is_engine, why_not
 
 
 class UnsupportedLayout(ValueError):

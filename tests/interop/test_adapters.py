@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from updates import COMBINATIONS, bits, same_bits
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, bits, same_bits
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from llamas import llama  # noqa: E402
+from tests.support.llamas import llama  # noqa: E402
 
 IDS = torch.arange(18).view(2, 9)
 BASE = sk.Subspace({f"model.layers.{i}.mlp.down_proj.weight": [1, 5, 30] for i in range(2)})

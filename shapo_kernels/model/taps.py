@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
-from . import ops
-from .quantised import is_linear_by_features
-from .watch import Watch, drop_copies
+from .. import ops
+from ..interop.quantised import is_linear_by_features
+from .descent_guard import Watch, drop_copies
 
 
 class Tap:

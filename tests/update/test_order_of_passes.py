@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, bits, refuses_in_one_line, same_bits, update, wrap
 
 
 def refused(error, message, call, *args):

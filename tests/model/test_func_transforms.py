@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from updates import COMBINATIONS, assert_as_written_out, between, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, assert_as_written_out, between, wrap
 
 
 def row_by_row(model, data):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .binding import Target
-from .deepspeed_engine import EngineStep
+from ..interop.deepspeed import EngineStep
+from ..model.targets import Target
 
 Rho: TypeAlias = "float | tuple[float, float]"
 

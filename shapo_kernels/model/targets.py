@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from . import ops
-from .adapters import reading_base_weights
-from .distributed import total
-from .layout import Block, Layout, Layouts, UnsupportedLayout, lasting_shape
-from .naming import owners
-from .ops.subspace_update import compute_dtype_of
-from .quantised import acting_shape, compute_dtype_of_quantised, is_quantised
-from .subspace import Subspace, SubspaceError
+from .. import ops
+from ..distributed import total
+from ..interop.names import owners
+from ..interop.peft import reading_base_weights
+from ..interop.quantised import acting_shape, compute_dtype_of_quantised, is_quantised
+from ..interop.sharding import Block, Layout, Layouts, UnsupportedLayout, lasting_shape
+from ..ops.subspace_update import compute_dtype_of
+from ..subspace import Subspace, SubspaceError
+from .descent_guard import Watch
 from .taps import Tap, stores_features_first
-from .watch import Watch
 
 # A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew for 28
 # layers (1 % of 3072 x 2048 each) it cost 1400 page faults an update: 3 to 14 ms on a virtual machine, beside 27 ms for

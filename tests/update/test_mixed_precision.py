@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
-from updates import COMBINATIONS, wrap
 
 import shapo_kernels as sk
+from tests.support.updates import COMBINATIONS, wrap
 
 
 def build(toy, subspace, **options):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .deepspeed_engine import USE
+from ..interop.deepspeed import USE
 
 # LBFGS runs its closure as often as it likes, SAMs perturb by themselves, sparse optimizers have no dense gradient.
 _REFUSED = ("LBFGS", "SparseAdam", "SAM", "GSAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM")

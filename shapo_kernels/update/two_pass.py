@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .ascent import Ascent, clear_gradients, gather_gradients, refuse_absence
-from .deepspeed_engine import EngineStep
-from .distributed import without_reduction
+from ..ascent import Ascent, clear_gradients, gather_gradients, refuse_absence
+from ..distributed import without_reduction
+from ..interop.deepspeed import EngineStep
+from .base import OptimizerWrapper
+from .bound_subspace import Direction, Perturber
 from .loss_scaling import CLOSURE, LossScaling
-from .perturber import Direction, Perturber
 from .radius import Radii
 from .random_state import RandomState
 from .stats import UpdateStats
-from .wrapper import OptimizerWrapper
 
 _NOTHING_HANDED_OVER = (
     "`with opt.ascent():` was left without a loss: hand it over by opt.ascend(loss), which takes the place of "

@@ -6,7 +6,7 @@ from rounding import rows
 from torch import nn
 
 import shapo_kernels as sk
-from shapo_kernels.stats import COSINE_WARNING
+from shapo_kernels.update.stats import COSINE_WARNING
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import Conv1D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from updates import (
+
+import shapo_kernels as sk
+from tests.support.engines import Conv1D
+from tests.support.updates import (
     COMBINATIONS,
     F64,
     LAYER,
@@ -18,8 +20,6 @@ from updates import (
     update,
     wrap,
 )
-
-import shapo_kernels as sk
 
 
 class Normalised(nn.Linear):

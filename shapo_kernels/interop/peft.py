@@ -1,5 +1,5 @@
 """Adapters that compute with a base weight beside calling its layer, which taps do not see. Where the weight takes
-gradients the ascent's graph tells (:mod:`.graph`); a frozen one leaves no trace there, so PEFT's are known by name.
+gradients the ascent's graph tells (``weight_uses``); a frozen one leaves no trace there, so PEFT's are known by name.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from updates import bits, same_bits, update, wrap
 
 import shapo_kernels as sk
 from shapo_kernels.stochastic_rounding import StochasticRounding, round_stochastically
+from tests.support.updates import bits, same_bits, update, wrap
 
 HALVES = [torch.bfloat16, torch.float16]
 
