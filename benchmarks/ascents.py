@@ -86,8 +86,8 @@ class Prepared:
 
     def __init__(self, work: Path, size: str, seed: int) -> None:
         from shapo import demo
-        from shapo.demo_settings import SIZES
-        from shapo.training.logps import TokenizedPairs
+        from shapo.demo.settings import SIZES
+        from shapo.scoring.logps import TokenizedPairs
 
         self.seed, self.folder = seed, work / f"{size}-{seed}"
         task = demo.Task(str(self.folder), SIZES[size], seed, "cpu")
@@ -107,8 +107,8 @@ class Prepared:
 
 def measure_fidelity(prepared: Prepared) -> Iterator[dict[str, Any]]:
     """Along a run of ShaPO whose ascents see the whole batch: at every 8th update, on 4 batches that it is not at."""
-    from shapo.demo_settings import BATCH, BETA, LR, RHO_NEURONS
-    from shapo.training.logps import batch_logps, compute_logps
+    from shapo.demo.settings import BATCH, BETA, LR, RHO_NEURONS
+    from shapo.scoring.logps import batch_logps, compute_logps
     from shapo.training.order import DataOrder
 
     model, data = prepared.model, prepared.data
@@ -217,8 +217,8 @@ def measure_effect(prepared: Prepared, names: Sequence[str] | None) -> Iterator[
     """The demo's run with each kind of ascent: accuracy on clean test pairs, and the share of the flips fitted."""
     import copy
 
-    from shapo.demo_settings import BATCH, BETA, LR, NOISE, RHO_NEURONS
-    from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
+    from shapo.config import LoopConfig, LossConfig, ShaPOConfig
+    from shapo.demo.settings import BATCH, BETA, LR, NOISE, RHO_NEURONS
     from shapo.training.preference import train_preferences
 
     loop = LoopConfig(epochs=prepared.epochs, batch_size=BATCH, lr=LR, seed=prepared.seed)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
-from shapo.files import atomic_file, json_line
-from shapo.training.logps import PairLogps, evaluating
+from shapo.models.modes import evaluating
+from shapo.scoring.logps import PairLogps
+from shapo.storage.files import atomic_file, json_line
 from shapo_kernels import losses
 
 _Z95 = 1.959963984540054  # the two-sided 95 % point of the normal distribution

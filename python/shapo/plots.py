@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shapo.files import atomic_file
 from shapo.sharpness import Point, Sharpness
+from shapo.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from shapo.architectures import unwrap
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
-from shapo.files import atomic_file
-from shapo.training.fingerprint import digest_model, digest_rows
-from shapo.training.logps import evaluating
+from shapo.models.architectures import unwrap
+from shapo.models.modes import evaluating
+from shapo.storage.files import atomic_file
+from shapo.storage.fingerprint import digest_model, digest_rows
 
 __all__ = ["SAFE", "UNSAFE", "Epoch", "Probe", "ProbeExample", "extract_features", "probe_examples", "train_probe"]
 

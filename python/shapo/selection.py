@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shapo.architectures import ValueVectors, value_vectors
+from shapo.config import LossConfig
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
-from shapo.fused_head import find_fused_head
-from shapo.rewards import PairRewards
-from shapo.training.config import LossConfig
-from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, evaluating
-from shapo.training.objective import pair_losses
+from shapo.models.architectures import ValueVectors, value_vectors
+from shapo.models.fused_head import find_fused_head
+from shapo.models.modes import evaluating
+from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
+from shapo.scoring.objective import pair_losses
+from shapo.scoring.rewards import PairRewards
 from shapo_kernels import Subspace, ops
 
 __all__ = [
@@ -108,7 +109,7 @@ def gradient_scores(
         encoder: the template and truncation that training uses too.
         pairs: a held-out split that neither training nor evaluation sees.
         beta: of the loss where it is given by name.
-        loss: one of `training.config.LOSSES`, or a `LossConfig` (aggregation "mean").
+        loss: one of `config.LOSSES`, or a `LossConfig` (aggregation "mean").
         reference: the reference's log-probabilities of `pairs`. Without them the model is its own reference, as at the
             start of training.
         rewards: the reward model's scores of `pairs`, for the reward level.

@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shapo.errors import UserError
-from shapo.fused_head import find_fused_head
-from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, evaluating
+from shapo.models.fused_head import find_fused_head
+from shapo.models.modes import evaluating
+from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
 from shapo_kernels import Subspace, losses
 
 FULL = "all parameters"

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import shapo_kernels as sk
 from shapo.ascents import AscentPart, RhoSchedule
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs, batch_logps, compute_logps
+from shapo.scoring.logps import TokenizedPairs, batch_logps, compute_logps
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 

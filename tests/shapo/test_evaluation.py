@@ -21,7 +21,7 @@ from shapo.evaluation import (
     wilson,
     win_rate,
 )
-from shapo.training.logps import PairLogps
+from shapo.scoring.logps import PairLogps
 
 
 def logps(chosen, rejected, chosen_tokens=None, rejected_tokens=None):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from shapo import selection
-from shapo.architectures import value_vectors
+from shapo.config import LOSSES, LossConfig
 from shapo.data.formats import load_pairs
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
-from shapo.rewards import PairRewards
-from shapo.training.config import LOSSES, LossConfig
-from shapo.training.logps import PairLogps
+from shapo.models.architectures import value_vectors
+from shapo.scoring.logps import PairLogps
+from shapo.scoring.rewards import PairRewards
 from shapo_kernels import Subspace
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
 from shapo.plots import plot_sharpness
+from shapo.scoring.logps import TokenizedPairs, compute_logps
 from shapo.sharpness import FULL, PairLoss, loss_increase, measure
-from shapo.training.logps import TokenizedPairs, compute_logps
 from shapo_kernels import Subspace, SubspaceError, losses
 
 NEURONS = {"model.layers.0.mlp.down_proj.weight": [1, 4, 40], "model.layers.1.mlp.down_proj.weight": [0, 63]}
@@ -34,7 +34,7 @@ def result(loss):
 
 def gradient_norm(model, data, reference, columns=None):
     """The gradient's norm by an ordinary backward pass, over all parameters or the columns of a subspace."""
-    from shapo.training.logps import batch_logps
+    from shapo.scoring.logps import batch_logps
 
     policy = batch_logps(model, data.batch(range(len(data)), torch.device("cpu")))
     losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=0.1).mean().backward()

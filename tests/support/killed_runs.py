@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data import synthetic
 from shapo.data.formats import load_pairs
 from shapo.data.tokens import PairEncoder
+from shapo.scoring.logps import TokenizedPairs
 from shapo.training import loop as training_loop
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs
 from shapo.training.preference import train_preferences
 from shapo_kernels import Subspace
 from tests.support.llamas import llama

@@ -8,8 +8,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from shapo.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
 from shapo.integrations.fused_head import _answer
+from shapo.models.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 

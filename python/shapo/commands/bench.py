@@ -39,7 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     from shapo.bench import run_benchmarks
     from shapo.errors import UserError
-    from shapo.files import require_writable, write_json
+    from shapo.models.loading import device_of
+    from shapo.storage.files import require_writable, write_json
+    from shapo.tables import table
+    from shapo.versions import versions
 
     if not 0 < arguments.percent <= 100:
         raise UserError(f"--percent is {arguments.percent}, but a share in (0, 100] is expected")
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         intermediate=arguments.intermediate,
         percent=arguments.percent,
         dtype=getattr(torch, arguments.dtype),
-        device=common.device_of(arguments),
+        device=device_of(arguments.device),
         repeats=arguments.repeats,
         seed=arguments.seed,
         progress=not arguments.quiet,
@@ -68,6 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
             )
             for row in rows
         ]
-        print(common.table(("contender", "median ms", "p20", "p80", "speed against the best eager"), lines))
-    write_json(arguments.output, {"arguments": vars(arguments), "versions": common.versions(), **result})
+        print(table(("contender", "median ms", "p20", "p80", "speed against the best eager"), lines))
+    write_json(arguments.output, {"arguments": vars(arguments), "versions": versions(), **result})
     print(f"\nwritten: {arguments.output}")

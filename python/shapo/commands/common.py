@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shapo import config as settings
 from shapo.errors import UserError
-from shapo.training import config as settings
 
 if TYPE_CHECKING:
-    import torch
-
     from shapo.data.pairs import PairSet
     from shapo.data.tokens import PairEncoder
 
@@ -166,7 +163,7 @@ def run_folder(arguments: argparse.Namespace) -> Path:
     Raises:
         UserError: Not writable, or there is a run and neither --resume nor --overwrite.
     """
-    from shapo.files import require_writable
+    from shapo.storage.files import require_writable
     from shapo.training.loop import METRICS
 
     folder = require_writable(arguments.output, folder=True)
@@ -175,72 +172,11 @@ def run_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def device_of(arguments: argparse.Namespace) -> torch.device:
-    """Raises UserError for a device that this machine does not have."""
-    import torch
-
-    name = arguments.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def load_model(name: str, arguments: argparse.Namespace) -> Any:
-    """A causal language model from a local folder or a hub name, on the device, in eval mode.
+    """The model `name` in the precision and on the device of the command line."""
+    from shapo.models import loading
 
-    Raises:
-        UserError: It cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    quiet_transformers()
-    device = device_of(arguments)
-    _require_model_folder(name)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
-    except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
-        raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
-    return model.to(device).eval()
-
-
-def _require_model_folder(name: str) -> None:
-    """Tells what is wrong with a local folder, which transformers would look up on the hub or tell in its own terms."""
-    path = Path(name)
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            inner = path / "model"
-            hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-            raise UserError(f"cannot load the model {name}: the folder has no config.json{hint}")
-    elif path.exists():
-        raise UserError(f"cannot load the model {name}: it is a file; expected a folder or a hub name")
-    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"cannot load the model {name!r}: there is no such folder")
-
-
-def quiet_transformers() -> None:
-    """No bars and no remarks of transformers between ours; its errors stay."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def load_tokenizer(name: str) -> Any:
-    """Raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # as in load_model
-        if Path(name).is_dir() and not any(Path(name).glob("*token*")):
-            raise UserError(f"the model folder {name} has no tokenizer; save one beside the model") from error
-        raise UserError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
+    return loading.load_model(name, dtype=arguments.dtype, device=arguments.device)
 
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:
@@ -277,47 +213,3 @@ def load_data(arguments: argparse.Namespace, *, evaluation: bool = False) -> Pai
     )
     print(pairs.summary())
     return pairs
-
-
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model and tokenizer in Hugging Face's format, the folder replaced in one step."""
-    from shapo.files import atomic_folder
-
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def versions() -> dict[str, str]:
-    """What a number may depend on."""
-    import platform
-
-    import torch
-    import transformers
-
-    import shapo_kernels
-
-    return {
-        "shapo_kernels": shapo_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, threads: {torch.get_num_threads()}",
-    }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned plain text, the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -35,15 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.errors import UserError
-    from shapo.files import require_writable
+    from shapo.models.loading import device_of
+    from shapo.storage.files import require_writable
 
     if arguments.seed < 0:
         raise UserError(f"the seed is {arguments.seed}, but a whole number of at least 0 is expected")
     output = require_writable(arguments.output, folder=True)
-    device = common.device_of(arguments)
+    device = device_of(arguments.device)
 
-    from shapo import report
-    from shapo.demo import run_demo
+    from shapo.demo import report
+    from shapo.demo.run import run_demo
 
     jobs = arguments.jobs or (1 if device.type == "cuda" else min(4, _cores()))
     options = {"size": arguments.size, "seed": arguments.seed, "device": str(device), "progress": not arguments.quiet}

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.files import require_writable, write_json
+    from shapo.storage.files import require_writable, write_json
 
     _check(arguments)
     require_writable(arguments.output)
@@ -102,7 +102,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
     from shapo.data.formats import load_prompts
     from shapo.evaluation import generate_answers, preference_metrics
-    from shapo.training.logps import TokenizedPairs, compute_logps
+    from shapo.models.loading import load_tokenizer
+    from shapo.scoring.logps import TokenizedPairs, compute_logps
+    from shapo.versions import versions
 
     prompts = None
     if arguments.prompts:
@@ -110,8 +112,8 @@ def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
         print(prompts.summary())
     pairs = common.load_data(arguments) if arguments.data else None
     model = common.load_model(arguments.model, arguments)
-    encoder = common.make_encoder(arguments, common.load_tokenizer(arguments.model), model)
-    result: dict[str, Any] = {"versions": common.versions()}
+    encoder = common.make_encoder(arguments, load_tokenizer(arguments.model), model)
+    result: dict[str, Any] = {"versions": versions()}
     if pairs is not None:
         data = TokenizedPairs(pairs, encoder)
         options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}

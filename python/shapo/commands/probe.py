@@ -44,16 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.files import require_writable, write_json
+    from shapo.models.loading import load_tokenizer
     from shapo.plots import plot_probe
     from shapo.probe import extract_features, probe_examples, train_probe
+    from shapo.storage.files import require_writable, write_json
+    from shapo.versions import versions
 
     output = require_writable(arguments.output, folder=True)
     examples = probe_examples(common.load_data(arguments))
     model = common.load_model(arguments.model, arguments)
     features = extract_features(
         model,
-        common.make_encoder(arguments, common.load_tokenizer(arguments.model), model),
+        common.make_encoder(arguments, load_tokenizer(arguments.model), model),
         examples,
         batch_size=arguments.feature_batch_size,
         layer=arguments.layer,
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         output / "probe.json",
         {
             "arguments": vars(arguments),
-            "versions": common.versions(),
+            "versions": versions(),
             "accuracy": probe.accuracy,
             "balanced_accuracy": probe.balanced_accuracy,
             "majority": probe.majority,

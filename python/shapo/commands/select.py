@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from shapo import config as settings
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.training import config as settings
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.files import atomic_file, require_writable
+    from shapo.storage.files import atomic_file, require_writable
+    from shapo.tables import table
 
     _check(arguments)
     require_writable(arguments.output)
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     with atomic_file(arguments.output) as temporary:
         subspace.save(temporary)
     rows = [(name, str(subspace[name].numel())) for name in subspace.names]
-    print(common.table(("weight", "neurons"), rows))
+    print(table(("weight", "neurons"), rows))
     print(f"{subspace.count} neurons of {len(subspace)} weights: {arguments.output}")
 
 
@@ -113,8 +114,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
     from shapo import selection
+    from shapo.config import LossConfig
+    from shapo.models.loading import load_tokenizer
     from shapo.probe import Probe
-    from shapo.training.config import LossConfig
     from shapo_kernels import Subspace
 
     made_from = {"model": arguments.model}
@@ -126,7 +128,7 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
     if arguments.method == "gradient":
         return selection.select_by_gradient(
             model,
-            common.make_encoder(arguments, common.load_tokenizer(arguments.model), model),
+            common.make_encoder(arguments, load_tokenizer(arguments.model), model),
             pairs,
             arguments.percent,
             loss=LossConfig(name=arguments.loss, beta=arguments.beta),

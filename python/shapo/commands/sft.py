@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.errors import UserError
-    from shapo.files import write_json
+    from shapo.models.loading import load_tokenizer, save_model
+    from shapo.storage.files import write_json
     from shapo.training.sft import train_sft
+    from shapo.versions import versions
 
     config = common.loop_config(arguments)
     output = common.run_folder(arguments)
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--held-out is {arguments.held_out}, but {len(pairs)} pairs leave room for 0 to {len(pairs) - 1}"
         )
     training, held_out = pairs[: len(pairs) - arguments.held_out], pairs[len(pairs) - arguments.held_out :]
-    model, tokenizer = common.load_model(arguments.model, arguments), common.load_tokenizer(arguments.model)
+    model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
     examples = [(pair.prompt, pair.chosen) for pair in training]
     if arguments.responses == "both":
         examples += [(pair.prompt, pair.rejected) for pair in training]
@@ -50,8 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
-    common.save_model(output / "model", model, tokenizer)
-    write_json(
-        output / "run.json", {"arguments": vars(arguments), "versions": common.versions(), "examples": len(examples)}
-    )
+    save_model(output / "model", model, tokenizer)
+    write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), "examples": len(examples)})
     print(f"model: {output / 'model'}")

@@ -56,10 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.files import require_writable, write_json
+    from shapo.models.loading import load_tokenizer
     from shapo.plots import plot_sharpness
+    from shapo.scoring.logps import TokenizedPairs, compute_logps
     from shapo.sharpness import PairLoss, measure
-    from shapo.training.logps import TokenizedPairs, compute_logps
+    from shapo.storage.files import require_writable, write_json
+    from shapo.tables import table
+    from shapo.versions import versions
 
     if not (arguments.beta > 0 and arguments.random >= 0):
         raise UserError("--beta must be above 0 and --random at least 0")
@@ -68,13 +71,13 @@ def run(arguments: argparse.Namespace) -> None:
     pairs = common.load_data(arguments)
     model = common.load_model(arguments.model, arguments)
     subspaces = _subspaces(model, files, arguments)
-    data = TokenizedPairs(pairs, common.make_encoder(arguments, common.load_tokenizer(arguments.model), model))
+    data = TokenizedPairs(pairs, common.make_encoder(arguments, load_tokenizer(arguments.model), model))
     judge = common.load_model(arguments.reference, arguments) if arguments.reference else model
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
     reference = compute_logps(judge, data, batch_size=arguments.batch_size, description="reference", **quiet)
     loss = PairLoss(model, data, reference, beta=arguments.beta, batch_size=arguments.batch_size)
     result = measure(loss, subspaces, rhos=arguments.rhos, ratios=arguments.ratios, **quiet)
-    settings = {"arguments": vars(arguments), "versions": common.versions()}
+    settings = {"arguments": vars(arguments), "versions": versions()}
     write_json(output / "sharpness.json", {**settings, **result.as_dict()})
     plot_sharpness(
         output / "sharpness.png", result, title=f"{arguments.model}, {len(data)} pairs, loss {result.loss:.4f}"
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         for c in result.curves
     ]
-    print(common.table(header, rows))
+    print(table(header, rows))
     print(f"written: {output / 'sharpness.json'}, {output / 'sharpness.png'}")
 
 
@@ -119,7 +122,7 @@ def _named_files(given: list[str], taken: set[str]) -> dict[str, str]:
 
 
 def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace) -> dict[str, Subspace]:
-    from shapo.architectures import value_vectors
+    from shapo.models.architectures import value_vectors
     from shapo_kernels import Subspace
 
     found = {name: Subspace.load(path) for name, path in files.items()}

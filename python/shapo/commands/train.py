@@ -17,14 +17,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from shapo import config as settings
 from shapo.commands import common
-from shapo.training import config as settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from shapo.data.pairs import PreferencePair
-    from shapo.rewards import PairRewards
+    from shapo.scoring.rewards import PairRewards
 
 SUMMARY = "preference training, plain or with ShaPO"
 
@@ -123,6 +123,8 @@ def _radius(text: str) -> float | tuple[float, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.errors import UserError
+    from shapo.models.loading import load_tokenizer, save_model
+    from shapo.versions import versions
 
     if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
         raise UserError("--eval-limit and --eval-split say which part of --eval-data; give that too")
@@ -130,15 +132,15 @@ def run(arguments: argparse.Namespace) -> None:
     output = common.run_folder(arguments)
 
     from shapo.data.noise import flip_labels
-    from shapo.files import write_json
-    from shapo.training.logps import TokenizedPairs
+    from shapo.scoring.logps import TokenizedPairs
+    from shapo.storage.files import write_json
     from shapo.training.preference import train_preferences
     from shapo_kernels import Subspace
 
     subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace != "full" else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
     held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
-    model, tokenizer = common.load_model(arguments.model, arguments), common.load_tokenizer(arguments.model)
+    model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
     if shapo and subspace is None:
         subspace = Subspace.full(model)
     if subspace is not None:
@@ -158,8 +160,8 @@ def run(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
-    common.save_model(output / "model", model, tokenizer)
-    write_json(output / "run.json", {"arguments": vars(arguments), "versions": common.versions(), **summary})
+    save_model(output / "model", model, tokenizer)
+    write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), **summary})
     if summary["rho_over_weight_norm"] is not None:
         print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")
     for name, value in summary["final"].items():
@@ -205,10 +207,11 @@ def _shapo_config(arguments: argparse.Namespace) -> settings.ShaPOConfig | None:
 
 
 def _rewards(arguments: argparse.Namespace, pairs: list[PreferencePair], output: Path) -> PairRewards:
-    from shapo.rewards import load_reward_scorer
+    from shapo.models.loading import device_of
+    from shapo.scoring.rewards import load_reward_scorer
 
     scorer = load_reward_scorer(
-        arguments.reward_model, sign=arguments.reward_sign or "reward", device=common.device_of(arguments)
+        arguments.reward_model, sign=arguments.reward_sign or "reward", device=device_of(arguments.device)
     )
     rewards = scorer.cached_pairs(output / "rewards.safetensors", pairs, progress=not arguments.quiet)
     print(f"the rewards agree with {100 * rewards.agreement():.1f} % of the training labels")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.data.pairs import ASSISTANT_MARKER, render_response, render_transcript
 from shapo.data.synthetic_text import DETAILS, NAMES, OPENINGS, REMARKS, REQUESTS, SAFE, SEEN, UNSAFE, UNSEEN, Topic
 from shapo.errors import UserError
-from shapo.files import write_text
+from shapo.storage.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shapo.errors import UserError
-from shapo.fused_head import FusedHead, find_fused_head, unusable, unwrapped
+from shapo.models.fused_head import FusedHead, find_fused_head, unusable, unwrapped
 from shapo_kernels import losses
 
 if TYPE_CHECKING:

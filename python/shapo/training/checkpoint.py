@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from shapo.errors import UserError
-from shapo.files import atomic_file
-from shapo.training.fingerprint import require_same_run
+from shapo.storage.files import atomic_file
+from shapo.storage.fingerprint import require_same_run
 from shapo.training.order import DataOrder
 
 _FORMAT = 1

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shapo.config import LoopConfig
 from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
-from shapo.training.config import LoopConfig
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
 from shapo.training.order import DataOrder

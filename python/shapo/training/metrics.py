@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from shapo.errors import UserError
-from shapo.files import json_line
+from shapo.storage.files import json_line
 
 
 class MetricsLog:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from shapo.training.config import LoopConfig
+from shapo.config import LoopConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:

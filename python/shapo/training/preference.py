@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
-from shapo.fused_head import FusedHead, find_fused_head
-from shapo.rewards import PairRewards
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig, identity
-from shapo.training.fingerprint import digest_model, digest_rows, digest_tensors
-from shapo.training.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
+from shapo.models.fused_head import FusedHead, find_fused_head
+from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
+from shapo.scoring.objective import make_batch, make_loss
+from shapo.scoring.rewards import PairRewards
+from shapo.storage.fingerprint import digest_model, digest_rows, digest_tensors
 from shapo.training.loop import METRICS, Loop, read_state
 from shapo.training.metrics import read_metrics
-from shapo.training.objective import make_batch, make_loss
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
 from shapo_kernels import ShaPOOptimizer, Subspace, losses

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo.config import LoopConfig, identity
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
-from shapo.fused_head import FusedHead, find_fused_head
-from shapo.training.config import LoopConfig, identity
-from shapo.training.fingerprint import digest_model, digest_rows
-from shapo.training.logps import evaluating, response_logps
+from shapo.models.fused_head import FusedHead, find_fused_head
+from shapo.models.modes import evaluating
+from shapo.scoring.logps import response_logps
+from shapo.storage.fingerprint import digest_model, digest_rows
 from shapo.training.loop import Loop, read_state
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split

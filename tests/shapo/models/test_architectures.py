@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shapo.architectures import ARCHITECTURES, unwrap, value_vectors
 from shapo.errors import UserError
+from shapo.models.architectures import ARCHITECTURES, unwrap, value_vectors
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 COMMON: dict[str, Any] = {

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shapo import report, selection
-from shapo.commands.common import quiet_transformers, save_model, versions
+from shapo import selection
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data import synthetic
 from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
-from shapo.demo_settings import (
+from shapo.demo import report
+from shapo.demo.settings import (
     BATCH,
     BETA,
     BETA_REWARD,
@@ -39,19 +40,21 @@ from shapo.demo_settings import (
     describe,
     methods,
 )
+from shapo.demo.workers import Spread, threads, workers
 from shapo.evaluation import preference_metrics
-from shapo.files import atomic_folder, write_json, write_text
+from shapo.models.loading import quiet_transformers, save_model
 from shapo.plots import plot_probe, plot_sharpness, plot_training
 from shapo.probe import extract_features, probe_examples, train_probe
-from shapo.rewards import PairRewards, RewardScorer, train_reward_model
+from shapo.scoring.logps import TokenizedPairs, compute_logps
+from shapo.scoring.rewards import PairRewards, RewardScorer, train_reward_model
 from shapo.sharpness import PairLoss, loss_increase, measure
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs, compute_logps, load_cached, save_cached
+from shapo.storage.caches import load_cached, save_cached
+from shapo.storage.files import atomic_folder, write_json, write_text
 from shapo.training.loop import METRICS
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft
-from shapo.workers import Spread, threads, workers
+from shapo.versions import versions
 from shapo_kernels import Subspace
 
 _REWARDS_KEY = {"split": "train"}

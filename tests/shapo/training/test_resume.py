@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data.formats import load_pairs
 from shapo.data.synthetic import sft_examples
 from shapo.errors import UserError
+from shapo.scoring.logps import TokenizedPairs
 from shapo.training.checkpoint import read_checkpoint
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
-from shapo.fused_head import FusedHead, describe_head, find_fused_head
-from shapo.training.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs, batch_logps, compute_logps
+from shapo.models.fused_head import FusedHead, describe_head, find_fused_head
+from shapo.scoring.logps import TokenizedPairs, batch_logps, compute_logps
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft

@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 
+from shapo.config import AGGREGATIONS, LOSSES, LoopConfig, LossConfig, ShaPOConfig
 from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
 from shapo.errors import UserError
-from shapo.rewards import PairRewards
-from shapo.training.config import AGGREGATIONS, LOSSES, LoopConfig, LossConfig, ShaPOConfig
-from shapo.training.logps import TokenizedPairs
+from shapo.scoring.logps import TokenizedPairs
+from shapo.scoring.rewards import PairRewards
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo_kernels import Subspace, losses

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from shapo.errors import UserError
-from shapo.files import atomic_file, atomic_folder, require_writable, write_json
+from shapo.storage.files import atomic_file, atomic_folder, require_writable, write_json
 
 
 def test_a_file_is_replaced_in_one_step_and_an_exception_leaves_the_old_one(tmp_path):

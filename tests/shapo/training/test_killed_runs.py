@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-DRIVER = Path(__file__).parents[1] / "support" / "killed_runs.py"
+DRIVER = Path(__file__).parents[2] / "support" / "killed_runs.py"
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shapo.rewards import PairRewards
-from shapo.training.config import LossConfig
-from shapo.training.logps import PairLogps
+from shapo.config import LossConfig
+from shapo.scoring.logps import PairLogps
+from shapo.scoring.rewards import PairRewards
 from shapo_kernels.losses import PreferenceBatch, PreferenceLoss
 
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from shapo.data.pairs import PreferencePair, parse_transcript
 from shapo.errors import UserError
-from shapo.training.fingerprint import digest_model, digest_rows
-from shapo.training.logps import evaluating, load_cached, save_cached
+from shapo.models.modes import evaluating
+from shapo.storage.caches import load_cached, save_cached
+from shapo.storage.fingerprint import digest_model, digest_rows
 
 SIGNS = ("reward", "cost")
 

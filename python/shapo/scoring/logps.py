@@ -8,11 +8,10 @@ tokens, and computed anew where either differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
-from shapo.files import atomic_file
-from shapo.fused_head import FusedHead, find_fused_head, unusable, unwrapped
-from shapo.training.fingerprint import digest_rows
+from shapo.models.fused_head import FusedHead, find_fused_head, unusable, unwrapped
+from shapo.models.modes import evaluating
+from shapo.storage.caches import load_cached, save_cached
+from shapo.storage.fingerprint import digest_rows
 from shapo_kernels import losses
 
 
@@ -174,41 +174,6 @@ def cached_logps(
     values = compute_logps(model, data, bf16=bf16, fused_head=fused_head, **options)
     save_cached(path, key, values.tensors())
     return values
-
-
-def load_cached(path: str | os.PathLike[str], key: dict[str, str]) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None where it is missing, unreadable or made from something else."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != key:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError:
-        return None
-
-
-def save_cached(path: str | os.PathLike[str], key: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Writes tensors with the digests of what they were made from, atomically."""
-    from safetensors.torch import save_file
-
-    with atomic_file(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=key)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside, whatever mode each module was in restored on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _key(encoded: Encoded) -> list[Any]:

@@ -7,7 +7,7 @@ import torch
 
 from shapo.data.formats import load_pairs
 from shapo.errors import UserError
-from shapo.rewards import PairRewards, RewardScorer, load_reward_scorer, train_reward_model
+from shapo.scoring.rewards import PairRewards, RewardScorer, load_reward_scorer, train_reward_model
 
 
 @pytest.fixture

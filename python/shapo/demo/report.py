@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.commands.common import table
+from shapo.tables import table
 
 FINAL_MODEL = "shapo-probe"
 

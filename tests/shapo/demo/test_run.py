@@ -7,7 +7,7 @@ import json
 import pytest
 
 from shapo.cli import main
-from shapo.demo_settings import methods
+from shapo.demo.settings import methods
 from shapo.training.metrics import read_metrics
 from shapo_kernels import Subspace
 

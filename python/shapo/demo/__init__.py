@@ -1,0 +1,1 @@
+"""The demo: its settings, its steps, the worker processes and its report."""
