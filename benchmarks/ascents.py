@@ -1,9 +1,9 @@
 """Cheaper ascents: what a part of the batch, or every k-th update, costs and loses. Rows under results/ascents/.
 
-    python benchmarks/ascents.py fidelity --seed 0    # how well a part's direction stands for the whole batch's
-    python benchmarks/ascents.py effect --seed 0      # what is left of the method's effect at the end of training
-    python benchmarks/ascents.py price --pairs 8      # time of an update, in multiples of a plain one
-    python benchmarks/ascents.py table --into docs/combinations.md
+    python -m benchmarks.ascents fidelity --seed 0    # how well a part's direction stands for the whole batch's
+    python -m benchmarks.ascents effect --seed 0      # what is left of the method's effect at the end of training
+    python -m benchmarks.ascents price --pairs 8      # time of an update, in multiples of a plain one
+    python -m benchmarks.ascents table --into docs/combinations.md
 
 Fidelity and effect train the demo's model on its data with 30 % of the labels flipped, the neurons chosen by its probe;
 their rows are added to those of other seeds. The price is that of the Llama of test_shapo_update.py, for batches of 8
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import between_markers
-from rows import RESULTS, environment, interleaved, keep_freed_memory, row
 from torch import Tensor
 
 import shapo_kernels as sk
+from benchmarks.report import between_markers
+from benchmarks.rows import RESULTS, environment, interleaved, keep_freed_memory, row
 from shapo.ascents import AscentPart
 from shapo_kernels import losses
 
@@ -259,7 +259,7 @@ def measure_price(pairs: int, rounds: int, names: Sequence[str] | None) -> list[
 
     An interval's is what one ShaPO update and k - 1 that are not due took in the same round, divided by k.
     """
-    from test_shapo_update import build_model, check_agreement
+    from benchmarks.test_shapo_update import build_model, check_agreement
 
     memory_kept = keep_freed_memory()
     model = build_model()

@@ -1,8 +1,8 @@
 """Renders recorded rows as Markdown: no figure in a document is written by hand.
 
-python benchmarks/report.py [suite ...]                 # on standard output
-python benchmarks/report.py --wide [suite ...]          # a line for each case: the variants beside ours
-python benchmarks/report.py --into README.md [suite ...]  # between <!-- benchmarks --> and <!-- /benchmarks -->
+python -m benchmarks.report [suite ...]                 # on standard output
+python -m benchmarks.report --wide [suite ...]          # a line for each case: the variants beside ours
+python -m benchmarks.report --into README.md [suite ...]  # between <!-- benchmarks --> and <!-- /benchmarks -->
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import RESULTS
+from benchmarks.rows import RESULTS
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 TITLES = {

@@ -1,6 +1,6 @@
 """How much of eps survives being added to bfloat16 weights, and how much when it is kept beside them.
 
-    python benchmarks/rounding.py
+    python -m benchmarks.rounding
 
 Weights are N(0, 0.02^2) rounded to bfloat16 and eps is N(0, size^2), two million elements. ``share`` is
 <realised, eps> / ||eps||^2: to first order, the share of the loss increase that is left. The published perturbation is

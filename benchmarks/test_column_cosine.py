@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import COPY, Copy, peak_extra_bytes
-from rows import interleaved, ratios, row, write
 from torch import Tensor
 
+from benchmarks.measure import COPY, Copy, peak_extra_bytes
+from benchmarks.rows import interleaved, ratios, row, write
 from shapo_kernels import backends, ops
 
 ROUNDS = 15

@@ -10,22 +10,21 @@ computed twice.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from measure import peak_extra_bytes
-from rows import add, interleaved, ratios, row, write
 from torch import Tensor
 
+from benchmarks.baselines import IGNORE, eager, peers
+from benchmarks.measure import peak_extra_bytes
+from benchmarks.rows import add, interleaved, ratios, row, write
 from shapo_kernels import backends, losses
 
 ROUNDS = 5
 OURS = "shapo_kernels"
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,6 @@ STEPS = [
 _logits_rows: list[dict[str, Any]] = []
 _head_rows: list[dict[str, Any]] = []
 _step_rows: list[dict[str, Any]] = []
-
-
-def eager(logits: Tensor, labels: Tensor) -> Tensor:
-    """log_softmax in float32 and gather, as trainers do."""
-    targets = labels[:, 1:]
-    logps = torch.log_softmax(logits[:, :-1], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    picked = logps.gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets != IGNORE, picked, 0.0).sum(1)
 
 
 def make(case: Case, *shape: int) -> tuple[Tensor, Tensor]:
@@ -238,25 +229,3 @@ def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
     benchmark.group = case.name
     benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
     benchmark.pedantic(lambda: None, rounds=1)
-
-
-def peers(
-    hidden: Tensor, weight: Tensor, labels: Tensor, dpo: Callable[[Tensor], Tensor]
-) -> dict[str, Callable[[], Tensor]]:
-    """Other libraries' ways to the same loss, of those that are installed and serve this device."""
-    found: dict[str, Callable[[], Tensor]] = {}
-    shifted, targets = hidden[:, :-1], labels[:, 1:].contiguous()
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-        # A chunk of it is a pair, by default; its gradients come out in the forward pass.
-        liger = LigerFusedLinearDPOLoss(beta=0.1, compute_nll_loss=False, use_ref_model=False)
-        found["Liger, chunked DPO"] = lambda: liger(weight, shifted, targets)[0]
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        way = {"impl": "cce", "filter_eps": None} if hidden.is_cuda else {"impl": "torch_compile"}
-        found["cut-cross-entropy"] = lambda: dpo(
-            -linear_cross_entropy(shifted, weight, targets, reduction="none", **way).sum(1)
-        )
-    return found

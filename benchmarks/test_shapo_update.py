@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from rows import interleaved, ratios, row, write
 
 import shapo_kernels as sk
+from benchmarks.rows import interleaved, ratios, row, write
 from shapo_kernels import losses
 
 PAIRS, TOKENS, ROUNDS = 4, 128, 7

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from measure import COPY, Copy, peak_extra_bytes, touched_line_bytes
-from rows import interleaved, ratios, row, write
 from torch import Tensor
 
+from benchmarks.measure import COPY, Copy, peak_extra_bytes, touched_line_bytes
+from benchmarks.rows import interleaved, ratios, row, write
 from shapo_kernels import backends, ops
 
 RHO, ROUNDS = 0.05, 15

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-import report
+
+from benchmarks import report
 
 README = Path(__file__).parents[1] / "README.md"
 KERNELS = ["subspace_update", "column_cosine", "shapo_update"]

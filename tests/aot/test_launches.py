@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-import gpu_aot
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from benchmarks.binaries import aot
 
 F64 = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, F64)
@@ -29,7 +30,7 @@ class NoDriver:
     """As much of a GPU's driver as comes before a compilation."""
 
     def get_current_target(self):
-        return gpu_aot.TARGETS["sm_90"]
+        return aot.TARGETS["sm_90"]
 
     def get_current_device(self):
         return 0
@@ -66,7 +67,7 @@ def launches(monkeypatch):
 
 
 def forget_devices():
-    for module in (gpu_aot.subspace_kernels, cosine, neuron):
+    for module in (aot.subspace_kernels, cosine, neuron):
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
@@ -74,7 +75,7 @@ def forget_devices():
 
 def assert_all_known(launches):
     """Types and constants are a specialisation's, which presupposed no alignment that the launch does not have."""
-    known = list(gpu_aot.specialisations())
+    known = list(aot.specialisations())
     assert launches
     for kernel, types, constants, aligned, options in launches:
         matching = [
@@ -83,7 +84,7 @@ def assert_all_known(launches):
             if spec.kernel.__name__ == kernel
             and spec.types == types
             and spec.constants == constants
-            and gpu_aot.divisible(spec) <= aligned
+            and aot.divisible(spec) <= aligned
         ]
         assert matching, f"{kernel} {types} {constants} {sorted(aligned)}"
         assert all(getattr(options, name) == value for name, value in matching[0].options.items())
@@ -118,7 +119,7 @@ def test_the_column_cosine(launches, dtype):
     assert_all_known(launches)
 
 
-@pytest.mark.parametrize(("dtype", "input_dtype"), gpu_aot._PAIRS)
+@pytest.mark.parametrize(("dtype", "input_dtype"), aot._PAIRS)
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_the_neuron_operators(launches, dtype, input_dtype, precision):
     before = torch.get_float32_matmul_precision()

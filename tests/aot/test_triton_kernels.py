@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time for GPUs that are not there: within its registers, spilling nothing.
 
 The representative specialisations are compiled here for every target; ``SHAPO_AOT=all`` compiles all of them, as does
-``python benchmarks/gpu_table.py``, whose table in docs/gpu_kernels.md must belong to the kernels as they are.
+``python -m benchmarks.binaries.table``, whose table in docs/gpu_kernels.md must belong to the kernels as they are.
 """
 
 import importlib
@@ -14,19 +14,18 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-import gpu_aot
-import gpu_table
+from benchmarks.binaries import aot, table
 
 EVERY = os.environ.get("SHAPO_AOT") == "all"
-CHOSEN = [spec for spec in gpu_aot.specialisations() if EVERY or spec.core]
+CHOSEN = [spec for spec in aot.specialisations() if EVERY or spec.core]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", gpu_aot.TARGETS)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_keep_within_their_registers_and_move_wide_where_they_can(target):
     problems = []
     for spec in CHOSEN:
-        problems += gpu_aot.violations(spec, target, gpu_aot.compiled(spec, target, widest=spec.wide))
+        problems += aot.violations(spec, target, aot.compiled(spec, target, widest=spec.wide))
     assert not problems, "\n".join(problems)
 
 
@@ -34,24 +33,24 @@ def test_every_kernel_is_among_the_specialisations():
     package = importlib.import_module("shapo_kernels.triton")
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert {spec.kernel.__name__ for spec in gpu_aot.specialisations()} == kernels
+    assert {spec.kernel.__name__ for spec in aot.specialisations()} == kernels
     assert {spec.kernel.__name__ for spec in CHOSEN} == kernels
 
 
 def test_specialisations_have_names_of_their_own():
-    names = [spec.name for spec in gpu_aot.specialisations()]
+    names = [spec.name for spec in aot.specialisations()]
     assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_products_run_on_tensor_cores(dtype):
-    spec = next(s for s in gpu_aot.specialisations() if s.name == f"update_kernel[{dtype}, <= 128 neurons, indexed]")
-    assert "mma" in gpu_aot.compile_for(spec, "sm_80").asm["ptx"]
+    spec = next(s for s in aot.specialisations() if s.name == f"update_kernel[{dtype}, <= 128 neurons, indexed]")
+    assert "mma" in aot.compile_for(spec, "sm_80").asm["ptx"]
 
 
 def test_a_spill_and_a_narrow_access_are_noticed():
-    spec = next(s for s in gpu_aot.specialisations() if s.wide)
-    found = gpu_aot.violations(spec, "sm_90", gpu_aot.Resources(registers=999, shared=0, spills=8, widest=4))
+    spec = next(s for s in aot.specialisations() if s.wide)
+    found = aot.violations(spec, "sm_90", aot.Resources(registers=999, shared=0, spills=8, widest=4))
     assert [problem.rpartition(": ")[2] for problem in found] == [
         "8 bytes spilled",
         f"999 registers, {spec.registers} allowed",
@@ -60,7 +59,7 @@ def test_a_spill_and_a_narrow_access_are_noticed():
 
 
 def test_the_documented_table_belongs_to_these_kernels():
-    document = gpu_table.DOCUMENT.read_text()
-    assert gpu_table.fingerprint() in document, "the kernels have changed: run python benchmarks/gpu_table.py"
-    for spec in gpu_aot.specialisations():
+    document = table.DOCUMENT.read_text()
+    assert table.fingerprint() in document, "the kernels have changed: run python -m benchmarks.binaries.table"
+    for spec in aot.specialisations():
         assert f"`{spec.kernel.__name__}` | {spec.label} |" in document

@@ -8,11 +8,11 @@ import re
 import subprocess
 from pathlib import Path
 
-import gpu_checks
-import gpu_nvcc
 import pytest
 import torch
 
+from benchmarks.binaries import nvcc
+from benchmarks.gpu import checks
 from shapo_kernels import backends, ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.+?),\s*(\w+),\s*0,\s*([\w.(
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(gpu_nvcc.nvcc() is None, reason="CUDA's headers are not here"),
+    pytest.mark.skipif(nvcc.nvcc() is None, reason="CUDA's headers are not here"),
     pytest.mark.timeout(900),
 ]
 
@@ -47,7 +47,7 @@ def operators(tmp_path_factory):
     command = [
         "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-ffp-contract=off", "-w",
         "-include", folder / "cuda" / "cuda_emulation.h", "-I", folder / "cuda", "-isystem", torch_folder / "include",
-        *(f"-isystem{path}" for path in gpu_nvcc.headers()), "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        *(f"-isystem{path}" for path in nvcc.headers()), "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(folder / "cuda").glob("*.cpp"), "-o", library, torch_folder / "lib" / "libtorch_cpu.so",
     ]  # fmt: skip
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -71,17 +71,17 @@ def emulated(operators, monkeypatch):
         yield
 
 
-ANYWHERE = [check for check in gpu_checks.ANYWHERE if check is not gpu_checks.operators_pass_opcheck]
+ANYWHERE = [check for check in checks.ANYWHERE if check is not checks.operators_pass_opcheck]
 
 
 @pytest.mark.parametrize("check", ANYWHERE, ids=lambda check: check.__name__)
 def test_the_cuda_kernels_pass_the_gpus_checks(check, monkeypatch):
-    if check is gpu_checks.update_equals_the_reference:
+    if check is checks.update_equals_the_reference:
         # It asks for the reference by name, which is the emulation here.
         expected = _reference_update()
-        got = gpu_checks.Layers(torch.device("cpu")).update()
-        gpu_checks.equal(got["bits"], expected["bits"])
-        gpu_checks.close(got["sums"], expected["sums"], rtol=1e-11)
+        got = checks.Layers(torch.device("cpu")).update()
+        checks.equal(got["bits"], expected["bits"])
+        checks.close(got["sums"], expected["sums"], rtol=1e-11)
     else:
         check(torch.device("cpu"))
 
@@ -90,7 +90,7 @@ def _reference_update():
     served = backends._functions["reference"]
     backends._functions["reference"] = {name: getattr(reference, name) for name in served}
     try:
-        return gpu_checks.Layers(torch.device("cpu")).update()
+        return checks.Layers(torch.device("cpu")).update()
     finally:
         backends._functions["reference"] = served
 
@@ -98,7 +98,7 @@ def _reference_update():
 @pytest.mark.parametrize("layers", [1, 44, 45, 400])
 def test_any_number_of_layers_fits_its_tables(layers):
     torch.manual_seed(0)
-    weights = [torch.randn(3, 5).to(gpu_checks.DTYPES[i % 4]) for i in range(layers)]
+    weights = [torch.randn(3, 5).to(checks.DTYPES[i % 4]) for i in range(layers)]
     indices, axes = [torch.tensor([0, 2])] * layers, [i % 2 for i in range(layers)]
     values, squares = ops.gather(weights, indices, axes)
     expected = [w.index_select(a, i) for w, i, a in zip(weights, indices, axes, strict=True)]

@@ -5,15 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_nvcc
 import pytest
 import torch
 
+from benchmarks.binaries import nvcc
 from shapo_kernels import native, reference
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(gpu_nvcc.nvcc() is None, reason="nvcc is not on PATH"),
+    pytest.mark.skipif(nvcc.nvcc() is None, reason="nvcc is not on PATH"),
     pytest.mark.timeout(1200),  # nvcc on a busy machine
 ]
 ROOT = Path(__file__).parents[2]
@@ -42,28 +42,28 @@ def compiled(tmp_path_factory):
     """
     library = native.cuda_library
     if is_of_these_sources(library):
-        return gpu_nvcc.read_library(library), [], library
+        return nvcc.read_library(library), [], library
     folder = tmp_path_factory.mktemp("cuda")
     kernels, warnings = [], []
-    for source in gpu_nvcc.SOURCES:
-        found, said = gpu_nvcc.compile_source(source, to=folder / f"{source.stem}.o")
+    for source in nvcc.SOURCES:
+        found, said = nvcc.compile_source(source, to=folder / f"{source.stem}.o")
         kernels += found
         warnings += said
     library = folder / "libshapo_cuda.so"
     run(
-        gpu_nvcc.nvcc(), "-shared", "-cudart=static", *folder.glob("*.o"), "-o", library, TORCH / "libtorch_cpu.so",
+        nvcc.nvcc(), "-shared", "-cudart=static", *folder.glob("*.o"), "-o", library, TORCH / "libtorch_cpu.so",
         stub(folder), "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs,ALL",
     )  # fmt: skip
     return kernels, warnings, library
 
 
 def is_of_these_sources(library):
-    if library is None or gpu_nvcc.cuobjdump() is None:
+    if library is None or nvcc.cuobjdump() is None:
         return False
     files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "cmake").iterdir(), ROOT / "CMakeLists.txt"]
     built_for = {f"sm_{name.removesuffix('-real')}" for name in native.cuda_architectures().split()}
     newest = max(file.stat().st_mtime for file in files)
-    return library.stat().st_mtime > newest and built_for >= set(gpu_nvcc.ARCHITECTURES)
+    return library.stat().st_mtime > newest and built_for >= set(nvcc.ARCHITECTURES)
 
 
 def stub(folder):
@@ -80,9 +80,9 @@ def run(*command):
 def test_no_kernel_spills_on_any_architecture_and_nothing_is_warned_about(compiled):
     kernels, warnings, _ = compiled
     assert not warnings
-    names = [sorted(k.name for k in kernels if k.architecture == a) for a in gpu_nvcc.ARCHITECTURES]
+    names = [sorted(k.name for k in kernels if k.architecture == a) for a in nvcc.ARCHITECTURES]
     assert names[0]
-    assert names == names[:1] * len(gpu_nvcc.ARCHITECTURES)
+    assert names == names[:1] * len(nvcc.ARCHITECTURES)
     assert [k for k in kernels if k.spills] == []
     assert max(k.registers for k in kernels) <= 255
     assert max(k.shared for k in kernels) <= 48 * 1024
@@ -120,7 +120,7 @@ def test_the_library_loads_and_registers_every_operator(compiled, tmp_path):
 
 
 def test_every_launch_is_checked_and_nothing_adds_floats_atomically():
-    for source in gpu_nvcc.SOURCES:
+    for source in nvcc.SOURCES:
         text = source.read_text()
         assert "STD_CUDA_KERNEL_LAUNCH_CHECK" in text
         assert "atomicAdd" not in text
@@ -133,13 +133,13 @@ def test_a_source_that_does_not_compile_says_so(tmp_path):
     source = tmp_path / "broken.cu"
     source.write_text("__global__ void kernel() { undeclared(); }\n")
     with pytest.raises(subprocess.CalledProcessError):
-        gpu_nvcc.compile_source(source, ("sm_90",))
+        nvcc.compile_source(source, ("sm_90",))
 
 
 def test_rows_are_moved_16_bytes_at_a_time_and_products_run_on_tensor_cores(compiled):
-    if gpu_nvcc.cuobjdump() is None:
+    if nvcc.cuobjdump() is None:
         pytest.skip("cuobjdump is not here")
-    functions = run(gpu_nvcc.cuobjdump(), "-sass", "-arch", "sm_90", compiled[2]).split("Function : ")[1:]
+    functions = run(nvcc.cuobjdump(), "-sass", "-arch", "sm_90", compiled[2]).split("Function : ")[1:]
     for kernel in (
         "gather_kernel",
         "perturb_kernel",

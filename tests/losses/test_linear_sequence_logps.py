@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from measure import peak_extra_bytes
 
+from benchmarks.measure import peak_extra_bytes
 from shapo_kernels import backends, losses
 from shapo_kernels.losses import linear_head, linear_tiles
 from tests.support.textbook import IGNORE, eager, head, make_labels

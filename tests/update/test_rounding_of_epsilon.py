@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rounding import rows
 from torch import nn
 
 import shapo_kernels as sk
+from benchmarks.rounding import rows
 from shapo_kernels.update.stats import COSINE_WARNING
 
 

@@ -2,7 +2,7 @@
 
 A specialisation is a kernel with its compile-time constants and the alignments that a launch would find. For each the
 registers, shared memory, spills and the widest global access are read from the binary. Nothing is run and nothing is
-timed. gpu_table.py makes the table of docs/gpu_kernels.md from it.
+timed. table.py makes the table of docs/gpu_kernels.md from it.
 """
 
 from __future__ import annotations

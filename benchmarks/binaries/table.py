@@ -1,8 +1,8 @@
 """Writes docs/gpu_kernels.md's tables: what every GPU kernel takes on every target, read from the compiled binaries.
 
-``python benchmarks/gpu_table.py`` compiles every Triton specialisation for every target and csrc/cuda for the default
-architectures (some minutes; Triton keeps what it has compiled), and refuses to write where one spills or breaks its
-limits.
+``python -m benchmarks.binaries.table`` compiles every Triton specialisation for every target and csrc/cuda for the
+default architectures (some minutes; Triton keeps what it has compiled), and refuses to write where one spills or breaks
+its limits.
 A fingerprint of the sources is written too, by which a test notices kernels that changed since.
 """
 
@@ -13,10 +13,9 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-import gpu_aot
-import gpu_nvcc
+from benchmarks.binaries import aot, nvcc
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 
@@ -30,7 +29,7 @@ def main() -> None:
 
 def fingerprint() -> str:
     """A digest of everything that the tables were made from."""
-    modules = {spec.kernel.fn.__module__ for spec in gpu_aot.specialisations()} | {gpu_aot.tables.__name__}
+    modules = {spec.kernel.fn.__module__ for spec in aot.specialisations()} | {aot.tables.__name__}
     sources = [ROOT / f"{module.replace('.', '/')}.py" for module in modules]
     sources += [*(ROOT / "csrc" / "cuda").glob("*"), ROOT / "csrc" / "layers.h"]
     digest = hashlib.sha256()
@@ -40,41 +39,41 @@ def fingerprint() -> str:
 
 
 def _triton_table() -> str:
-    specs = list(gpu_aot.specialisations())
-    jobs = [(number, target) for target in gpu_aot.TARGETS for number in range(len(specs))]
+    specs = list(aot.specialisations())
+    jobs = [(number, target) for target in aot.TARGETS for number in range(len(specs))]
     with multiprocessing.Pool(2) as pool:
         found = dict(zip(jobs, pool.starmap(_resources, jobs, chunksize=8), strict=True))
     problems = [
         problem
         for (number, target), resources in found.items()
-        for problem in gpu_aot.violations(specs[number], target, resources)
+        for problem in aot.violations(specs[number], target, resources)
     ]
     if problems:
         sys.exit("\n".join(problems))
     lines = [
         "### Triton",
         "",
-        f"| kernel | specialisation | {' | '.join(gpu_aot.TARGETS)} |",
-        f"|---|---|{'---|' * len(gpu_aot.TARGETS)}",
+        f"| kernel | specialisation | {' | '.join(aot.TARGETS)} |",
+        f"|---|---|{'---|' * len(aot.TARGETS)}",
     ]
     for number, spec in enumerate(specs):
-        cells = [_cell(found[number, target]) for target in gpu_aot.TARGETS]
+        cells = [_cell(found[number, target]) for target in aot.TARGETS]
         lines.append(f"| `{spec.kernel.__name__}` | {spec.label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _resources(number: int, target: str) -> gpu_aot.Resources:
-    return gpu_aot.compiled(list(gpu_aot.specialisations())[number], target)
+def _resources(number: int, target: str) -> aot.Resources:
+    return aot.compiled(list(aot.specialisations())[number], target)
 
 
-def _cell(resources: gpu_aot.Resources) -> str:
+def _cell(resources: aot.Resources) -> str:
     return f"{resources.registers} / {resources.shared} / {resources.spills} / {resources.widest}"
 
 
 def _cuda_table() -> str:
     kernels = []
-    for source in gpu_nvcc.SOURCES:
-        compiled, warnings = gpu_nvcc.compile_source(source)
+    for source in nvcc.SOURCES:
+        compiled, warnings = nvcc.compile_source(source)
         spilling = [f"{k.architecture} {k.name}: {k.spills} bytes spilled" for k in compiled if k.spills]
         if warnings or spilling:
             sys.exit("\n".join([*warnings, *spilling]))
@@ -84,11 +83,11 @@ def _cuda_table() -> str:
     lines = [
         "### CUDA C++",
         "",
-        f"| source | kernel | {' | '.join(gpu_nvcc.ARCHITECTURES)} |",
-        f"|---|---|{'---|' * len(gpu_nvcc.ARCHITECTURES)}",
+        f"| source | kernel | {' | '.join(nvcc.ARCHITECTURES)} |",
+        f"|---|---|{'---|' * len(nvcc.ARCHITECTURES)}",
     ]
     for source, name in names:
-        cells = [found[source, name, architecture] for architecture in gpu_nvcc.ARCHITECTURES]
+        cells = [found[source, name, architecture] for architecture in nvcc.ARCHITECTURES]
         lines.append(f"| {source} | `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

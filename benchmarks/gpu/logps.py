@@ -6,16 +6,14 @@ Liger's chunked DPO and cut-cross-entropy (its filter off) are measured where th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from test_sequence_logps import IGNORE, eager, peers
 from torch import Tensor
 
+from benchmarks.baselines import IGNORE, eager, peers
+from benchmarks.gpu.bench import Bench
 from shapo_kernels import backends, losses
-
-if TYPE_CHECKING:
-    from gpu_bench import Bench
 
 Step = Callable[[], tuple[Tensor, ...]]
 

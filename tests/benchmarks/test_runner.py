@@ -1,31 +1,34 @@
-"""benchmarks/gpu.py, dry-run on the CPU: its steps, its rows, and that what is wrong is neither hidden nor timed."""
+"""The GPU runner, dry-run on the CPU: its steps, its rows, and that what is wrong is neither hidden nor timed."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import gpu
-import gpu_bench
-import gpu_logps
-import gpu_model
 import pytest
-import report
-import rows
 import torch
 
-RUNNER = Path(gpu.__file__)
+from benchmarks import report, rows
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu import logps, model, subspace
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.suites import SUITES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
     run = subprocess.run(
-        [sys.executable, str(RUNNER), "--dry-run", "--output", str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert {step["status"] for step in steps} == {"passed"}
-    suites = {f"time {suite.__name__}" for suite in gpu_bench.SUITES}
+    suites = {f"time {suite.__name__}" for suite in SUITES}
     assert len(suites) == 6
     assert suites <= {step["step"] for step in steps}
     found = sorted(path.name for path in tmp_path.glob("dry_run_*.json"))
@@ -53,13 +56,13 @@ def test_a_dry_run_leaves_steps_and_rows_that_the_report_can_render(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_runner_says_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        gpu.main(["--output", str(tmp_path)])
+        runner.main(["--output", str(tmp_path)])
     assert exit.value.code == 2
     assert "use --dry-run" in capsys.readouterr().err
 
 
 def bench():
-    return gpu_bench.Bench(torch.device("cpu"), small=True, rounds=2, deadline=float("inf"))
+    return Bench(torch.device("cpu"), small=True, rounds=2, deadline=float("inf"))
 
 
 def wrong():
@@ -88,7 +91,7 @@ def test_where_our_own_check_fails_nothing_is_timed():
 
 
 def test_the_check_of_an_update_notices_a_wrong_step_and_weights_that_stay_perturbed():
-    problem = gpu_bench.Update(bench(), torch.float32)
+    problem = subspace.Update(bench(), torch.float32)
 
     def far():
         for weight in problem.weights:
@@ -112,23 +115,23 @@ def test_the_check_of_an_update_notices_a_wrong_step_and_weights_that_stay_pertu
 def test_the_check_of_a_delta_forward_notices_a_model_that_is_not_moved_or_moved_elsewhere():
     torch.manual_seed(0)
     before, change = torch.randn(8, 4), torch.randn(8, 4)
-    gpu_model._moves_as(lambda: before + 1.01 * change, before, change)()
+    model._moves_as(lambda: before + 1.01 * change, before, change)()
     for wrong in (before, before + 2 * change, before - change, before + torch.randn(8, 4)):
         with pytest.raises(AssertionError, match="outputs move with cosine"):
-            gpu_model._moves_as(lambda wrong=wrong: wrong, before, change)()
+            model._moves_as(lambda wrong=wrong: wrong, before, change)()
 
 
 def test_the_check_of_log_probabilities_notices_a_wrong_gradient():
     truth = (torch.randn(3), torch.randn(3, 4).double())
-    gpu_logps._agrees(lambda: (truth[0], truth[1].float()), truth, 1e-5)()
+    logps._agrees(lambda: (truth[0], truth[1].float()), truth, 1e-5)()
     with pytest.raises(AssertionError, match="result 1 is wrong"):
-        gpu_logps._agrees(lambda: (truth[0], 1.1 * truth[1]), truth, 1e-5)()
+        logps._agrees(lambda: (truth[0], 1.1 * truth[1]), truth, 1e-5)()
     with pytest.raises(AssertionError, match="result 0 is wrong"):
-        gpu_logps._agrees(lambda: (torch.full((3,), torch.nan), truth[1]), truth, 1e-5)()
+        logps._agrees(lambda: (torch.full((3,), torch.nan), truth[1]), truth, 1e-5)()
 
 
 def test_a_failed_step_is_recorded_and_the_run_goes_on(tmp_path):
-    steps = gpu.Steps(tmp_path, budget=60)
+    steps = runner.Steps(tmp_path, budget=60)
     with steps.step("breaks"):
         raise ValueError("why")
     with steps.step("a command"):

@@ -1,11 +1,11 @@
 """One command for a machine with a GPU: build, checks, compute-sanitizer, timings, everything into one folder.
 
-    python benchmarks/gpu.py                  # into runs/gpu; under 9 minutes
-    python benchmarks/gpu.py --dry-run        # the same code on the CPU, in small shapes: its numbers mean nothing
+    python -m benchmarks.gpu                  # into runs/gpu; under 9 minutes
+    python -m benchmarks.gpu --dry-run        # the same code on the CPU, in small shapes: its numbers mean nothing
 
-Writes ``steps.json`` (what passed, failed or was skipped, and why), the rows of each suite as ``report.py`` reads them,
-and the output of every command that it ran. Exits with 1 where a check failed; a backend with a failed check is not
-timed.
+Writes ``steps.json`` (what passed, failed or was skipped, and why), the rows of each suite as ``benchmarks.report``
+reads them, and the output of every command that it ran. Exits with 1 where a check failed; a backend with a failed
+check is not timed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# From a checkout as from an installation; the folder of this file is there already.
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 BUDGET_S = 520.0
 BUILD = """
@@ -103,18 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps.command("build", [sys.executable, "-c", BUILD], BUILD_S, SHAPO_CUDA_ARCHS=architectures)
 
     # Imported now: the libraries that were just built are loaded with the package.
-    import gpu_bench
-    import rows
+    from benchmarks import rows
+    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.suites import SUITES
 
     device = torch.device("cpu" if options.dry_run else "cuda")
     healthy = run_checks(steps, device)
     if not options.dry_run:
         sanitize(steps, healthy)
     rounds = 3 if options.dry_run else options.rounds
-    bench = gpu_bench.Bench(device, small=options.dry_run, rounds=rounds, deadline=steps.deadline)
+    bench = Bench(device, small=options.dry_run, rounds=rounds, deadline=steps.deadline)
     bench.backends = [name for name in bench.backends if name in healthy]
     with torch.no_grad():
-        for suite in gpu_bench.SUITES:
+        for suite in SUITES:
             with steps.step(f"time {suite.__name__}") as entry:
                 if not bench.backends or steps.left() <= 0:
                     entry |= {
@@ -136,12 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_checks(steps: Steps, device: torch.device) -> list[str]:
     """Run every check for every backend of the device, and return the backends that passed all of theirs."""
-    import gpu_checks
-
+    from benchmarks.gpu import checks
     from shapo_kernels import backends
 
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    checks = gpu_checks.ANYWHERE + (gpu_checks.ON_GPU if device.type == "cuda" else ())
+    wanted = checks.ANYWHERE + (checks.ON_GPU if device.type == "cuda" else ())
     healthy = []
     for name in names:
         if name not in backends.available():
@@ -149,12 +147,12 @@ def run_checks(steps: Steps, device: torch.device) -> list[str]:
                 entry |= {"status": "skipped", "reason": "the backend is not available"}
             continue
         before = len(steps.found)
-        for check in checks:
+        for check in wanted:
             with steps.step(f"{check.__name__}, {name}") as entry, backends.use(name):
                 torch.manual_seed(0)
                 try:
                     check(device)
-                except gpu_checks.SkipCheckError as reason:
+                except checks.SkipCheckError as reason:
                     entry |= {"status": "skipped", "reason": str(reason)}
         if all(entry["status"] != "failed" for entry in steps.found[before:]):
             healthy.append(name)
@@ -165,10 +163,11 @@ def sanitize(steps: Steps, names: Sequence[str]) -> None:
     """Watch the small checks with compute-sanitizer, where it is installed: bad accesses and races."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     code = (
-        "import sys, torch, gpu_checks\n"
+        "import sys, torch\n"
+        "from benchmarks.gpu import checks\n"
         "from shapo_kernels import backends\n"
         "with backends.use(sys.argv[1]):\n"
-        "    for check in gpu_checks.SANITIZED: check(torch.device('cuda'))\n"
+        "    for check in checks.SANITIZED: check(torch.device('cuda'))\n"
     )
     for name in names:
         for kind in ("memcheck", "racecheck"):
@@ -177,11 +176,10 @@ def sanitize(steps: Steps, names: Sequence[str]) -> None:
                     entry |= {"status": "skipped", "reason": "compute-sanitizer is not installed"}
                     continue
                 command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", code, name]
-                paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
                 try:
                     # PyTorch's allocator hides what lies outside of a tensor but inside its block.
                     steps.command(
-                        f"{kind}_{name}", command, SANITIZER_S, PYTHONPATH=paths, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+                        f"{kind}_{name}", command, SANITIZER_S, PYTHONPATH=str(ROOT), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
                     )
                 except subprocess.TimeoutExpired as error:
                     entry |= {"status": "skipped", "reason": f"not done in {error.timeout:.0f} s"}

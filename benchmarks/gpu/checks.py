@@ -1,7 +1,8 @@
 """What must hold of the kernels on a GPU, as functions that raise AssertionError where it does not.
 
-``tests/cuda/test_gpu.py`` runs them for every backend, ``gpu.py`` before it times anything. Those in ``ANYWHERE`` hold
-on any device, so that a dry run on the CPU executes their code; those in ``ON_GPU`` need a CUDA device.
+``tests/cuda/test_gpu.py`` runs them for every backend, and ``python -m benchmarks.gpu`` does before it times anything.
+Those in ``ANYWHERE`` hold on any device, so that a dry run on the CPU executes their code; those in ``ON_GPU`` need a
+CUDA device.
 """
 
 from __future__ import annotations

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import shapo_kernels as sk
+from benchmarks.gpu.bench import Bench
 from shapo_kernels import backends
-
-if TYPE_CHECKING:
-    from gpu_bench import Bench
 
 PLAIN = "plain"
 # Of ||W_S||: so large that what rounding leaves of an in-place perturbation can be compared with delta.

@@ -1,0 +1,1 @@
+"""What the GPU kernels take, read from their binaries: no GPU is needed and nothing is timed."""
