@@ -156,14 +156,16 @@ def render_response(text: str) -> str:
 def parse_transcript(prompt: str) -> list[dict[str, str]]:
     """The messages of a transcript prompt; a prompt without markers is one user message.
 
-    The assistant marker at the end opens the response and is no message.
+    The assistant marker at the end opens the response and is no message. Contents are what `render_transcript` was
+    given: the one space behind a marker is the transcript's, other white space the message's.
     """
     matches = list(_ANY_MARKER.finditer(prompt))
     head = prompt[: matches[0].start()] if matches else prompt
     messages = [{"role": "user", "content": head.strip()}] if head.strip() or not matches else []
     ends = [match.start() for match in matches[1:]] + [len(prompt)]
     for match, end in zip(matches, ends, strict=False):
-        messages.append({"role": _ROLE_OF[match.group()], "content": prompt[match.end() : end].strip()})
+        content = prompt[match.end() : end].removeprefix(" ")
+        messages.append({"role": _ROLE_OF[match.group()], "content": content})
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()
     return messages

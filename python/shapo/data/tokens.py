@@ -1,14 +1,16 @@
 """One way from text to token ids, for the probe, training and evaluation alike.
 
 Prompt and response are tokenised *separately* and joined, so the boundary between masked and learned tokens is exact
-and a prompt has the same ids whatever follows it (no token can straddle the two). The rules:
+and a prompt has the same ids whatever follows it (no token can straddle the two). With a chat template the rendered
+conversation is tokenised whole, as the template's model saw it, and divided by `chat`. The rules:
 
 * **BOS** stands once, first, where the tokenizer itself would put one; with a chat template the template decides.
 * **EOS** follows a response that was not cut, and only then: a model must not learn that a cut is an end. With a chat
   template the template's own end of turn takes its place.
 * **Truncation** happens only beyond `max_length`. Then the prompt keeps `max_prompt_length` tokens, or what the
   response leaves of `max_length` where that is more; it is cut from the left (BOS stays), so its assistant marker
-  stays. The response is cut from the right to what is left. No token of the budget is wasted.
+  stays. The response is cut from the right to what is left. With a chat template the oldest exchanges go first, whole;
+  then the beginning of the last question. BOS, system message and headers stay. `Encoded` tells what was cut.
 * **A pair** shares one prompt: `encode_pair` cuts it once, by the longer response, so both log-probabilities are
   conditioned on the same tokens.
 * **Padding** is on the right with the tokenizer's pad token, else its EOS, else id 0; attention mask and labels follow
@@ -19,30 +21,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from shapo.data.chat import ChatTemplate, Message, Turn, common_length
 from shapo.data.pairs import parse_transcript
 from shapo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder"]
+__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder", "cut_summary"]
 
 IGNORE_INDEX = -100
+
+_CHUNK = 512  # examples that are tokenised at once: fast tokenizers work on several texts in parallel
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt + response; the first `prompt_length` are the prompt's and are not learned."""
+    """Token ids of prompt + response; the first `prompt_length` are the prompt's and are not learned.
+
+    `prompt_cut` and `response_cut` are the numbers of tokens that the length left out.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    prompt_cut: int = 0
+    response_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -63,8 +74,9 @@ class PairEncoder:
         positions: number of the model's learned positions, where lengths are to be checked against it.
 
     Raises:
-        UserError: lengths that leave no room; no EOS token; no chat template. While encoding: a token that the model
-            has no embedding for, a text that is longer than its positions.
+        UserError: lengths that leave no room; no EOS token; no chat template, or one that shows no answer. While
+            encoding: a token that the model has no embedding for, a text that is longer than its positions, a
+            conversation that the chat template refuses or in which the answer cannot be told from the prompt.
     """
 
     def __init__(
@@ -87,8 +99,6 @@ class PairEncoder:
             raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1")
         if eos and tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token; give it one or pass eos=False")
-        if chat_template and not tokenizer.chat_template:
-            raise UserError("chat_template=True, but the tokenizer has no chat template")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -97,6 +107,7 @@ class PairEncoder:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.vocabulary = vocabulary
         self.positions = positions
+        self._chat = ChatTemplate(tokenizer, eos=eos) if chat_template else None
         self._bos = [] if chat_template else _leading_bos(tokenizer)
 
     @property
@@ -109,21 +120,24 @@ class PairEncoder:
 
     def encode(self, prompt: str, response: str) -> Encoded:
         """Encode one prompt with one response. For the two responses of a pair use `encode_pair`."""
-        prompt_ids, responses = self._tokenise(prompt, [response])
-        return self._fit(prompt_ids, responses[0], len(responses[0]))
+        return self._encode([(prompt, (response,))])[0][0]
 
     def encode_pair(self, prompt: str, chosen: str, rejected: str) -> tuple[Encoded, Encoded]:
         """Encode both responses after one and the same prompt, cut by the longer response where it must be cut."""
-        prompt_ids, responses = self._tokenise(prompt, [chosen, rejected])
-        longest = max(map(len, responses))
-        return self._fit(prompt_ids, responses[0], longest), self._fit(prompt_ids, responses[1], longest)
+        return self.encode_pairs([(prompt, chosen, rejected)])[0]
+
+    def encode_pairs(self, pairs: Iterable[tuple[str, str, str]]) -> list[tuple[Encoded, Encoded]]:
+        """`encode_pair` of every (prompt, chosen, rejected); an error names the pair, counted from 1."""
+        encoded = self._encode([(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs])
+        return [(chosen, rejected) for chosen, rejected in encoded]
 
     def encode_prompt(self, prompt: str, *, max_new_tokens: int = 0) -> list[int]:
         """The prompt's ids for generation, cut as if a response of `max_new_tokens` tokens followed."""
-        prompt_ids, _ = self._tokenise(prompt, [])
-        encoded = self._fit(prompt_ids, [], max_new_tokens)
-        self._require_positions(len(encoded) + max_new_tokens)
-        return encoded.input_ids
+        ((prompt_ids, _),) = self._tokenise([(prompt, ())])
+        prompt_ids = self._fit_prompt(prompt, (), prompt_ids, max_new_tokens)
+        self._require_positions(len(prompt_ids) + max_new_tokens)
+        self._require_embeddings(prompt_ids)
+        return prompt_ids
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad on the right: `input_ids`, `attention_mask`, `labels`, each int64 ``[B, T]``.
@@ -158,44 +172,91 @@ class PairEncoder:
             "tokenizer": _tokenizer_hash(self.tokenizer),
         }
 
-    def _tokenise(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        if not self.chat_template:
+    def _encode(self, examples: Sequence[tuple[str, Sequence[str]]]) -> list[list[Encoded]]:
+        """Every prompt with each of its responses, after one and the same form of the prompt."""
+        encoded = []
+        for start in range(0, len(examples), _CHUNK):
+            chunk = examples[start : start + _CHUNK]
+            tokens = self._tokenise(chunk, start)
+            for number, ((prompt, responses), ids) in enumerate(zip(chunk, tokens, strict=True), start + 1):
+                with _named(number, len(examples)):
+                    encoded.append(self._fit(prompt, responses, *ids))
+        return encoded
+
+    def _tokenise(
+        self, examples: Sequence[tuple[str, Sequence[str]]], done: int = 0
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """The ids of every prompt and of its responses, uncut."""
+        if self._chat is None:
+            texts = [text for prompt, responses in examples for text in (prompt, *responses)]
+            ids = iter(self._ids(texts))
             end = [int(self.tokenizer.eos_token_id)] if self.eos else []
-            return self._bos + self._ids(prompt), [self._ids(response) + end for response in responses]
-        messages = parse_transcript(prompt)
-        opened = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return self._ids(opened), [self._answer(messages, opened, response.strip()) for response in responses]
+            return [
+                (self._bos + next(ids), [next(ids) + end for _ in responses])  # in the order of `texts`
+                for _, responses in examples
+            ]
+        turns = []
+        for number, (prompt, responses) in enumerate(examples, done + 1):
+            with _named(number, len(examples) + done):
+                answers = [response.removeprefix(" ") for response in responses]
+                turns.append(self._chat.turn(parse_transcript(prompt), answers))
+        return self._divide(turns)
 
-    def _answer(self, messages: list[dict[str, str]], opened: str, response: str) -> list[int]:
-        """The response as the template writes it; with `eos` also what ends the turn, less the break between turns."""
-        answered = [*messages, {"role": "assistant", "content": response}]
-        whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
-        turn = whole[len(opened) :].rstrip() if whole.startswith(opened) else ""
-        start = len(turn) - len(turn.lstrip())
-        if turn.startswith(response, start):
-            closed = len(turn) > start + len(response)
-            turn = turn if self.eos else turn[: start + len(response)]
-        else:  # the template renders an answered turn differently from an opened one
-            closed, turn = False, response
-        end = [int(self.tokenizer.eos_token_id)] if self.eos and not closed else []
-        return self._ids(turn) + end
+    def _divide(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[list[int]]]]:
+        assert self._chat is not None
+        ids = iter(self._ids([text for turn in turns for text in (turn.opened, *turn.answered)]))
+        end = [int(self.tokenizer.eos_token_id)] if self._chat.adds_eos else []
+        divided = []
+        for turn in turns:
+            opened, answered = next(ids), [next(ids) for _ in turn.answered]
+            length = self._chat.boundary(turn, opened, answered)
+            divided.append(((answered or [opened])[0][:length], [whole[length:] + end for whole in answered]))
+        return divided
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
 
-    def _fit(self, prompt: list[int], response: list[int], longest_response: int) -> Encoded:
-        if len(prompt) + longest_response > self.max_length:
-            room = max(self.max_prompt_length, self.max_length - longest_response)
-            prompt = _keep_end(prompt, room, len(self._bos))
-        response = response[: self.max_length - len(prompt)]
-        encoded = Encoded([*prompt, *response], len(prompt))
-        self._require_positions(len(encoded))
-        if self.vocabulary is not None and (largest := max(encoded.input_ids, default=0)) >= self.vocabulary:
+    def _fit(
+        self, prompt: str, responses: Sequence[str], prompt_ids: list[int], response_ids: list[list[int]]
+    ) -> list[Encoded]:
+        kept = self._fit_prompt(prompt, responses, prompt_ids, max(map(len, response_ids)))
+        cut = len(prompt_ids) - len(kept)
+        encoded = []
+        for ids in response_ids:
+            whole = [*kept, *ids[: self.max_length - len(kept)]]
+            encoded.append(Encoded(whole, len(kept), cut, len(kept) + len(ids) - len(whole)))
+            self._require_positions(len(whole))
+            self._require_embeddings(whole)
+        return encoded
+
+    def _fit_prompt(
+        self, prompt: str, responses: Sequence[str], prompt_ids: list[int], longest_response: int
+    ) -> list[int]:
+        """The prompt's ids, cut where they do not fit beside a response of `longest_response` tokens."""
+        if len(prompt_ids) + longest_response <= self.max_length:
+            return prompt_ids
+        room = max(self.max_prompt_length, self.max_length - longest_response)
+        if self._chat is None:
+            return _keep_end(prompt_ids, room, len(self._bos))
+        messages: Sequence[Message] = parse_transcript(prompt)
+        while len(prompt_ids) > room and (fewer := _without_oldest_exchange(messages)) is not None:
+            messages = fewer
+            answers = [response.removeprefix(" ") for response in responses]
+            ((prompt_ids, _),) = self._divide([self._chat.turn(messages, answers)])
+        if len(prompt_ids) <= room:
+            return prompt_ids
+        one, other = self._ids(self._chat.head(messages))
+        head, tail = common_length(one, other), common_length(one[::-1], other[::-1])
+        if head + tail > room:  # a system message without room keeps BOS alone
+            head = int(prompt_ids[0] == self.tokenizer.bos_token_id)
+        return _keep_end(prompt_ids, room, head)
+
+    def _require_embeddings(self, ids: Sequence[int]) -> None:
+        if self.vocabulary is not None and (largest := max(ids, default=0)) >= self.vocabulary:
             raise UserError(
                 f"the tokenizer gives the id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}), but the "
                 f"model has {self.vocabulary} token embeddings; the tokenizer is another model's"
             )
-        return encoded
 
     def _require_positions(self, length: int) -> None:
         if self.positions is not None and length > self.positions:
@@ -203,6 +264,33 @@ class PairEncoder:
                 f"a text of {length} tokens was allowed (max_length is {self.max_length}), but the model has "
                 f"{self.positions} positions; lower the length"
             )
+
+
+def cut_summary(examples: Iterable[Encoded], max_length: int) -> str:
+    """A line on how many of `examples` were cut, empty where none was."""
+    cut = [example for example in examples if example.prompt_cut or example.response_cut]
+    if not cut:
+        return ""
+    prompts = sum(example.prompt_cut > 0 for example in cut)
+    responses = sum(example.response_cut > 0 for example in cut)
+    return f"longer than {max_length} tokens: {len(cut)} texts, cut in {prompts} prompts and {responses} responses"
+
+
+def _without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages without the first question and what follows it up to the next; None where there is no next."""
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+    following = next((index for index in users if index > first), None)
+    return None if following is None else [*messages[:first], *messages[following:]]
+
+
+@contextmanager
+def _named(number: int, of: int) -> Iterator[None]:
+    """Errors inside tell which of several pairs they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"pair {number}: {error}") if of > 1 else error) from error
 
 
 def _keep_end(prompt: list[int], room: int, head: int) -> list[int]:

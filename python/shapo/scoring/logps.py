@@ -70,7 +70,7 @@ class TokenizedPairs:
             raise UserError("there are no preference pairs to work on")
         self.pairs = list(pairs)
         self._encoder = encoder
-        encoded = [encoder.encode_pair(pair.prompt, pair.chosen, pair.rejected) for pair in self.pairs]
+        encoded = encoder.encode_pairs((pair.prompt, pair.chosen, pair.rejected) for pair in self.pairs)
         self.chosen = [chosen for chosen, _ in encoded]
         self.rejected = [rejected for _, rejected in encoded]
         self.flipped = torch.tensor([pair.flipped for pair in self.pairs])

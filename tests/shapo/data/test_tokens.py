@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -139,8 +139,9 @@ class Stub:
     def __init__(self, bos: int | None = None, eos: int | None = None, pad: int | None = None) -> None:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
 
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: str | list[str], **_: object) -> dict[str, list[Any]]:
+        ids = [[ord(letter) for letter in one] for one in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
 
 @pytest.mark.parametrize(("eos", "pad", "expected"), [(3, 4, 4), (3, None, 3), (None, None, 0)])
@@ -186,7 +187,7 @@ def test_chat_template_renders_the_turns_and_ends_the_answer(tiny_tokenizer: Pre
         (
             "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}",
-            "<user>MAY I?<assistant>|No.<|eos|>",
+            "<user>MAY I?<assistant>|NO.<|eos|>",
         ),
     ],
     ids=["own-end-of-turn", "no-end-of-turn", "answers-are-changed"],
