@@ -10,8 +10,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-Rho = float | tuple[float, float]
+if TYPE_CHECKING:
+    from shapo_kernels.update.radius import Rho
 
 
 @dataclass(frozen=True)

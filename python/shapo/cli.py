@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from shapo import options
 from shapo.errors import UserError
 
 COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "bench")
@@ -30,7 +31,13 @@ class _Parser(argparse.ArgumentParser):
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # None, False and an empty list say nothing; where absence has a meaning the help text tells it.
-        if action.default is None or action.default is False or action.default == [] or action.required:
+        if (
+            "(default: " in (action.help or "")
+            or action.default is None
+            or action.default is False
+            or action.default == []
+            or action.required
+        ):
             return action.help
         return super()._get_help_string(action)
 
@@ -69,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = added.add_parser(
             name, help=module.SUMMARY, description=module.__doc__, formatter_class=_Formatter, allow_abbrev=False
         )
-        module.add_arguments(command)
+        options.add(command, module.OPTIONS)
     return parser
 
 

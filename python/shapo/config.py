@@ -1,17 +1,21 @@
-"""What a run is told: the loss, the perturbation and the loop, each a frozen dataclass that refuses impossible values.
+"""What a run is told: the loss, the perturbation and the loop, each a table of options that refuses impossible values.
 
-Nothing here imports torch, so that the command line can read the defaults from here.  Every field that changes the
-weights a run ends with is part of its fingerprint (see `shapo.training.checkpoint`).
+Nothing here imports torch, so that the command line can be made of it. Every field that changes the weights a run ends
+with is part of its fingerprint (see `shapo.training.checkpoint`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shapo.ascents import AscentPart, RhoSchedule
 from shapo.errors import UserError
+from shapo.options import Option, declared, option, radius
+
+if TYPE_CHECKING:
+    from shapo_kernels.update.radius import Rho
 
 LOSSES = ("dpo", "cdpo", "rdpo", "ipo", "ipo_mean", "simpo", "hinge", "reward_level")
 AGGREGATIONS = ("mean", "drdpo")
@@ -25,41 +29,39 @@ NORMS = ("global", "layer", "none")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """A preference loss and how the pairs of a batch are brought together.
+    """A preference loss and how the pairs of a batch are brought together. Formulas: docs/losses.md.
 
-    Attributes:
-        name: One of `LOSSES`.  "reward_level" takes a reward model's soft labels in the place of the data's.
-        beta: Inverse temperature of the implicit reward (for SimPO: the scale of the mean log-probabilities).
-        epsilon: Assumed share of flipped labels, for "cdpo" and "rdpo" alone; 0 <= epsilon < 0.5.
-        gamma: Target margin, for "simpo" alone.
-        beta_reward: Scale of the reward difference, for "reward_level" alone.
-        aggregation: "mean", or "drdpo" (Dr.DPO, arXiv:2407.07880) with its `beta_prime`.
+    "reward_level" takes a reward model's soft labels instead of the data's; "drdpo" is Dr.DPO (arXiv:2407.07880). An
+    option that the loss does not use stays None.
+
+    Raises:
+        UserError: A value out of range, or an option of another loss.
     """
 
-    name: str = "dpo"
-    beta: float = 0.1
-    epsilon: float | None = None
-    gamma: float | None = None
-    beta_reward: float | None = None
-    aggregation: str = "mean"
-    beta_prime: float | None = None
+    name: str = option("formulas: docs/losses.md", "dpo", flag="loss", choices=LOSSES)
+    beta: float = option("inverse temperature of the implicit reward (simpo: scale of the mean log-probabilities)", 0.1)
+    epsilon: float | None = option(
+        "assumed share of flipped labels, in [0, 0.5)", None, of=("cdpo", "rdpo"), parse=float, absent="0.1"
+    )
+    gamma: float | None = option("target margin", None, of=("simpo",), parse=float, absent="0.5")
+    beta_reward: float | None = option(
+        "scale of the reward difference", None, of=("reward_level",), parse=float, absent="10"
+    )
+    aggregation: str = option("how a batch's pairs come together", "mean", choices=AGGREGATIONS)
+    beta_prime: float | None = option("its temperature, in nats", None, of=("drdpo",), parse=float, absent="1")
 
     def __post_init__(self) -> None:
         _choice("loss", self.name, LOSSES)
         _choice("aggregation", self.aggregation, AGGREGATIONS)
         _positive("beta", self.beta)
-        self._settle("epsilon", 0.1, ("cdpo", "rdpo"))
-        self._settle("gamma", 0.5, ("simpo",))
-        self._settle("beta_reward", 10.0, ("reward_level",))
-        if self.aggregation == "drdpo":
-            object.__setattr__(self, "beta_prime", 1.0 if self.beta_prime is None else self.beta_prime)
-            _positive("beta_prime", self.beta_prime)
-        elif self.beta_prime is not None:
-            raise UserError("beta_prime is an option of the aggregation drdpo, not of mean")
+        for name, (_, told) in declared(type(self)).items():
+            if told.of:
+                self._settle(name, told)
         if self.epsilon is not None and not 0 <= self.epsilon < 0.5:
             raise UserError(f"epsilon is {self.epsilon}, but a share of flipped labels in [0, 0.5) is expected")
-        if self.beta_reward is not None:
-            _positive("beta_reward", self.beta_reward)
+        for name in ("beta_reward", "beta_prime"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
         if self.gamma is not None and not math.isfinite(self.gamma):
             raise UserError(f"gamma is {self.gamma}, but a finite margin is expected")
 
@@ -73,42 +75,101 @@ class LossConfig:
         """Whether the loss takes its labels from a reward model."""
         return self.name == "reward_level"
 
-    def _settle(self, option: str, default: float, losses: tuple[str, ...]) -> None:
-        value = getattr(self, option)
-        if self.name in losses:
-            object.__setattr__(self, option, default if value is None else value)
+    def _settle(self, name: str, told: Option) -> None:
+        """Fills in what the loss or the aggregation uses; refuses what it does not."""
+        value = getattr(self, name)
+        if {self.name, self.aggregation} & set(told.of):
+            object.__setattr__(self, name, told.parse(str(told.absent)) if value is None else value)
         elif value is not None:
-            raise UserError(f"{option} is an option of {' and '.join(losses)}, not of the loss {self.name}")
+            whole = self.aggregation if set(told.of) <= set(AGGREGATIONS) else f"the loss {self.name}"
+            raise UserError(f"{name} is an option of {' and '.join(told.of)}, not of {whole}")
 
 
 @dataclass(frozen=True)
-class ShaPOConfig:
-    """How weights are perturbed for the second pass; see `shapo_kernels.ShaPOOptimizer`.
+class UpdateOptions:
+    """The options of a ShaPO update, for every loop: the command's and the trainers'.
 
-    Attributes:
-        rho: Radius of the perturbation in weight units, or with `relative` as a multiple of the norm of the subspace's
-            weights. With the norm "none" the factor on the raw gradient, or a range (low, high) that each ShaPO update
-            draws it from.
-        interval: A ShaPO update every `interval`-th update, plain updates between.
-        plain_updates: Plain updates before the first ShaPO update.
-        rho_warmup: Updates after those over which rho rises linearly from rho / rho_warmup to rho.
-        ascent_fraction, ascent_pairs: The share, or the number, of the pairs that an ascent looks at; drawn with the
-            loop's seed. See `shapo.ascents.AscentPart`.
-        per_micro_batch: Each micro-batch has an ascent and a perturbation of its own (m-sharpness), in the place of
-            one of the whole batch.
+    Those of the optimizer are keyword arguments of `shapo_kernels.ShaPOOptimizer`, where they are explained.
+
+    Raises:
+        ValueError: `ascent_fraction`, `ascent_pairs`, `plain_updates` or `rho_warmup` out of range.
     """
 
-    rho: float | tuple[float, float]
-    relative: bool = False
-    interval: int = 1
-    ascent: str = "selective"
-    perturbation: str = "auto"
-    norm: str = "global"
-    plain_updates: int = 0
-    rho_warmup: int = 0
-    ascent_fraction: float = 1.0
-    ascent_pairs: int | None = None
-    per_micro_batch: bool = False
+    rho: Rho | None = option(
+        "radius of the perturbation; makes the run a ShaPO run (low,high: with --norm none)",
+        None,
+        parse=radius,
+        metavar="RHO",
+        optimizers=True,
+        kw_only=True,
+    )
+    relative: bool = option(
+        "--rho is a multiple of the norm of the selected weights",
+        False,
+        flag="relative_rho",
+        optimizers=True,
+        kw_only=True,
+    )
+    interval: int = option(
+        "a ShaPO update every N updates, plain ones between", 1, metavar="N", optimizers=True, kw_only=True
+    )
+    plain_updates: int = option("plain updates before the first ShaPO update", 0, metavar="N", kw_only=True)
+    rho_warmup: int = option("then a linear rise of rho over N updates", 0, metavar="N", kw_only=True)
+    ascent: str = option(
+        "gradient of the selected neurons alone, or .grad", "selective", choices=ASCENTS, optimizers=True, kw_only=True
+    )
+    ascent_fraction: float = option(
+        "share of a batch's pairs for the ascent, in (0, 1], drawn anew for each update",
+        1.0,
+        alone="part",
+        kw_only=True,
+    )
+    ascent_pairs: int | None = option(
+        "number of a batch's pairs for the ascent",
+        None,
+        parse=int,
+        metavar="N",
+        absent="all",
+        alone="part",
+        kw_only=True,
+    )
+    per_micro_batch: bool = option(
+        "a perturbation for each micro-batch, from its own ascent (m-sharpness), not one for the batch",
+        False,
+        kw_only=True,
+    )
+    perturbation: str = option(
+        "write the weights or add in the forward", "auto", choices=PERTURBATIONS, optimizers=True, kw_only=True
+    )
+    norm: str = option(
+        "over all layers, layer by layer, or none", "global", choices=NORMS, optimizers=True, kw_only=True
+    )
+
+    def for_optimizer(self) -> dict[str, Any]:
+        """The keyword arguments of a `ShaPOOptimizer` among these options."""
+        return {
+            field.name: getattr(self, field.name) for field, told in declared(type(self)).values() if told.optimizers
+        }
+
+    def part(self, seed: int) -> AscentPart:
+        """What ascents look at."""
+        return AscentPart(self.ascent_fraction, self.ascent_pairs, seed)
+
+    def schedule(self, rho: Rho) -> RhoSchedule:
+        """The radius of every update, `rho` in the end."""
+        return RhoSchedule(rho, self.plain_updates, self.rho_warmup)
+
+
+@dataclass(frozen=True)
+class ShaPOConfig(UpdateOptions):
+    """A ShaPO run of the command line.
+
+    `rho` is in weight units, or with `relative` a multiple of the norm of the subspace's weights. With the norm "none"
+    it is the factor on the raw gradient, or a range (low, high) that each ShaPO update draws it from.
+
+    Raises:
+        UserError: A value out of range, or two that cannot be meant together.
+    """
 
     def __post_init__(self) -> None:
         for bound in self.rho if isinstance(self.rho, tuple) else (self.rho,):
@@ -118,7 +179,7 @@ class ShaPOConfig:
         _choice("perturbation", self.perturbation, PERTURBATIONS)
         _choice("norm", self.norm, NORMS)
         try:
-            self.schedule()
+            self.schedule(self.rho or 0.0)
             self.part(0)
         except ValueError as error:
             raise UserError(error) from error
@@ -127,44 +188,36 @@ class ShaPOConfig:
         if self.relative and self.norm == "none":
             raise UserError("a relative rho needs a normalised perturbation: choose the norm global or layer")
 
-    def schedule(self) -> RhoSchedule:
-        """The radius of every update."""
-        return RhoSchedule(self.rho, self.plain_updates, self.rho_warmup)
-
-    def part(self, seed: int) -> AscentPart:
-        """What ascents look at."""
-        return AscentPart(self.ascent_fraction, self.ascent_pairs, seed)
-
 
 @dataclass(frozen=True)
 class LoopConfig:
     """The loop around the loss: how long, how large, how fast, and what is written when.
 
-    Attributes:
-        updates: Number of updates, or None for `epochs` passes over the data.
-        batch_size: Pairs (preference) or examples (SFT) an update.
-        micro_batch_size: What goes through the model at once; None for the whole batch.
-        warmup: Updates over which the learning rate rises linearly from lr / warmup to lr.
-        clip: Largest norm of the gradient, clipped once, in pass 2; 0 for none.
-        fused_head: "auto" never makes the logits of a model whose head is a plain linear layer, "on" refuses another.
-        eval_every, save_every: In updates; 0 for the end only.
+    Raises:
+        UserError: A value out of range.
     """
 
-    updates: int | None = None
-    epochs: int = 1
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    lr: float = 5e-7
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    warmup: int = 10
-    schedule: str = "constant"
-    clip: float = 1.0
-    bf16: bool = False
-    fused_head: str = "auto"
-    seed: int = 0
-    eval_every: int = 0
-    save_every: int = 0
+    epochs: int = option("passes over the data", 1)
+    updates: int | None = option("number of updates, instead of epochs", None, parse=int, metavar="N")
+    batch_size: int = option("examples an update", 16, metavar="N")
+    micro_batch_size: int | None = option(
+        "examples through the model at once", None, parse=int, metavar="N", absent="the batch"
+    )
+    lr: float = option("learning rate after the warm-up", 5e-7)
+    optimizer: str = option("base optimizer", "adamw", choices=OPTIMIZERS)
+    weight_decay: float = option("of the base optimizer", 0.0)
+    warmup: int = option("linear rise of the learning rate from lr / UPDATES", 10, metavar="UPDATES")
+    schedule: str = option("learning rate after the warm-up", "constant", choices=SCHEDULES)
+    clip: float = option("largest gradient norm (descent pass); 0 for none", 1.0)
+    bf16: bool = option("compute in bfloat16 under autocast; weights stay in --dtype", False)
+    fused_head: str = option(
+        "log-probabilities without the logits: where the model allows it, always (or an error), never",
+        "auto",
+        choices=FUSED_HEADS,
+    )
+    seed: int = option("of data order and dropout", 0)
+    eval_every: int = option("evaluate so often; 0: at both ends", 0, metavar="UPDATES")
+    save_every: int = option("checkpoint so often; 0: on Ctrl-C alone", 0, metavar="UPDATES")
 
     def __post_init__(self) -> None:
         if self.updates is not None:

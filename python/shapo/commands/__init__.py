@@ -1,5 +1,5 @@
-"""One module a command of `shapo`: `SUMMARY`, `add_arguments(parser)` and `run(arguments)`.
+"""One module for each command of `shapo`: `SUMMARY`, `OPTIONS` (groups of `shapo.options`) and `run(arguments)`.
 
-Arguments are declared without importing torch or transformers, so that `--help` is immediate; `run` imports what it
+Options are declared without importing torch or transformers, so that `--help` is immediate; `run` imports what it
 needs.
 """

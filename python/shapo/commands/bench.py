@@ -9,29 +9,30 @@ the repository measures more; this one answers "is the fast path in use here, an
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.options import Group, option, positive_int
 
 SUMMARY = "operator microbenchmark on this machine"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="bench.json", metavar="FILE", help="JSON file of the results")
-    parser.add_argument("--layers", type=common.positive_int, default=8, metavar="N", help="number of weights")
-    parser.add_argument(
-        "--hidden", type=common.positive_int, default=2048, help="rows of a weight, the length of a neuron"
-    )
-    parser.add_argument(
-        "--intermediate", type=common.positive_int, default=3072, help="columns of a weight, its neurons"
-    )
-    parser.add_argument("--percent", type=float, default=1.0, help="share of the neurons in the subspace, in (0, 100]")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda ...")
-    parser.add_argument(
-        "--repeats", type=common.positive_int, default=9, metavar="N", help="timed turns of each contender"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and selection")
-    common.add_quiet_argument(parser)
+@dataclass(frozen=True)
+class BenchOptions:
+    """Sizes of the benchmark."""
+
+    output: str = option("JSON file of the results", "bench.json", metavar="FILE")
+    layers: int = option("number of weights", 8, parse=positive_int, metavar="N")
+    hidden: int = option("rows of a weight, the length of a neuron", 2048, parse=positive_int)
+    intermediate: int = option("columns of a weight, its neurons", 3072, parse=positive_int)
+    percent: float = option("share of the neurons in the subspace, in (0, 100]", 1.0)
+    dtype: str = option("of the weights", "float32", choices=("float32", "bfloat16"))
+    device: str = option("auto (cuda where there is one), cpu, cuda ...", "auto")
+    repeats: int = option("timed turns of each contender", 9, parse=positive_int, metavar="N")
+    seed: int = option("of weights and selection", 0)
+
+
+OPTIONS = (Group(BenchOptions), common.QUIET)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,158 +3,95 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shapo import config as settings
+from shapo.config import LoopConfig
 from shapo.errors import UserError
+from shapo.options import Group, option, positive_int
 
 if TYPE_CHECKING:
     from shapo.data.pairs import PairSet
     from shapo.data.tokens import PairEncoder
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, what: str = "the model", required: bool = True) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, metavar="NAME", help=f"{what}: a local folder or a hub name")
-    group.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="precision the weights are held in"
-    )
-    group.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, in what precision, where."""
+
+    model: str = option("a local folder or a hub name", metavar="NAME")
+    dtype: str = option("precision the weights are held in", "float32", choices=("float32", "bfloat16"))
+    device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
 
 
-def add_data_arguments(
-    parser: argparse.ArgumentParser, *, required: bool = True, what: str = "preference pairs"
-) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=required, metavar="SOURCE", help=f"{what}: a local file, a folder of splits or a hub name"
-    )
-    group.add_argument(
-        "--format",
-        default="auto",
-        choices=("auto", "pku", "hh", "trl"),
-        help="PKU-SafeRLHF, hh-rlhf or TRL columns; auto looks",
-    )
-    group.add_argument(
-        "--preference",
-        default="safer",
-        choices=("safer", "better"),
-        help="PKU-SafeRLHF: which of its two preferences is meant",
-    )
-    group.add_argument("--split", metavar="NAME", help="split of a folder or of a data set on the hub (default: train)")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N pairs alone (default: all)")
-    add_encoder_arguments(parser)
+@dataclass(frozen=True)
+class SourceOption:
+    """Which preference pairs."""
+
+    data: str = option("preference pairs: a local file, a folder of splits or a hub name", metavar="SOURCE")
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tokens")
-    group.add_argument(
-        "--max-length", type=positive_int, default=512, metavar="TOKENS", help="of prompt and response together"
+@dataclass(frozen=True)
+class FormatOptions:
+    """How a file of preference pairs is read."""
+
+    format: str = option(
+        "PKU-SafeRLHF, hh-rlhf or TRL columns; auto looks", "auto", choices=("auto", "pku", "hh", "trl")
     )
-    group.add_argument(
-        "--max-prompt-length", type=positive_int, default=256, metavar="TOKENS", help="of the prompt, if cut at all"
+    preference: str = option(
+        "PKU-SafeRLHF: which of its two preferences is meant", "safer", choices=("safer", "better")
     )
-    group.add_argument("--chat-template", action="store_true", help="render prompts by the tokenizer's chat template")
+    split: str | None = option("split of a folder or of a data set on the hub", None, metavar="NAME", absent="train")
+    limit: int | None = option("use the first N pairs alone", None, parse=positive_int, metavar="N", absent="all")
 
 
-def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Options of `LoopConfig`; `defaults` replaces a command's own."""
-    base = {**settings.identity(settings.LoopConfig()), "eval_every": 0, "save_every": 0, **defaults}
-    group = parser.add_argument_group("loop")
-    group.add_argument("--epochs", type=int, default=base["epochs"], help="passes over the data")
-    group.add_argument("--updates", type=int, metavar="N", help="updates, in the place of epochs")
-    group.add_argument("--batch-size", type=int, default=base["batch_size"], metavar="N", help="examples an update")
-    group.add_argument(
-        "--micro-batch-size", type=int, metavar="N", help="examples through the model at once (default: the batch)"
-    )
-    group.add_argument("--lr", type=float, default=base["lr"], help="learning rate after the warm-up")
-    group.add_argument("--optimizer", default=base["optimizer"], choices=settings.OPTIMIZERS, help="base optimizer")
-    group.add_argument("--weight-decay", type=float, default=base["weight_decay"], help="of the base optimizer")
-    group.add_argument(
-        "--warmup", type=int, default=base["warmup"], metavar="UPDATES", help="linear rise of the learning rate"
-    )
-    group.add_argument(
-        "--schedule", default=base["schedule"], choices=settings.SCHEDULES, help="learning rate after the warm-up"
-    )
-    group.add_argument(
-        "--clip", type=float, default=base["clip"], help="largest gradient norm (descent pass); 0 for none"
-    )
-    group.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay in --dtype"
-    )
-    group.add_argument(
-        "--fused-head",
-        default=base["fused_head"],
-        choices=settings.FUSED_HEADS,
-        help="log-probabilities without the logits: where the model allows it, always (or an error), never",
-    )
-    group.add_argument("--seed", type=int, default=base["seed"], help="of data order and dropout")
-    group.add_argument(
-        "--eval-every",
-        type=int,
-        default=base["eval_every"],
-        metavar="UPDATES",
-        help="evaluate so often; 0: at both ends",
-    )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        default=base["save_every"],
-        metavar="UPDATES",
-        help="checkpoint so often; 0: on Ctrl-C alone",
-    )
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, bit for bit")
-    group.add_argument("--overwrite", action="store_true", help="replace a finished or started run in --output")
+@dataclass(frozen=True)
+class TokenOptions:
+    """How pairs become tokens."""
+
+    max_length: int = option("of prompt and response together", 512, parse=positive_int, metavar="TOKENS")
+    max_prompt_length: int = option("of the prompt, if cut at all", 256, parse=positive_int, metavar="TOKENS")
+    chat_template: bool = option("render prompts by the tokenizer's chat template", False)
 
 
-def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+@dataclass(frozen=True)
+class RunOptions:
+    """What a training command does with a run that is there already."""
+
+    resume: bool = option("go on from the checkpoint in --output, bit for bit", False)
+    overwrite: bool = option("replace a finished or started run in --output", False)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, but a whole number of at least 1 is expected")
-    return value
+@dataclass(frozen=True)
+class FolderOutput:
+    """Where a command of several files writes."""
+
+    output: str = option("where everything is written", metavar="FOLDER")
 
 
-def radii(text: str) -> list[float]:
-    """An argparse type: finite numbers above 0, separated by commas."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}, but numbers above 0 separated by commas are expected")
-    return values
+@dataclass(frozen=True)
+class FileOutput:
+    """Where a command of one file writes."""
+
+    output: str = option("JSON file of the results", metavar="FILE")
 
 
-def loop_config(arguments: argparse.Namespace) -> settings.LoopConfig:
-    """Raises UserError for values that cannot be."""
-    return settings.LoopConfig(
-        updates=arguments.updates,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        micro_batch_size=arguments.micro_batch_size,
-        lr=arguments.lr,
-        optimizer=arguments.optimizer,
-        weight_decay=arguments.weight_decay,
-        warmup=arguments.warmup,
-        schedule=arguments.schedule,
-        clip=arguments.clip,
-        bf16=arguments.bf16,
-        fused_head=arguments.fused_head,
-        seed=arguments.seed,
-        eval_every=arguments.eval_every,
-        save_every=arguments.save_every,
-    )
+@dataclass(frozen=True)
+class QuietOption:
+    """For all commands that take a while."""
+
+    quiet: bool = option("no progress bars", False)
+
+
+MODEL, TOKENS, QUIET = Group(ModelOptions, "model"), Group(TokenOptions, "tokens"), Group(QuietOption)
+DATA = (Group(SourceOption, "data"), Group(FormatOptions, "data"), TOKENS)
+
+
+def loop_options(**defaults: Any) -> tuple[Group, Group]:
+    """The options of the training loop with a command's own defaults."""
+    return Group(LoopConfig, "loop", defaults=defaults), Group(RunOptions, "loop")
 
 
 def run_folder(arguments: argparse.Namespace) -> Path:

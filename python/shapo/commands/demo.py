@@ -11,26 +11,28 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.options import Group, option, positive_int
 
 SUMMARY = "the whole method on generated data, in minutes on a CPU"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", metavar="FOLDER", help="where everything is written")
-    parser.add_argument(
-        "--size", default="full", choices=("full", "small"), help="small: seconds, too little to learn from"
+@dataclass(frozen=True)
+class DemoOptions:
+    """Size and seed of the demo."""
+
+    output: str = option("where everything is written", "runs/demo", metavar="FOLDER")
+    size: str = option("small: seconds, too little to learn from", "full", choices=("full", "small"))
+    seed: int = option("of data, weights, order, flips and random subspaces", 0)
+    jobs: int | None = option(
+        "methods trained side by side", None, parse=positive_int, metavar="N", absent="a core each, 4 at most"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights, order, flips and random subspaces")
-    parser.add_argument(
-        "--jobs",
-        type=common.positive_int,
-        metavar="N",
-        help="methods trained side by side (default: a core each, 4 at most)",
-    )
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda ...")
-    common.add_quiet_argument(parser)
+    device: str = option("auto (cuda where there is one), cpu, cuda ...", "auto")
+
+
+OPTIONS = (Group(DemoOptions), common.QUIET)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,47 +19,60 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shapo.commands import common
 from shapo.errors import UserError
+from shapo.options import Group, option, positive_int
 
 SUMMARY = "preference accuracy, answers for a judge, attack success from its verdicts"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON file of the results")
-    common.add_model_arguments(parser, required=False)
-    parser.add_argument("--reference", metavar="NAME", help="the model that training started from")
-    common.add_data_arguments(parser, required=False)
-    parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the DPO loss")
-    parser.add_argument(
-        "--batch-size", type=common.positive_int, default=16, metavar="N", help="pairs through the model at once"
+@dataclass(frozen=True)
+class PairOptions:
+    """How pairs are compared."""
+
+    reference: str | None = option("the model that training started from", None, metavar="NAME")
+    beta: float = option("inverse temperature of the DPO loss", 0.1)
+    batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is answered, and how."""
+
+    prompts: str | None = option(
+        "Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt", None, metavar="SOURCE"
     )
-    answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--prompts", metavar="SOURCE", help="Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt"
-    )
-    answers.add_argument(
-        "--prompts-format", default="auto", help="auto, do-not-answer, harmbench, salad-bench or prompt"
-    )
-    answers.add_argument(
-        "--prompts-limit", type=common.positive_int, metavar="N", help="answer the first N alone (default: all)"
-    )
-    answers.add_argument("--answers", metavar="FILE", help="JSONL file to write the answers to")
-    answers.add_argument(
-        "--max-new-tokens", type=common.positive_int, default=128, metavar="TOKENS", help="of an answer"
-    )
-    answers.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    answers.add_argument(
-        "--seed", type=int, default=0, help="of sampling; each prompt's state is made of it and the prompt's id"
-    )
-    judged = parser.add_argument_group("verdicts")
-    judged.add_argument("--verdicts", metavar="FILE", help="a judge's JSONL with a column verdict")
-    judged.add_argument("--comparisons", metavar="FILE", help="a judge's JSONL with columns first and second")
-    common.add_quiet_argument(parser)
+    prompts_format: str = option("auto, do-not-answer, harmbench, salad-bench or prompt", "auto")
+    prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
+    answers: str | None = option("JSONL file to write the answers to", None, metavar="FILE")
+    max_new_tokens: int = option("of an answer", 128, parse=positive_int, metavar="TOKENS")
+    temperature: float = option("0 is greedy", 0.0)
+    seed: int = option("of sampling; each prompt's state is made of it and the prompt's id", 0)
+
+
+@dataclass(frozen=True)
+class VerdictOptions:
+    """Files of a judge."""
+
+    verdicts: str | None = option("a judge's JSONL with a column verdict", None, metavar="FILE")
+    comparisons: str | None = option("a judge's JSONL with columns first and second", None, metavar="FILE")
+
+
+OPTIONS = (
+    Group(common.FileOutput),
+    Group(common.ModelOptions, "model", optional=True),
+    Group(common.SourceOption, "data", optional=True),
+    Group(common.FormatOptions, "data"),
+    common.TOKENS,
+    Group(PairOptions),
+    Group(AnswerOptions, "answers"),
+    Group(VerdictOptions, "verdicts"),
+    common.QUIET,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,37 +10,32 @@ Writes to --output: probe.safetensors (for `shapo select`), probe.json, probe.pn
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.options import Group, option, positive_int
 
 SUMMARY = "train the safety probe on a model's hidden states"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where everything is written")
-    common.add_model_arguments(parser)
-    common.add_data_arguments(parser)
-    probe = parser.add_argument_group("probe")
-    probe.add_argument("--layer", type=int, default=-1, help="hidden state: -1 the last, 0 the embeddings")
-    probe.add_argument("--lr", type=float, default=1e-3, help="learning rate (published: 1e-5 on models of 7 B)")
-    probe.add_argument("--epochs", type=int, default=10, help="passes over the features")
-    probe.add_argument("--batch-size", type=int, default=256, metavar="N", help="features an update")
-    probe.add_argument("--validation", type=float, default=0.2, metavar="SHARE", help="of the prompts, held out")
-    probe.add_argument("--balanced", action="store_true", help="weight the two classes equally")
-    probe.add_argument("--keep", default="last", choices=("last", "best"), help="which epoch's weights")
-    probe.add_argument("--seed", type=int, default=0, help="of the split and the order")
-    probe.add_argument(
-        "--feature-batch-size",
-        type=common.positive_int,
-        default=16,
-        metavar="N",
-        help="texts through the model at once",
-    )
-    probe.add_argument("--bf16", action="store_true", help="compute the hidden states under bfloat16 autocast")
-    probe.add_argument(
-        "--cache", action="store_true", help="keep the features in the output folder, and use them again"
-    )
-    common.add_quiet_argument(parser)
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How the probe is trained."""
+
+    layer: int = option("hidden state: -1 the last, 0 the embeddings", -1)
+    lr: float = option("learning rate (published: 1e-5 on models of 7 B)", 1e-3)
+    epochs: int = option("passes over the features", 10)
+    batch_size: int = option("features an update", 256, metavar="N")
+    validation: float = option("of the prompts, held out", 0.2, metavar="SHARE")
+    balanced: bool = option("weight the two classes equally", False)
+    keep: str = option("which epoch's weights", "last", choices=("last", "best"))
+    seed: int = option("of the split and the order", 0)
+    feature_batch_size: int = option("texts through the model at once", 16, parse=positive_int, metavar="N")
+    bf16: bool = option("compute the hidden states under bfloat16 autocast", False)
+    cache: bool = option("keep the features in the output folder, and use them again", False)
+
+
+OPTIONS = (Group(common.FolderOutput), common.MODEL, *common.DATA, Group(ProbeOptions, "probe"), common.QUIET)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -18,62 +18,61 @@ Writes --output, a safetensors file; its header says how it was made.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shapo import config as settings
 from shapo.commands import common
+from shapo.config import LOSSES
 from shapo.errors import UserError
+from shapo.options import Group, declared, option, positive_int, typed
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
 
 SUMMARY = "select the neurons to perturb"
 
-# Option -> the methods that use it, and what it is where it is not given.
-_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "probe": (("probe",), None),
-    "data": (("gradient",), None),
-    "like": (("random",), None),
-    "percent": (("probe", "gradient", "random"), 1.0),
-    "match": (("random",), "total"),
-    "seed": (("random",), 0),
-    "loss": (("gradient",), "dpo"),
-    "beta": (("gradient",), 0.1),
-    "batch_size": (("gradient",), 8),
-    "bf16": (("gradient",), False),
-}
+METHODS = ("probe", "gradient", "random", "neurons", "full")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file of the subspace")
-    parser.add_argument(
-        "--method", required=True, choices=("probe", "gradient", "random", "neurons", "full"), help="see above"
+@dataclass(frozen=True)
+class SelectOptions:
+    """How many neurons, chosen how; each option with the methods that use it."""
+
+    percent: float = option("share of all neurons, in (0, 100]", 1.0, of=("probe", "gradient", "random"))
+    probe: str | None = option("what `shapo probe` wrote", None, of=("probe",), metavar="FILE")
+    match: str = option("drawn over all layers, or layer by layer", "total", of=("random",), choices=("total", "layer"))
+    like: str | None = option(
+        "a subspace whose number of neurons in each layer is taken", None, of=("random",), metavar="FILE"
     )
-    parser.add_argument("--percent", type=float, help="share of all neurons, in (0, 100] (default: 1)")
-    common.add_model_arguments(parser)
-    parser.add_argument("--probe", metavar="FILE", help="probe: what `shapo probe` wrote")
-    parser.add_argument(
-        "--match", choices=("total", "layer"), help="random: drawn over all layers, or layer by layer (default: total)"
+    seed: int = option("of the draw", 0, of=("random",))
+    data: str | None = option(
+        "held-out preference pairs: a local file, a folder of splits or a hub name",
+        None,
+        of=("gradient",),
+        metavar="SOURCE",
     )
-    parser.add_argument(
-        "--like", metavar="FILE", help="random: a subspace whose number of neurons in each layer is taken"
-    )
-    parser.add_argument("--seed", type=int, help="random: of the draw (default: 0)")
-    common.add_data_arguments(parser, required=False, what="gradient: held-out preference pairs")
-    parser.add_argument(
-        "--loss",
-        choices=[name for name in settings.LOSSES if name != "reward_level"],
-        help="gradient: which loss (default: dpo)",
-    )
-    parser.add_argument("--beta", type=float, help="gradient: inverse temperature of the loss (default: 0.1)")
-    parser.add_argument(
-        "--batch-size",
-        type=common.positive_int,
-        metavar="N",
-        help="gradient: pairs through the model at once (default: 8)",
-    )
-    parser.add_argument("--bf16", action="store_true", default=None, help="gradient: compute under bfloat16 autocast")
-    common.add_quiet_argument(parser)
+    loss: str = option("which loss", "dpo", of=("gradient",), choices=tuple(n for n in LOSSES if n != "reward_level"))
+    beta: float = option("inverse temperature of the loss", 0.1, of=("gradient",))
+    batch_size: int = option("pairs through the model at once", 8, of=("gradient",), parse=positive_int, metavar="N")
+    bf16: bool = option("compute under bfloat16 autocast", False, of=("gradient",))
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What to write, and by which method."""
+
+    output: str = option("safetensors file of the subspace", metavar="FILE")
+    method: str = option("see above", choices=METHODS)
+
+
+OPTIONS = (
+    Group(MethodOptions),
+    common.MODEL,
+    Group(SelectOptions, "selection", given_only=True),
+    Group(common.FormatOptions, "data"),
+    common.TOKENS,
+    common.QUIET,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,20 +95,19 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuses what the method has no use for, and fills in what was not given."""
     if arguments.like and (arguments.percent is not None or arguments.match):
         raise UserError("--like says how many neurons of which layer; leave --percent and --match out")
-    for option, (methods, default) in _OPTIONS.items():
-        if getattr(arguments, option) is None:
-            setattr(arguments, option, default)
-        elif arguments.method not in methods:
-            name = option.replace("_", "-")
+    for name, (field, told) in declared(SelectOptions).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, field.default)
+        elif arguments.method not in told.of:
             raise UserError(
-                f"--{name} is an option of --method {' or '.join(methods)}, not of --method {arguments.method}"
+                f"{typed(name)} is an option of --method {' or '.join(told.of)}, not of --method {arguments.method}"
             )
     if not 0 < arguments.percent <= 100:
         raise UserError(f"percent is {arguments.percent}, but a share in (0, 100] is expected")
     if arguments.method in ("probe", "gradient"):
-        option = "probe" if arguments.method == "probe" else "data"
-        if not getattr(arguments, option):
-            raise UserError(f"--method {arguments.method} needs --{option}")
+        needed = "probe" if arguments.method == "probe" else "data"
+        if not getattr(arguments, needed):
+            raise UserError(f"--method {arguments.method} needs --{needed}")
 
 
 def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:

@@ -7,20 +7,31 @@ checkpoint.pt where --save-every or Ctrl-C asked for one.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.config import LoopConfig
+from shapo.options import Group, option, read
 
 SUMMARY = "supervised fine-tuning on the chosen responses"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where everything is written")
-    common.add_model_arguments(parser)
-    common.add_data_arguments(parser)
-    parser.add_argument("--responses", default="chosen", choices=("chosen", "both"), help="which responses to learn")
-    parser.add_argument("--held-out", type=int, default=0, metavar="N", help="keep the last N pairs for evaluation")
-    common.add_loop_arguments(parser, lr=1e-5, batch_size=32)
-    common.add_quiet_argument(parser)
+@dataclass(frozen=True)
+class SftOptions:
+    """What is learned, and what is kept for evaluation."""
+
+    responses: str = option("which responses to learn", "chosen", choices=("chosen", "both"))
+    held_out: int = option("keep the last N pairs for evaluation", 0, metavar="N")
+
+
+OPTIONS = (
+    Group(common.FolderOutput),
+    common.MODEL,
+    *common.DATA,
+    Group(SftOptions),
+    *common.loop_options(lr=1e-5, batch_size=32),
+    common.QUIET,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.training.sft import train_sft
     from shapo.versions import versions
 
-    config = common.loop_config(arguments)
+    config = read(LoopConfig, arguments)
     output = common.run_folder(arguments)
     pairs = list(common.load_data(arguments))
     if not 0 <= arguments.held_out < len(pairs):

@@ -11,10 +11,12 @@ Writes to --output: sharpness.json and sharpness.png.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shapo.commands import common
 from shapo.errors import UserError
+from shapo.options import Group, option, positive_int, radii
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -22,37 +24,21 @@ if TYPE_CHECKING:
 SUMMARY = "loss increase against rho inside subspaces (Figure 1 of the paper)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="where sharpness.json and sharpness.png are written"
-    )
-    common.add_model_arguments(parser)
-    parser.add_argument("--reference", metavar="NAME", help="the model that training started from")
-    common.add_data_arguments(parser)
-    parser.add_argument(
-        "--subspace",
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE",
-        help="a file of `shapo select`; may be repeated",
-    )
-    parser.add_argument(
-        "--random",
-        type=int,
-        default=1,
-        metavar="N",
-        help="random controls of the first subspace, of each kind: any layer, same layers",
-    )
-    parser.add_argument("--random-seed", type=int, default=0, help="of the first control; the next ones count up")
-    parser.add_argument("--rhos", type=common.radii, default="0.01,0.03,0.1,0.3,1", help="radii in weight units")
-    parser.add_argument(
-        "--ratios", type=common.radii, default="0.003,0.01,0.03,0.1,0.3", help="radii as multiples of ||W_S||"
-    )
-    parser.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the DPO loss")
-    parser.add_argument(
-        "--batch-size", type=common.positive_int, default=16, metavar="N", help="pairs through the model at once"
-    )
-    common.add_quiet_argument(parser)
+@dataclass(frozen=True)
+class SharpnessOptions:
+    """Where and how far is measured."""
+
+    reference: str | None = option("the model that training started from", None, metavar="NAME")
+    subspace: list[str] = option("a file of `shapo select`; may be repeated", metavar="[NAME=]FILE", repeated=True)
+    random: int = option("random controls of the first subspace, of each kind: any layer, same layers", 1, metavar="N")
+    random_seed: int = option("of the first control; the next ones count up", 0)
+    rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii)
+    ratios: list[float] = option("radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii)
+    beta: float = option("inverse temperature of the DPO loss", 0.1)
+    batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
+
+
+OPTIONS = (Group(common.FolderOutput), common.MODEL, *common.DATA, Group(SharpnessOptions), common.QUIET)
 
 
 def run(arguments: argparse.Namespace) -> None:

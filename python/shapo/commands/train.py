@@ -15,10 +15,13 @@ Writes to --output: metrics.jsonl, run.json, reference.safetensors, rewards.safe
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shapo import config as settings
 from shapo.commands import common
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
+from shapo.errors import UserError
+from shapo.options import Group, given, option, positive_int, read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,96 +32,52 @@ if TYPE_CHECKING:
 SUMMARY = "preference training, plain or with ShaPO"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where everything is written")
-    common.add_model_arguments(parser, what="the model to start from, which is the reference too")
-    common.add_data_arguments(parser)
-    parser.add_argument("--eval-data", metavar="SOURCE", help="clean pairs to evaluate on, in the same format")
-    parser.add_argument("--eval-split", metavar="NAME", help="split of --eval-data on the hub")
-    parser.add_argument(
-        "--eval-limit", type=common.positive_int, metavar="N", help="evaluate on the first N of them alone"
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.0, metavar="SHARE", help="flip this share of the training labels, 0 to 1"
-    )
-    parser.add_argument("--noise-seed", type=int, default=0, help="which labels are flipped")
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """Clean pairs to evaluate on, and label noise for the others."""
 
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", default="dpo", choices=settings.LOSSES, help="formulas: docs/losses.md")
-    loss.add_argument("--beta", type=float, default=0.1, help="inverse temperature of the implicit reward")
-    loss.add_argument(
-        "--epsilon", type=float, help="cdpo, rdpo: assumed share of flipped labels, in [0, 0.5) (default: 0.1)"
-    )
-    loss.add_argument("--gamma", type=float, help="simpo: target margin (default: 0.5)")
-    loss.add_argument(
-        "--aggregation", default="mean", choices=settings.AGGREGATIONS, help="how a batch's pairs come together"
-    )
-    loss.add_argument("--beta-prime", type=float, help="drdpo: its temperature, in nats (default: 1)")
-    loss.add_argument(
-        "--reward-model", metavar="NAME", help="reward_level: a sequence-classification model, folder or hub name"
-    )
-    loss.add_argument(
-        "--reward-sign",
-        choices=("reward", "cost"),
-        help="reward_level: is a higher score better or worse (default: reward)",
-    )
-    loss.add_argument("--beta-reward", type=float, help="reward_level: scale of the reward difference (default: 10)")
-
-    shapo = parser.add_argument_group("ShaPO")
-    shapo.add_argument(
-        "--rho",
-        type=_radius,
-        metavar="RHO",
-        help="radius of the perturbation; makes the run a ShaPO run (low,high: with --norm none)",
-    )
-    shapo.add_argument(
-        "--relative-rho", action="store_true", help="--rho is a multiple of the norm of the selected weights"
-    )
-    shapo.add_argument("--subspace", metavar="FILE", help="a file of `shapo select`, or full for all parameters")
-    shapo.add_argument("--interval", type=int, help="a ShaPO update every N updates, plain ones between (default: 1)")
-    shapo.add_argument(
-        "--plain-updates", type=int, metavar="N", help="plain updates before the first ShaPO update (default: 0)"
-    )
-    shapo.add_argument(
-        "--rho-warmup", type=int, metavar="N", help="then a linear rise of rho over N updates (default: 0)"
-    )
-    shapo.add_argument(
-        "--ascent",
-        choices=settings.ASCENTS,
-        help="gradient of the selected neurons alone, or .grad (default: selective)",
-    )
-    part = shapo.add_mutually_exclusive_group()
-    part.add_argument(
-        "--ascent-fraction", type=float, help="share of a batch's pairs for the ascent, in (0, 1] (default: 1)"
-    )
-    part.add_argument(
-        "--ascent-pairs", type=int, metavar="N", help="number of a batch's pairs for the ascent (default: all)"
-    )
-    shapo.add_argument(
-        "--per-micro-batch",
-        action="store_true",
-        default=None,
-        help="a perturbation for each micro-batch, from its own ascent (default: one for the batch)",
-    )
-    shapo.add_argument(
-        "--perturbation", choices=settings.PERTURBATIONS, help="write the weights or add in the forward (default: auto)"
-    )
-    shapo.add_argument(
-        "--norm", choices=settings.NORMS, help="over all layers, layer by layer, or none (default: global)"
-    )
-
-    common.add_loop_arguments(parser, lr=5e-7, batch_size=32, clip=10.0, optimizer="rmsprop")
-    common.add_quiet_argument(parser)
+    eval_data: str | None = option("clean pairs to evaluate on, in the same format", None, metavar="SOURCE")
+    eval_split: str | None = option("split of --eval-data on the hub", None, metavar="NAME")
+    eval_limit: int | None = option("evaluate on the first N of them alone", None, parse=positive_int, metavar="N")
+    noise: float = option("flip this share of the training labels, 0 to 1", 0.0, metavar="SHARE")
+    noise_seed: int = option("which labels are flipped", 0)
 
 
-def _radius(text: str) -> float | tuple[float, float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"{text!r}, but a number, or low,high, is expected")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+@dataclass(frozen=True)
+class RewardOptions:
+    """Where the reward level takes its labels from."""
+
+    reward_model: str | None = option(
+        "a sequence-classification model, folder or hub name", None, of=("reward_level",), metavar="NAME"
+    )
+    reward_sign: str | None = option(
+        "is a higher score better or worse", None, of=("reward_level",), choices=("reward", "cost"), absent="reward"
+    )
+
+
+@dataclass(frozen=True)
+class SubspaceOption:
+    """Where weights are perturbed."""
+
+    subspace: str | None = option("a file of `shapo select`, or full for all parameters", None, metavar="FILE")
+
+
+OPTIONS = (
+    Group(common.FolderOutput),
+    Group(
+        common.ModelOptions,
+        "model",
+        helps={"model": "the model to start from, which is the reference too: a local folder or a hub name"},
+    ),
+    *common.DATA,
+    Group(HeldOutOptions),
+    Group(LossConfig, "loss"),
+    Group(RewardOptions, "loss"),
+    Group(SubspaceOption, "ShaPO"),
+    Group(ShaPOConfig, "ShaPO", given_only=True),
+    *common.loop_options(lr=5e-7, batch_size=32, clip=10.0, optimizer="rmsprop"),
+    common.QUIET,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -128,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
         raise UserError("--eval-limit and --eval-split say which part of --eval-data; give that too")
-    loop, loss, shapo = common.loop_config(arguments), _loss_config(arguments), _shapo_config(arguments)
+    loop, loss, shapo = read(LoopConfig, arguments), _loss_config(arguments), _shapo_config(arguments)
     output = common.run_folder(arguments)
 
     from shapo.data.noise import flip_labels
@@ -169,18 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"model: {output / 'model'}")
 
 
-def _loss_config(arguments: argparse.Namespace) -> settings.LossConfig:
-    from shapo.errors import UserError
-
-    config = settings.LossConfig(
-        name=arguments.loss,
-        beta=arguments.beta,
-        epsilon=arguments.epsilon,
-        gamma=arguments.gamma,
-        beta_reward=arguments.beta_reward,
-        aggregation=arguments.aggregation,
-        beta_prime=arguments.beta_prime,
-    )
+def _loss_config(arguments: argparse.Namespace) -> LossConfig:
+    config = read(LossConfig, arguments)
     if config.uses_rewards and not arguments.reward_model:
         raise UserError("--loss reward_level takes its labels from a reward model; name one with --reward-model")
     if not config.uses_rewards and (arguments.reward_model or arguments.reward_sign):
@@ -188,22 +137,15 @@ def _loss_config(arguments: argparse.Namespace) -> settings.LossConfig:
     return config
 
 
-def _shapo_config(arguments: argparse.Namespace) -> settings.ShaPOConfig | None:
-    from shapo.errors import UserError
-
-    names = (
-        *("interval", "plain_updates", "rho_warmup", "ascent", "ascent_fraction", "ascent_pairs", "per_micro_batch"),
-        *("perturbation", "norm"),
-    )
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+def _shapo_config(arguments: argparse.Namespace) -> ShaPOConfig | None:
     if arguments.rho is None:
-        useless = [*given, *(name for name in ("subspace", "relative_rho") if getattr(arguments, name))]
+        useless = given(ShaPOConfig, arguments) + given(SubspaceOption, arguments)
         if useless:
-            raise UserError(f"--{useless[0].replace('_', '-')} is an option of ShaPO; give the radius with --rho too")
+            raise UserError(f"{useless[0]} is an option of ShaPO; give the radius with --rho too")
         return None
     if not arguments.subspace:
         raise UserError("--rho needs --subspace: a file of `shapo select`, or full for all parameters")
-    return settings.ShaPOConfig(rho=arguments.rho, relative=arguments.relative_rho, **given)
+    return read(ShaPOConfig, arguments)
 
 
 def _rewards(arguments: argparse.Namespace, pairs: list[PreferencePair], output: Path) -> PairRewards:

@@ -2,65 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from shapo.ascents import AscentPart, Rho, RhoSchedule
+from shapo.config import UpdateOptions
+from shapo.options import declared, option
 from shapo_kernels import ShaPOOptimizer, Subspace
-
-_OF_THE_OPTIMIZER = ("subspace", "rho", "relative", "interval", "ascent", "perturbation", "norm", "sync")
 
 
 @dataclass(frozen=True)
-class ShaPOArguments:
-    """Options of the perturbation.
+class ShaPOArguments(UpdateOptions):
+    """Options of the perturbation: subspace, `rho`, and those of :class:`shapo.config.UpdateOptions`.
 
-    The first ones are those of :class:`shapo_kernels.ShaPOOptimizer`, under the same names; a trainer that is given a
-    ready ``ShaPOOptimizer`` takes the others alone.
-
-    Attributes:
-        subspace: the selected neurons.
-        rho: the radius.
-        relative, interval, ascent, perturbation, norm, sync: as the optimizer takes them.
-        ascent_fraction, ascent_pairs: the share, or the number, of the pairs (or rows) of an update on each rank that
-            the ascent looks at; drawn with ``seed``. See :class:`shapo.ascents.AscentPart`.
-        per_micro_batch: each micro-batch has an ascent and a perturbation of its own (m-sharpness).
-        plain_updates: how many updates are plain at the start: a warm start.
-        rho_warmup: over how many updates after those the radius rises linearly.
-        seed: of the rows of a partial ascent, and of the draws from a range of radii.
+    A trainer that is given a ready :class:`shapo_kernels.ShaPOOptimizer` takes only the options that are not the
+    optimizer's: ``ascent_fraction``, ``ascent_pairs``, ``per_micro_batch``, ``plain_updates``, ``rho_warmup``,
+    ``seed``. A partial ascent draws from the pairs (or rows) of an update on each rank.
 
     Raises:
         ValueError: an option out of range.
     """
 
-    subspace: Subspace | None = None
-    rho: Rho | None = None
-    relative: bool = False
-    interval: int = 1
-    ascent: str = "selective"
-    perturbation: str = "auto"
-    norm: str = "global"
-    sync: bool = True
-    ascent_fraction: float = 1.0
-    ascent_pairs: int | None = None
-    per_micro_batch: bool = False
-    plain_updates: int = 0
-    rho_warmup: int = 0
-    seed: int = 0
+    subspace: Subspace | None = option("the selected neurons", None, optimizers=True)
+    sync: bool = option("average the direction over the ranks", True, optimizers=True, kw_only=True)
+    seed: int = option("of the rows of a partial ascent, and of the draws from a range of radii", 0, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.part()
+        self.part(self.seed)
         self.schedule(0.0)
-
-    def part(self) -> AscentPart:
-        """What ascents look at."""
-        return AscentPart(self.ascent_fraction, self.ascent_pairs, self.seed)
-
-    def schedule(self, rho: Rho) -> RhoSchedule:
-        """The radius of every update, ``rho`` in the end."""
-        return RhoSchedule(rho, self.plain_updates, self.rho_warmup)
 
     def require_an_optimizers_options(self) -> None:
         """Refuse to wrap an optimizer without knowing where and how far.
@@ -81,8 +50,8 @@ class ShaPOArguments:
         Raises:
             ValueError: an option of the optimizer is given.
         """
-        defaults = {field.name: field.default for field in fields(self)}
-        given = [name for name in _OF_THE_OPTIMIZER if getattr(self, name) != defaults[name]]
+        own = [field for field, told in declared(type(self)).values() if told.optimizers]
+        given = [field.name for field in own if getattr(self, field.name) != field.default]
         if given:
             raise ValueError(
                 f"optimizers has a ShaPOOptimizer, which has its own {', '.join(given)}: "
@@ -92,5 +61,4 @@ class ShaPOArguments:
     def wrap(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> ShaPOOptimizer:
         """The optimizer that these options describe, around ``base``."""
         self.require_an_optimizers_options()
-        options: dict[str, Any] = {name: getattr(self, name) for name in _OF_THE_OPTIMIZER}
-        return ShaPOOptimizer(base, model, seed=self.seed, **options)
+        return ShaPOOptimizer(base, model, seed=self.seed, **self.for_optimizer())

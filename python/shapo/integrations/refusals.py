@@ -61,7 +61,7 @@ def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
             "makes adapters' reentrant under ZeRO-3), or ascent='grad'"
         )
     micro_batches = 1 if shapo.per_micro_batch else arguments.gradient_accumulation_steps
-    shapo.part().require_at_most(arguments.per_device_train_batch_size * micro_batches)
+    shapo.part(shapo.seed).require_at_most(arguments.per_device_train_batch_size * micro_batches)
 
 
 def _asks_reference_once(kinds: Sequence[type]) -> bool:

@@ -64,7 +64,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         self._gaps: list[Tensor] = []
         super().__init__(*args, **kwargs)
         refuse_trainer(self, self.shapo)
-        self._part = self.shapo.part()
+        self._part = self.shapo.part(self.shapo.seed)
         self._cutter = None if self._part.is_whole else Cutter(self)
         self.add_callback(_RestoreBeforeAnEpochEnds(self))
 

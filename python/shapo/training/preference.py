@@ -106,18 +106,7 @@ def train_preferences(
     base = make_optimizer(model.parameters(), loop)
     optimizer: Any = base
     if shapo is not None and subspace is not None:
-        optimizer = ShaPOOptimizer(
-            base,
-            model,
-            subspace,
-            rho=shapo.rho,
-            relative=shapo.relative,
-            interval=shapo.interval,
-            ascent=shapo.ascent,
-            perturbation=shapo.perturbation,
-            norm=shapo.norm,
-            seed=loop.seed,
-        )
+        optimizer = ShaPOOptimizer(base, model, subspace, seed=loop.seed, **shapo.for_optimizer())
         if loop.fused_head == "on":
             find_fused_head(model, "on")  # a perturbed head cannot be left out
     scheduler = make_scheduler(optimizer, loop, loop.total_updates(len(data)))
@@ -174,7 +163,7 @@ class _Update:
         self._device = next(self.model.parameters()).device
         self._objective = make_loss(self.loss)
         if self.shapo is not None:
-            self._part, self._schedule = self.shapo.part(self.loop.seed), self.shapo.schedule()
+            self._part, self._schedule = self.shapo.part(self.loop.seed), self.shapo.schedule(self.shapo.rho or 0.0)
 
     def __call__(self, indices: list[int]) -> dict[str, Any]:
         micro_batches = split(indices, self.loop.micro_batch_size)

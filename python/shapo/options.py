@@ -1,0 +1,190 @@
+"""Options as fields of dataclasses: each name, default and help text stands once.
+
+A field made by `option` carries its help, its choices and how a text is read. `add` makes a command line of such
+dataclasses, `read` makes a dataclass of what was parsed. Nothing here imports torch, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar
+
+Table = TypeVar("Table")
+
+_KEY = "shapo.option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field tells besides its name and its default.
+
+    Attributes:
+        help: One line.
+        of: Which choices of another option use this one (losses, methods); they stand before the help.
+        parse: Makes the value of a text; raises `argparse.ArgumentTypeError` or `ValueError`.
+        choices: The allowed values, where there are few.
+        metavar: What stands for the value in the help.
+        flag: The option's name where it is not the field's, with underscores.
+        absent: What a default of None means, as text for the help.
+        repeated: The option may be given several times; the value is a list.
+        alone: Options of one command with the same `alone` exclude each other.
+        positional: The value stands by itself, without the option's name.
+        optimizers: The value is a keyword argument of `shapo_kernels.ShaPOOptimizer`, under the field's name.
+    """
+
+    help: str
+    of: tuple[str, ...] = ()
+    parse: Callable[[str], Any] = str
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    flag: str | None = None
+    absent: str | None = None
+    repeated: bool = False
+    alone: str | None = None
+    positional: bool = False
+    optimizers: bool = False
+
+
+def option(help: str, default: Any = MISSING, *, kw_only: bool = False, **more: Any) -> Any:
+    """A dataclass field that is an option; without a default it is required. `more`: see `Option`."""
+    if "parse" not in more and isinstance(default, (int, float)):
+        more["parse"] = type(default)
+    given: dict[str, Any] = {"default_factory": list} if more.get("repeated") else {"default": default}
+    return dataclasses.field(**given, kw_only=kw_only, metadata={_KEY: Option(help, **more)})
+
+
+@dataclass(frozen=True)
+class Group:
+    """The options of one dataclass on a command line.
+
+    Attributes:
+        table: The dataclass.
+        title: Heading in the help; without one the options stand among the command's own.
+        defaults: A command's own defaults, by field.
+        helps: A command's own help texts, by field.
+        optional: Nothing of it is required: what is not given is None.
+        given_only: What is not given is None, whatever the default, so that a command can tell what was asked for.
+    """
+
+    table: type
+    title: str | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    helps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optional: bool = False
+    given_only: bool = False
+
+
+def declared(table: type) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
+    """Name on the command line, with underscores -> the field and its option."""
+    found = [(field, field.metadata[_KEY]) for field in dataclasses.fields(table) if _KEY in field.metadata]
+    return {told.flag or field.name: (field, told) for field, told in found}
+
+
+def add(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> None:
+    """Adds the options of `groups` to a parser, in their order."""
+    titled: dict[str, Any] = {}
+    exclusive: dict[str, Any] = {}
+    for group in groups:
+        if group.title is not None and group.title not in titled:
+            titled[group.title] = parser.add_argument_group(group.title)
+        target = parser if group.title is None else titled[group.title]
+        for name, (field, told) in declared(group.table).items():
+            place = target
+            if told.alone is not None:
+                if told.alone not in exclusive:
+                    exclusive[told.alone] = target.add_mutually_exclusive_group()
+                place = exclusive[told.alone]
+            given = (name,) if told.positional else (typed(name),)
+            place.add_argument(*given, **_argument(group, field, told))
+
+
+def read(table: type[Table], parsed: argparse.Namespace, **more: Any) -> Table:
+    """The dataclass of what was parsed; what is None there keeps its default. `more` are further fields.
+
+    Raises:
+        UserError: From the dataclass, for a value that cannot be meant.
+    """
+    values = {field.name: getattr(parsed, name, None) for name, (field, _) in declared(table).items()}
+    return table(**{name: value for name, value in values.items() if value is not None}, **more)
+
+
+def given(table: type, parsed: argparse.Namespace) -> list[str]:
+    """The options of a `given_only` group that were given, as they are typed."""
+    return [typed(name) for name in declared(table) if getattr(parsed, name, None) is not None]
+
+
+def typed(name: str) -> str:
+    """An option's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, but a whole number of at least 1 is expected")
+    return value
+
+
+def radii(text: str) -> list[float]:
+    """Finite numbers above 0, separated by commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}, but numbers above 0 separated by commas are expected")
+    return values
+
+
+def radius(text: str) -> float | tuple[float, float]:
+    """A number, or two as ``low,high``."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r}, but a number, or low,high, is expected")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _argument(group: Group, field: dataclasses.Field[Any], told: Option) -> dict[str, Any]:
+    default = group.defaults.get(field.name, field.default)
+    shown = told.absent if default is None else _shown(default)
+    help = "".join([", ".join(told.of), ": " if told.of else "", group.helps.get(field.name, told.help)])
+    if shown is not None:
+        help += f" (default: {shown})"
+    if told.repeated:
+        return {
+            "help": help,
+            "metavar": told.metavar,
+            "type": told.parse,
+            "action": "append",
+            "default": None if group.given_only else [],
+        }
+    if default is False:
+        return {"help": help, "action": "store_true", "default": None if group.given_only else False}
+    argument: dict[str, Any] = {"help": help, "metavar": told.metavar, "type": told.parse}
+    if told.choices:
+        argument["choices"] = told.choices
+    if told.positional:
+        return argument
+    if default is MISSING:
+        return {**argument, "required": not group.optional}
+    return {**argument, "default": None if group.given_only else default}
+
+
+def _shown(value: Any) -> str | None:
+    """A default as it is typed; None where nothing is to be shown."""
+    if value is MISSING or value is False:
+        return None
+    if isinstance(value, (list, tuple)):
+        return ",".join(f"{item:g}" for item in value) if value else None
+    return f"{value:g}" if isinstance(value, float) else str(value)
