@@ -22,6 +22,7 @@ from shapo.evaluation import (
     win_rate,
 )
 from shapo.scoring.logps import PairLogps
+from shapo.storage.files import json_line
 
 
 def logps(chosen, rejected, chosen_tokens=None, rejected_tokens=None):
@@ -114,6 +115,16 @@ def test_prompts_that_share_an_id_are_refused(tiny_llama, tiny_encoder, tmp_path
     with pytest.raises(UserError, match="same id"):
         generate_answers(tiny_llama, tiny_encoder, [PROMPTS[0]] * 2, tmp_path / "a.jsonl", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_line_separators_of_unicode_inside_an_answer_end_no_line_of_the_verdicts(tmp_path):
+    from shapo.cli import main
+
+    answers = ["a\u2028b", "c\u2029d\x85e\x0b", "f"]
+    rows = [json_line({"answer": text, "verdict": "safe"}) for text in answers]
+    (tmp_path / "v.jsonl").write_text("".join(rows), encoding="utf-8")
+    assert main(["evaluate", "--verdicts", str(tmp_path / "v.jsonl"), "--output", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["attack_success"]["safe"] == 3
 
 
 def test_attack_success_is_bounded_by_what_unparsed_verdicts_may_be():

@@ -182,7 +182,9 @@ def _percent(share: dict[str, float]) -> str:
 
 def _column_rows(path: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON string may hold U+2028 and its like, which end no line of a JSONL file.
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     rows = []

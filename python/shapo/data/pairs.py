@@ -24,6 +24,7 @@ __all__ = [
     "PairSet",
     "PreferencePair",
     "PromptSet",
+    "is_transcript",
     "parse_transcript",
     "render_response",
     "render_transcript",
@@ -151,6 +152,11 @@ def render_transcript(messages: Sequence[Mapping[str, str]]) -> str:
 def render_response(text: str) -> str:
     """The response as it follows the assistant marker: one leading space."""
     return f" {text.lstrip(' ')}"
+
+
+def is_transcript(text: str) -> bool:
+    """Whether `text` is a prompt in the form of `render_transcript`: turns from the first character, an answer due."""
+    return _ANY_MARKER.match(text) is not None and text.endswith(ASSISTANT_MARKER)
 
 
 def parse_transcript(prompt: str) -> list[dict[str, str]]:

@@ -45,9 +45,13 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None 
         return iter(source), "memory"
     name = os.fspath(source)
     path = Path(os.path.expanduser(name))  # which leaves ~nobody as it is
-    if path.is_dir():
-        path = _split_file(path, split or _DEFAULT_SPLIT)
-    elif path.exists():
+    with _readable(path):
+        is_folder, exists = path.is_dir(), path.exists()
+        if is_folder:
+            path = _split_file(path, split or _DEFAULT_SPLIT)
+    if is_folder:
+        pass
+    elif exists:
         _no_split(name, split)
     elif _looks_local(name) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"no such file: {name}")
@@ -125,6 +129,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
             raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from error
         except RecursionError as error:
             raise UserError(f"{path}: JSON of too many levels; expected an array of objects") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise UserError(f"{path}: JSON that Python does not read ({error})") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

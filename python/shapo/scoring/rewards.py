@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from shapo.data.chat import ChatTemplate
 from shapo.data.pairs import PreferencePair, parse_transcript
 from shapo.errors import UserError
 from shapo.models.modes import evaluating
@@ -28,10 +29,22 @@ SIGNS = ("reward", "cost")
 
 @dataclass(frozen=True)
 class PairRewards:
-    """Rewards (higher is better) of the two responses of each pair, each `[N]` fp32 on the CPU."""
+    """Rewards (higher is better) of the two responses of each pair, each `[N]` fp32 on the CPU.
+
+    Raises:
+        UserError: A reward is NaN or infinite.
+    """
 
     chosen: Tensor
     rejected: Tensor
+
+    def __post_init__(self) -> None:
+        broken = (~(self.chosen.isfinite() & self.rejected.isfinite())).nonzero()[:, 0]
+        if len(broken):
+            raise UserError(
+                f"the rewards of {len(broken)} of {len(self.chosen)} pairs are NaN or infinite, first of pair "
+                f"{int(broken[0]) + 1}; look at the reward model and at that pair"
+            )
 
     def __getitem__(self, indices: Sequence[int]) -> PairRewards:
         index = torch.as_tensor(indices, dtype=torch.int64)
@@ -58,7 +71,7 @@ class RewardScorer:
         batch_size: Responses at once.
 
     Raises:
-        UserError: The model does not give one score, or the tokenizer has no padding token.
+        UserError: The model does not give one score, the tokenizer has no padding token, or its chat template fails.
     """
 
     def __init__(
@@ -86,6 +99,7 @@ class RewardScorer:
             config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.pad_token_id = model, tokenizer, int(config.pad_token_id)
         self.sign, self.max_length, self.batch_size = sign, max_length, batch_size
+        self._chat = ChatTemplate(tokenizer, eos=True) if getattr(tokenizer, "chat_template", None) else None
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[str], *, progress: bool = True) -> Tensor:
@@ -108,9 +122,8 @@ class RewardScorer:
 
     def encode(self, prompt: str, response: str) -> list[int]:
         """Token ids in the reward model's own form: its chat template, or plain text between its BOS and its EOS."""
-        if getattr(self.tokenizer, "chat_template", None):
-            messages = [*parse_transcript(prompt), {"role": "assistant", "content": response.strip()}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if self._chat is not None:
+            (text,) = self._chat.turn(parse_transcript(prompt), [response.strip()]).answered
             return self._fit(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = list(self.tokenizer(prompt + response)["input_ids"])
         eos = self.tokenizer.eos_token_id
@@ -150,7 +163,9 @@ class RewardScorer:
 def load_reward_scorer(
     name: str, *, sign: Literal["reward", "cost"], device: torch.device, **options: Any
 ) -> RewardScorer:
-    """A scorer from a local folder or a hub name.
+    """A scorer from a local folder or a hub name, computed in fp32 whatever the checkpoint's type.
+
+    In bf16 a score of 10 is a multiple of 1/16, so the difference of two scores may lose its sign.
 
     Raises:
         UserError: The model or its tokenizer cannot be loaded, or it is no reward model.
@@ -158,7 +173,7 @@ def load_reward_scorer(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the reward model {name}: {str(error).strip().splitlines()[0]}") from error

@@ -162,6 +162,7 @@ class _Update:
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
         self._objective = make_loss(self.loss)
+        self._was_finite = False
         if self.shapo is not None:
             self._part, self._schedule = self.shapo.part(self.loop.seed), self.shapo.schedule(self.shapo.rho or 0.0)
 
@@ -180,7 +181,13 @@ class _Update:
             self._run(micro_batches, Tensor.backward, descent, pairs=len(indices))
         loss = self._aggregate(descent, indices)
         if not math.isfinite(loss):
+            # Tokens and rewards are numbers by now, so what is left is the model before and the updates after.
+            if not self._was_finite:
+                raise UserError(
+                    f"the first loss is {loss}, before any update: look at the model's weights, they give it"
+                )
             raise UserError(f"the loss is {loss}: training has diverged; lower the learning rate or rho")
+        self._was_finite = True
         norm = clip_gradients(self.model.parameters(), self.loop.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,11 @@ RENDERED = ("\n\nHuman: q\n\nAssistant:", " good", " bad")
         ({"prompt": "The sky", "chosen": " is blue", "rejected": " is mad"}, ("The sky", " is blue", " is mad")),
         ({"chosen": "The sky is blue", "rejected": "The sky is black"}, ("The sky is", " blue", " black")),
         ({"chosen": "The sky is", "rejected": "The sky is black"}, ("The sky", " is", " is black")),
-        ({"prompt": "Q:", "chosen": "Q: good", "rejected": "Q: bad"}, ("Q:", " good", " bad")),
+        ({"prompt": "I", "chosen": "I agree.", "rejected": "I do not."}, ("I", "I agree.", "I do not.")),
+        (
+            {"prompt": RENDERED[0], "chosen": RENDERED[0] + " good", "rejected": RENDERED[0] + " bad"},
+            RENDERED,
+        ),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, RENDERED),
         ({"prompt": [USER], "chosen": "good", "rejected": "bad"}, RENDERED),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, RENDERED),
@@ -137,7 +142,8 @@ RENDERED = ("\n\nHuman: q\n\nAssistant:", " good", " bad")
         "text",
         "implicit",
         "one-is-prefix",
-        "repeated",
+        "begins-like-its-prompt",
+        "transcript-repeated",
         "messages",
         "mixed",
         "implicit-messages",
@@ -232,6 +238,27 @@ def test_prompt_sets_are_recognised(
     assert (found[0].category, found[0].identifier) == (category, identifier)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ([USER, GOOD], "whose last turn is not the user's"),
+        ([], "whose last turn is not the user's"),
+        (math.nan, "with an empty prompt"),
+        (5, "with a prompt that is neither text nor messages"),
+        ([{"role": "user", "content": None}], "with content that is not text"),
+    ],
+)
+def test_one_bad_prompt_is_counted(prompt: Any, reason: str) -> None:
+    found = load_prompts([{"prompt": prompt}, {"prompt": "a", "category": math.nan, "id": math.nan}])
+    assert found.dropped == {reason: 1}
+    assert [(one.category, one.identifier) for one in found] == [("", "1")]
+
+
+def test_prompts_are_messages_or_transcripts_too() -> None:
+    expected = "\n\nHuman: q\n\nAssistant:"
+    assert [one.prompt for one in load_prompts([{"prompt": [USER]}, {"prompt": expected}])] == [expected, expected]
+
+
 def test_empty_prompts_are_counted_and_identifiers_keep_their_row() -> None:
     found = load_prompts([{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}])
     assert [prompt.identifier for prompt in found] == ["0", "2"]
@@ -259,9 +286,10 @@ def test_limit_stops_after_that_many_pairs() -> None:
         ({"source": [{"chosen": "a b", "rejected": "a c"}], "preference": "better"}, "is for the format pku"),
         ({"source": [OLD_PKU | {"response_0": "No."}]}, "no usable pair: 0 pairs from memory .left out: 1 with equal"),
         ({"source": []}, "memory is empty"),
-        ({"source": [OLD_PKU | {"is_response_0_safe": "perhaps"}]}, "memory, row 1: a safety flag is 'perhaps'"),
-        ({"source": [{"chosen": [{"x": 1}], "rejected": []}]}, "memory, row 1: not a row of the format trl"),
-        ({"source": [OLD_PKU, {"prompt": "x"}]}, "memory, row 2: the rows have no column safer_response_id"),
+        (
+            {"source": [{"prompt": "x", "response_0": "a", "response_1": "b", "better_response_id": 0}]},
+            "no usable pair",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) -> None:

@@ -74,6 +74,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "quote.csv": (b'a,b\n1,"2\n', "broken CSV after line 1"),
     "broken.parquet": (b"PAR1xx", "is not a readable parquet file"),
     "deep.jsonl": (b'{"a": ' + 100_000 * b"[", "line 1: JSON that Python does not read"),
+    "digits.json": (b'[{"a": ' + 5000 * b"9" + b"}]", "JSON that Python does not read"),
     "deep.json": (100_000 * b"[", "JSON of too many levels"),
     "digits.jsonl": (b'{"a": ' + 5_000 * b"1" + b"}", "line 1: JSON that Python does not read"),
     "text.txt": (b"x", "cannot read this type of file; expected one of .jsonl"),
@@ -97,6 +98,11 @@ def test_a_broken_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_one_clear_line(name: str) -> None:
     with pytest.raises(UserError, match="no such file: "):
         read_rows(name)
+
+
+def test_a_name_that_is_too_long_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"^cannot read .*: File name too long$"):
+        read_rows("/tmp/" + "x" * 5000 + ".jsonl")
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:

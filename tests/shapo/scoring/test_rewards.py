@@ -88,6 +88,37 @@ def test_agreement_counts_a_tie_as_half():
     assert PairRewards(torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 2.0, 1.0])).agreement() == 0.375
 
 
+def test_a_checkpoint_in_bf16_is_asked_in_fp32(reward_model, tiny_tokenizer, pairs, tmp_path):
+    import copy
+
+    halved = copy.deepcopy(reward_model).to(torch.bfloat16)
+    halved.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    scorer = load_reward_scorer(str(tmp_path), sign="reward", device=torch.device("cpu"))
+    exact = RewardScorer(halved.double(), tiny_tokenizer).score_pairs(pairs, progress=False)
+    found = scorer.score_pairs(pairs, progress=False)
+    torch.testing.assert_close(found.chosen - found.rejected, exact.chosen - exact.rejected, rtol=0, atol=1e-5)
+
+
+def test_rewards_that_are_no_numbers_are_refused_by_the_pair(reward_model, tiny_tokenizer, pairs):
+    with pytest.raises(UserError, match="the rewards of 1 of 3 pairs are NaN or infinite, first of pair 2"):
+        PairRewards(torch.tensor([1.0, float("nan"), 2.0]), torch.zeros(3))
+    with torch.no_grad():
+        reward_model.score.weight.fill_(float("inf"))
+    with pytest.raises(UserError, match="of 4 pairs are NaN or infinite"):
+        RewardScorer(reward_model, tiny_tokenizer).score_pairs(pairs[:4], progress=False)
+
+
+def test_a_chat_template_that_refuses_a_conversation_is_one_line(reward_model, plain_tokenizer, pairs):
+    plain_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if messages | length > 2 %}{{ raise_exception('no') }}"
+        "{% endif %}"
+    )
+    scorer = RewardScorer(reward_model, plain_tokenizer)
+    with pytest.raises(UserError, match="the chat template refuses a conversation: no"):
+        scorer.encode("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d")
+
+
 def test_a_model_with_several_labels_is_no_reward_model(reward_model, tiny_tokenizer):
     reward_model.config.num_labels = 2
     with pytest.raises(UserError, match="gives 2 scores"):

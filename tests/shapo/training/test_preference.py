@@ -230,11 +230,16 @@ def test_partial_batches_are_kept(tiny_llama, pairs, tmp_path):
     assert summary["updates"] == 2 * 3
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tiny_llama, pairs, tmp_path):
+def test_a_model_of_nan_is_not_blamed_on_the_learning_rate(tiny_llama, pairs, tmp_path):
     with torch.no_grad():
         tiny_llama.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the first loss is nan, before any update: look at the model's weights"):
         train(tiny_llama, pairs, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_later_ends_the_run_with_one_line(tiny_llama, pairs, tmp_path):
+    with pytest.raises(UserError, match="the loss is nan: training has diverged; lower the learning rate or rho"):
+        train(tiny_llama, pairs, tmp_path, loop=LoopConfig(updates=3, batch_size=6, lr=1e30, warmup=0))
 
 
 @pytest.mark.parametrize(
