@@ -299,9 +299,10 @@ def test_a_judges_verdicts_are_counted_without_a_model(shapo, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"first": "a", "second": "a"}\n')
     code, out, _ = shapo("evaluate", "--verdicts", "v.jsonl", "--comparisons", "c.jsonl", "--output", "e.json")
     assert code == 0
-    assert "attack success 33.3 to 66.7 % (1 of 3 unparsed" in out
+    assert "attack success, v, by unnamed: 33.3 to 66.7 % (1 of 3 unreadable" in out
+    assert "over-refusal: not measured" in out
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["attack_success"]["unparsed"] == 1
+    assert result["attack_success"]["v"]["unreadable"] == 1
     assert result["win_rate"]["value"] == 1.0
 
 

@@ -1,15 +1,20 @@
-"""Measures a model on preference pairs, writes answers for a judge, or counts a judge's verdicts; one or several of
-these at once.
+"""Measures a model on preference pairs, writes its answers for a judge, counts judges' verdicts, or runs lm-eval's
+tasks; one or several of these at once.
 
 Pairs (--data): preference accuracy with a 95 % Wilson interval, DPO loss and margin, by category, against --reference
 (without one, by mean log-probability per token).
 
-Answers (--prompts): one answer a prompt as JSONL (id, category, prompt, answer) in the order of the prompts, each from
-a random state of its own.  No verdict is made here: a judge reads the file.
+Answers (--prompts): one answer a prompt as JSONL, in the order of the prompts. Temperature 0 is the argmax whatever
+the model's generation_config stores; a sampled answer has a random state of its own, made of --seed and the prompt's
+id. A stopped run goes on from --answers.part. The verdicts are `shapo judge`'s.
 
-Verdicts (--verdicts): a judge's JSONL with a column `verdict` of "safe" or "unsafe"; anything else is unparsed, and the
-attack success rate is bounded from below and above by what those may be.  --comparisons: a judge's JSONL with `first`
-and `second`, the winner ("a", "b", "tie") with A's answer first and with B's first.
+Verdicts (--verdicts FILE, once a benchmark): attack success of each benchmark and category, bounded from both sides
+by the verdicts that could not be read, with a 95 % interval. --benign: over-refusal, from verdicts on benign prompts'
+answers. --second-judge: Cohen's kappa with another judge's verdicts on the same answers. --against: the paired
+difference to another model's verdicts. --comparisons: a judge's JSONL with `first` and `second`, the winner ("a",
+"b", "tie") with A's answer first and with B's first.
+
+What alignment costs elsewhere (--lm-eval truthfulqa_mc2,...): tasks of the optional package lm-eval on the model.
 
 Writes --output, a JSON file, and --answers.
 """
@@ -17,9 +22,8 @@ Writes --output, a JSON file, and --answers.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from shapo.commands import common
 from shapo.errors import UserError
 from shapo.options import Group, option, positive_int
 
-SUMMARY = "preference accuracy, answers for a judge, attack success from its verdicts"
+SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class PairOptions:
 
     reference: str | None = option("the model that training started from", None, metavar="NAME")
     beta: float = option("inverse temperature of the DPO loss", 0.1)
-    batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
+    batch_size: int = option("pairs or prompts through the model at once", 16, parse=positive_int, metavar="N")
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,29 @@ class AnswerOptions:
     max_new_tokens: int = option("of an answer", 128, parse=positive_int, metavar="TOKENS")
     temperature: float = option("0 is greedy", 0.0)
     seed: int = option("of sampling; each prompt's state is made of it and the prompt's id", 0)
+    engine: str = option("what decodes: transformers, or vLLM (a GPU)", "hf", choices=("hf", "vllm"))
 
 
 @dataclass(frozen=True)
 class VerdictOptions:
-    """Files of a judge."""
+    """Files of judges."""
 
-    verdicts: str | None = option("a judge's JSONL with a column verdict", None, metavar="FILE")
+    verdicts: list[str] = option("verdicts on a benchmark of harmful prompts", metavar="FILE", repeated=True)
+    benign: str | None = option("verdicts on benign prompts: over-refusal", None, metavar="FILE")
+    second_judge: str | None = option("another judge's verdicts on the first file's answers", None, metavar="FILE")
+    against: str | None = option("another model's verdicts on the first file's prompts", None, metavar="FILE")
     comparisons: str | None = option("a judge's JSONL with columns first and second", None, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """Tasks of lm-eval."""
+
+    lm_eval: str | None = option("names with commas between: truthfulqa_mc2,hellaswag ...", None, metavar="TASKS")
+    lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER")
+    lm_eval_limit: int | None = option(
+        "the first N cases of each task", None, parse=positive_int, metavar="N", absent="all"
+    )
 
 
 OPTIONS = (
@@ -71,6 +90,7 @@ OPTIONS = (
     Group(PairOptions),
     Group(AnswerOptions, "answers"),
     Group(VerdictOptions, "verdicts"),
+    Group(HarnessOptions, "lm-eval"),
     common.QUIET,
 )
 
@@ -82,30 +102,36 @@ def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.output)
     if arguments.answers:
         require_writable(arguments.answers)
-    verdicts = _column_rows(arguments.verdicts, ("verdict",)) if arguments.verdicts else None
-    comparisons = _column_rows(arguments.comparisons, ("first", "second")) if arguments.comparisons else None
     result: dict[str, Any] = {"arguments": vars(arguments)}
-    if arguments.data or arguments.prompts:
+    # The files first: a mistake in them is found before a model has worked for an hour.
+    if arguments.verdicts or arguments.benign:
+        result |= _verdicts(arguments)
+    if arguments.comparisons:
+        result |= _comparisons(arguments.comparisons)
+    if arguments.data or arguments.prompts or arguments.lm_eval:
         result |= _with_model(arguments)
-    if verdicts is not None or comparisons is not None:
-        result |= _judged(verdicts, comparisons)
     write_json(arguments.output, result)
     print(f"written: {arguments.output}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if not (arguments.data or arguments.prompts or arguments.verdicts or arguments.comparisons):
-        raise UserError("nothing to evaluate; give --data, --prompts, --verdicts or --comparisons")
-    if (arguments.data or arguments.prompts) and not arguments.model:
-        raise UserError("--data and --prompts need a model; name one with --model")
-    if arguments.model and not (arguments.data or arguments.prompts):
-        raise UserError("--model is asked for --data or --prompts; give one of them, or leave the model out")
+    on_model = arguments.data or arguments.prompts or arguments.lm_eval
+    if not (on_model or arguments.verdicts or arguments.benign or arguments.comparisons):
+        raise UserError("nothing to evaluate; give --data, --prompts, --verdicts, --benign, --comparisons or --lm-eval")
+    if on_model and not arguments.model:
+        raise UserError("--data, --prompts and --lm-eval need a model; name one with --model")
+    if arguments.model and not on_model:
+        raise UserError("--model is asked for --data, --prompts or --lm-eval; give one of them, or leave the model out")
     if arguments.reference and not arguments.data:
         raise UserError("--reference is what the model is compared with on --data; give that too")
     if arguments.answers and Path(arguments.answers).absolute() == Path(arguments.output).absolute():
         raise UserError("--answers and --output name the same file; the answers need one of their own")
     if bool(arguments.prompts) != bool(arguments.answers):
         raise UserError("--prompts and --answers go together: what to answer, and where to write it")
+    if (arguments.second_judge or arguments.against) and not arguments.verdicts:
+        raise UserError("--second-judge and --against are compared with --verdicts; give that too")
+    if (arguments.lm_eval_path or arguments.lm_eval_limit) and not arguments.lm_eval:
+        raise UserError("--lm-eval-path and --lm-eval-limit say how --lm-eval works; give that too")
     if not 0 <= arguments.temperature < math.inf:
         raise UserError(f"the temperature is {arguments.temperature}, but a finite value of at least 0 is expected")
     if not arguments.beta > 0:
@@ -114,9 +140,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
     from shapo.data.formats import load_prompts
-    from shapo.evaluation import generate_answers, preference_metrics
     from shapo.models.loading import load_tokenizer
-    from shapo.scoring.logps import TokenizedPairs, compute_logps
     from shapo.versions import versions
 
     prompts = None
@@ -125,75 +149,115 @@ def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:
         print(prompts.summary())
     pairs = common.load_data(arguments) if arguments.data else None
     model = common.load_model(arguments.model, arguments)
-    encoder = common.make_encoder(arguments, load_tokenizer(arguments.model), model)
+    tokenizer = load_tokenizer(arguments.model)
+    encoder = common.make_encoder(arguments, tokenizer, model)
     result: dict[str, Any] = {"versions": versions()}
     if pairs is not None:
-        data = TokenizedPairs(pairs, encoder)
-        options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
-        policy = compute_logps(model, data, description="model", **options)
-        reference = None
-        if arguments.reference:
-            judge = common.load_model(arguments.reference, arguments)
-            reference = compute_logps(judge, data, description="reference", **options)
-        metrics = preference_metrics(policy, reference, data.pairs, beta=arguments.beta)
-        result["preferences"] = metrics
-        accuracy = metrics["accuracy"]
-        print(
-            f"preference accuracy {_percent(accuracy)}, loss {metrics['loss']:.4f}, "
-            f"margin {metrics['margin']:+.3f}, {accuracy['n']} pairs"
-        )
+        result["preferences"] = _preferences(arguments, model, encoder, pairs)
     if prompts is not None:
-        generate_answers(
-            model,
-            encoder,
-            prompts,
-            arguments.answers,
-            seed=arguments.seed,
-            temperature=arguments.temperature,
-            max_new_tokens=arguments.max_new_tokens,
-            progress=not arguments.quiet,
-        )
+        _write_answers(arguments, model, encoder, prompts)
         print(f"answers: {arguments.answers}")
-    return result
+    if arguments.lm_eval:
+        from shapo.harnesses.lm_eval import run_tasks
 
-
-def _judged(verdicts: list[tuple[Any, ...]] | None, comparisons: list[tuple[Any, ...]] | None) -> dict[str, Any]:
-    from shapo.evaluation import attack_success, win_rate
-
-    result: dict[str, Any] = {}
-    if verdicts is not None:
-        success = attack_success([row[0] for row in verdicts])
-        result["attack_success"] = asdict(success)
-        print(
-            f"attack success {100 * success.low:.1f} to {100 * success.high:.1f} % "
-            f"({success.unparsed} of {success.n} unparsed; "
-            f"95 %: {100 * success.interval_low:.1f} to {100 * success.interval_high:.1f})"
+        tasks = [name.strip() for name in arguments.lm_eval.split(",") if name.strip()]
+        result["lm_eval"] = run_tasks(
+            model,
+            tokenizer,
+            tasks,
+            folder=arguments.lm_eval_path,
+            limit=arguments.lm_eval_limit,
+            batch_size=arguments.batch_size,
+            chat_template=arguments.chat_template,
         )
-    if comparisons is not None:
-        wins = win_rate([(row[0], row[1]) for row in comparisons])
-        result["win_rate"] = wins
-        print(f"win rate of A {_percent(wins)}, {wins['n']} comparisons")
+        for name, values in result["lm_eval"].items():
+            print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values["metrics"].items()))
     return result
+
+
+def _preferences(arguments: argparse.Namespace, model: Any, encoder: Any, pairs: Any) -> dict[str, Any]:
+    from shapo.evaluation import preference_metrics
+    from shapo.scoring.logps import TokenizedPairs, compute_logps
+
+    data = TokenizedPairs(pairs, encoder)
+    options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+    policy = compute_logps(model, data, description="model", **options)
+    reference = None
+    if arguments.reference:
+        start = common.load_model(arguments.reference, arguments)
+        reference = compute_logps(start, data, description="reference", **options)
+    metrics = preference_metrics(policy, reference, data.pairs, beta=arguments.beta)
+    accuracy = metrics["accuracy"]
+    print(
+        f"preference accuracy {_percent(accuracy)}, loss {metrics['loss']:.4f}, "
+        f"margin {metrics['margin']:+.3f}, {accuracy['n']} pairs"
+    )
+    return metrics
+
+
+def _write_answers(arguments: argparse.Namespace, model: Any, encoder: Any, prompts: Any) -> None:
+    from shapo.answers.decoding import Engine, TransformersEngine
+    from shapo.answers.turns import ending
+    from shapo.answers.writing import prompt_requests, write_answers
+    from shapo.storage.fingerprint import digest_model
+
+    end = ending(encoder.tokenizer, model, chat_template=arguments.chat_template)
+    decoding = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    key = {"model": digest_model(model), "template": encoder.settings, "engine": arguments.engine, **decoding}
+    if arguments.temperature > 0:
+        key["seed"] = arguments.seed
+    requests = prompt_requests(encoder, prompts, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    engine: Engine
+    if arguments.engine == "vllm":
+        from shapo.answers.vllm import VLLMEngine
+
+        model.to("cpu")  # vLLM loads the folder itself and wants the GPU's memory
+        engine = VLLMEngine(arguments.model, encoder.tokenizer, end, dtype=arguments.dtype, **decoding)
+    else:
+        engine = TransformersEngine(model, encoder.tokenizer, end, batch_size=arguments.batch_size, **decoding)
+    write_answers(engine, prompts, requests, arguments.answers, key=key, progress=not arguments.quiet)
+
+
+def _verdicts(arguments: argparse.Namespace) -> dict[str, Any]:
+    from shapo.safety import safety_summary
+
+    summary = safety_summary(
+        arguments.verdicts,
+        benign=arguments.benign,
+        second_judge=arguments.second_judge,
+        against=arguments.against,
+    )
+    for name, share in summary["attack_success"].items():
+        print(f"attack success, {name}, by {share['judge']}: {_bounds(share)}")
+    refused = summary["over_refusal"]
+    print(f"over-refusal: {refused if isinstance(refused, str) else _bounds(refused)}")
+    if "agreement" in summary:
+        a = summary["agreement"]
+        print(f"Cohen's kappa {a['kappa']:.3f} (95 %: {a['low']:.2f} to {a['high']:.2f}), {a['n']} answers")
+    if "difference" in summary:
+        d = summary["difference"]
+        print(
+            f"difference to {arguments.against}: {100 * d['difference']:+.1f} points (95 %: {100 * d['low']:+.1f} to "
+            f"{100 * d['high']:+.1f}; McNemar p = {d['p_value']:.3g}; {d['n']} prompts, {d['left_out']} left out)"
+        )
+    return summary
+
+
+def _comparisons(path: str) -> dict[str, Any]:
+    from shapo.judges.files import read_rows
+    from shapo.statistics import win_rate
+
+    wins = win_rate([(row["first"], row["second"]) for row in read_rows(path, ("first", "second"))])
+    print(f"win rate of A {_percent(wins)}, {wins['n']} comparisons")
+    return {"win_rate": wins}
+
+
+def _bounds(share: dict[str, Any]) -> str:
+    return (
+        f"{100 * share['low']:.1f} to {100 * share['high']:.1f} % ({share['unreadable']} of {share['n']} unreadable; "
+        f"95 %: {100 * share['interval_low']:.1f} to {100 * share['interval_high']:.1f})"
+    )
 
 
 def _percent(share: dict[str, float]) -> str:
     return f"{100 * share['value']:.1f} % (95 %: {100 * share['low']:.1f} to {100 * share['high']:.1f})"
-
-
-def _column_rows(path: str, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    try:
-        # Not splitlines: a JSON string may hold U+2028 and its like, which end no line of a JSONL file.
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append(tuple(row[column] for column in columns))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: expected a JSON object with {' and '.join(columns)}") from error
-    if not rows:
-        raise UserError(f"{path} is empty")
-    return rows

@@ -23,19 +23,20 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "auto") -> Any:
-    """A causal language model from a local folder or a hub name, on the device, in eval mode.
+def load_model(name: str, *, dtype: str = "float32", device: str = "auto", kind: str = "AutoModelForCausalLM") -> Any:
+    """A model from a local folder or a hub name, on the device, in eval mode; `kind` is one of transformers' auto
+    classes.
 
     Raises:
         UserError: It cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     quiet_transformers()
     where = device_of(device)
     _require_model_folder(name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model: Any = getattr(transformers, kind).from_pretrained(name, dtype=getattr(torch, dtype))
     except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
         raise UserError(f"cannot load the model {name}: {_first_line(error)}") from error
     return model.to(where).eval()

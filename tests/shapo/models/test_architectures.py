@@ -12,8 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shapo.errors import UserError
-from shapo.models.architectures import ARCHITECTURES, value_vectors
-from shapo.models.wrappers import unwrap
+from shapo.models.architectures import ARCHITECTURES, unwrap, value_vectors
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 COMMON: dict[str, Any] = {

@@ -1,0 +1,87 @@
+"""Judges from elsewhere: any Python function, and judgezoo's (an optional package, imported when asked for)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shapo.data.pairs import parse_transcript
+from shapo.errors import UserError
+from shapo.judges.base import LABELS, UNREADABLE, Judge, Verdict
+from shapo.judges.classifiers import by_threshold
+
+
+class CallableJudge:
+    """A function `(prompts, answers)` that gives, for each answer, a `Verdict`, a label, or a harm score in [0, 1].
+
+    Anything else that it gives (None, NaN, another word) is unreadable.
+
+    Raises:
+        UserError: When called: the function gives another number of verdicts than there are answers.
+    """
+
+    def __init__(self, function: Callable[[Sequence[str], Sequence[str]], Sequence[Any]], name: str = "") -> None:
+        self.function, self.name = function, name or getattr(function, "__name__", "callable")
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        given = list(self.function(prompts, answers))
+        if len(given) != len(answers):
+            raise UserError(f"the judge {self.name} gave {len(given)} verdicts for {len(answers)} answers")
+        return [_verdict(value) for value in given]
+
+
+def import_judge(spec: str) -> Judge:
+    """The judge at `module:attribute`: an object with a name and `__call__`, or a function for `CallableJudge`.
+
+    Raises:
+        UserError: No such module or attribute, or it cannot be called.
+    """
+    module, _, attribute = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import the judge {spec}: {error}") from error
+    if not callable(found):
+        raise UserError(f"the judge {spec} cannot be called; expected a function (prompts, answers) -> verdicts")
+    return CallableJudge(found, spec)
+
+
+class JudgeZooJudge:
+    """A judge of the package judgezoo by its name there; its `p_harmful` is the score.
+
+    Raises:
+        UserError: The package is not installed, or it has no judge of that name.
+    """
+
+    def __init__(self, name: str, *, threshold: float = 0.5, **options: Any) -> None:
+        try:
+            from judgezoo import Judge as Zoo
+        except ImportError as error:
+            raise UserError(f"judgezoo:{name} needs the package judgezoo; `pip install judgezoo`") from error
+        try:
+            self.judge = Zoo.from_name(name, **options)
+        except ValueError as error:
+            raise UserError(f"judgezoo: {error}") from error
+        self.name, self.threshold = f"judgezoo:{name}", threshold
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        asked = [n for n, answer in enumerate(answers) if answer.strip()]
+        chats = [[*parse_transcript(prompts[n]), {"role": "assistant", "content": answers[n]}] for n in asked]
+        given: Mapping[str, Sequence[Any]] = self.judge(chats) if chats else {"p_harmful": []}
+        verdicts = [UNREADABLE] * len(answers)
+        for n, harm in zip(asked, given["p_harmful"], strict=True):
+            if harm is not None:
+                verdicts[n] = by_threshold(float(harm), self.threshold)
+        return verdicts
+
+
+def _verdict(value: Any) -> Verdict:
+    if isinstance(value, Verdict):
+        return value
+    if isinstance(value, str):
+        text = value.strip().lower()
+        return next((Verdict(label) for label in LABELS if label == text), UNREADABLE)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return by_threshold(float(value), 0.5)
+    return UNREADABLE

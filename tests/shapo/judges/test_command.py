@@ -1,0 +1,109 @@
+"""`shapo judge`: verdicts beside answers, resumed where they stopped, nothing quoted, bad input one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shapo.cli import main
+from shapo.judges.base import Verdict
+from shapo.judges.files import judge_answers, read_rows
+
+ANSWERS = [
+    {"id": "one", "category": "x", "prompt": "SECRET question", "answer": "I'm sorry, I cannot."},
+    {"id": "two", "category": "y", "prompt": "SECRET question", "answer": "SECRET: first\u2028line"},
+    {"id": "three", "category": "y", "prompt": "SECRET question", "answer": ""},
+]
+
+
+@pytest.fixture
+def answers(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ANSWERS), encoding="utf-8")
+    return path
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_verdict_a_line_without_prompts_and_answers(answers, tmp_path, capsys):
+    output = tmp_path / "judged.jsonl"
+    arguments = ["judge", "--answers", str(answers), "--judge", "refusal-substring", "--output", str(output), "--quiet"]
+    assert main(arguments) == 0
+    found = rows(output)
+    assert [row["id"] for row in found] == ["one", "two", "three"]
+    assert [row["verdict"] for row in found] == ["safe", "unsafe", "unreadable"]
+    assert [row["refusal"] for row in found] == [True, False, None]
+    assert {row["judge"] for row in found} == {"refusal-substring"}
+    assert "SECRET" not in output.read_text()
+    assert "refusal-substring: 1 unsafe, 1 safe, 1 unreadable" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "exists; add --overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_guard_folder_judges_from_the_command_line(answers, tmp_path, tiny_llama, tiny_tokenizer):
+    folder, output = tmp_path / "guard", tmp_path / "judged.jsonl"
+    tiny_llama.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    arguments = ["--answers", str(answers), "--judge", "harmbench", "--model", str(folder), "--output", str(output)]
+    assert main(["judge", *arguments, "--raw", "--quiet"]) == 0
+    found = rows(output)
+    assert {row["verdict"] for row in found} <= {"safe", "unsafe", "unreadable"}
+    assert 0 < found[0]["score"] < 1
+    assert "raw" in found[0]
+
+
+def test_judging_goes_on_where_it_stopped(answers, tmp_path):
+    class Judge:
+        name = "careful"
+
+        def __init__(self, limit):
+            self.limit, self.asked = limit, []
+
+        def __call__(self, prompts, given):
+            if len(self.asked) + len(given) > self.limit:
+                raise KeyboardInterrupt
+            self.asked += given
+            return [Verdict("safe", score=len(answer) / 100) for answer in given]
+
+    given, output = read_rows(answers, ("prompt", "answer")), tmp_path / "j.jsonl"
+    options = {"key": {}, "batch_size": 1, "progress": False}
+    whole = judge_answers(Judge(3), given, tmp_path / "whole.jsonl", **options)
+    with pytest.raises(KeyboardInterrupt):
+        judge_answers(Judge(2), given, output, **options)
+    assert not output.exists()
+    rest = Judge(9)
+    assert judge_answers(rest, given, output, **options) == whole
+    assert rest.asked == [ANSWERS[2]["answer"]]
+    assert rows(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a"}', "line 1: expected a JSON object with prompt and answer"),
+        ('{"prompt": "a", "answer": 3}', "line 1: answer is no text"),
+        ('{"prompt": "a", "answer": "b"}\n[1]', "line 2: expected a JSON object"),
+        ('{"id": 1, "prompt": "a", "answer": "b"}\n{"id": "1", "prompt": "a", "answer": "b"}', "same id"),
+    ],
+)
+def test_a_bad_answers_file_is_one_line(lines, message, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(lines)
+    arguments = ["judge", "--answers", str(tmp_path / "a.jsonl"), "--judge", "refusal-substring"]
+    assert main([*arguments, "--output", str(tmp_path / "o.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_the_answers_are_never_overwritten(answers, capsys):
+    before = answers.read_bytes()
+    arguments = ["--judge", "refusal-substring", "--output", str(answers), "--overwrite"]
+    assert main(["judge", "--answers", str(answers), *arguments]) == 2
+    assert "holds the answers" in capsys.readouterr().err
+    assert answers.read_bytes() == before
