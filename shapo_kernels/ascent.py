@@ -1,8 +1,8 @@
-"""The ascent (pass 1): where the perturbation's direction comes from.
+"""The ascent (pass 1): where the direction of the perturbation comes from.
 
-``SelectiveAscent`` differentiates the loss with respect to the selected neurons only: no weight gradients are
-computed, no ``.grad`` is touched, and the backward pass ends at the lowest selected layer. ``GradAscent`` takes the
-direction from the ``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
+``SelectiveAscent`` differentiates the loss with respect to the selected neurons only. It computes no weight gradients,
+touches no ``.grad``, and its backward pass ends at the lowest selected layer. ``GradAscent`` takes the direction from
+the ``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from .ops.subspace_update import compute_dtype_of
 
 
 class Ascent(Protocol):
-    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` where one failed."""
+    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` after a failure."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no selected weight has a gradient so far."""
 
     def begin(self) -> None: ...
 
@@ -28,7 +32,7 @@ class Ascent(Protocol):
         """One backward pass that belongs to the ascent."""
 
     def collect(self, loss: Any = None) -> None:
-        """Take in what a ``loss.backward()`` by somebody else, a closure, has left behind.
+        """Takes in what a closure's own ``loss.backward()`` has left behind.
 
         Args:
             loss: what the closure returned.
@@ -41,12 +45,12 @@ class Ascent(Protocol):
 
 
 class SelectiveAscent:
-    """``torch.autograd.grad`` of the loss on the compact directions, added up over micro-batches.
+    """``torch.autograd.grad`` of the loss with respect to the compact directions, summed over micro-batches.
 
     Args:
         parameters: all that a backward pass may leave a gradient in.
-        strict: refuse a loss that no selected neuron takes part in: until one has, it is a mistake; later it may be a
-            batch whose experts are others.
+        strict: raise for a loss that no selected neuron takes part in. Before the first gradient that is a mistake;
+            later it may be a batch that goes to other experts.
     """
 
     def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter], *, strict: bool) -> None:
@@ -54,8 +58,12 @@ class SelectiveAscent:
         self._leaves: list[tuple[Target, Tensor]] = []
         self._sums: dict[Target, Tensor] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._sums
+
     def begin(self) -> None:
-        # A weight that no tap can stand for is differentiated itself; a frozen one then has no gradient, as under SAM.
+        # A weight without taps is differentiated itself; a frozen one then has no gradient, as under SAM.
         usable = [target for target in self._targets if target.taps or target.parameter.requires_grad]
         self._leaves = [(target, target.leaf() if target.taps else target.parameter) for target in usable]
         self._sums = {}
@@ -69,27 +77,26 @@ class SelectiveAscent:
         check_differentiable(loss)
         leaves = [leaf for _, leaf in self._leaves]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
-        if any(grad is None and target.unrecorded for (target, _), grad in zip(self._leaves, grads, strict=True)):
-            _refuse_reentrant_checkpoints(loss)
-        missed = [t for (t, _), grad in zip(self._leaves, grads, strict=True) if grad is None and not t.ran]
-        if missed:
-            _refuse_other_uses(loss, missed)
-        if self._strict and (beside := weight_uses.used_beside_calls(loss, self._targets)):
-            refuse_other_use(beside[0])
-        if self._strict and all(grad is None for grad in grads):
-            refuse_absence(self._targets)
-        for (target, _), grad in zip(self._leaves, grads, strict=True):
+        found = list(zip([target for target, _ in self._leaves], grads, strict=True))
+        if any(grad is None and target.unrecorded for target, grad in found):
+            _check_no_reentrant_checkpoints(loss)
+        _check_layers_ran(loss, [target for target, grad in found if grad is None and not target.ran])
+        if self._strict:
+            _check_no_use_beside_calls(loss, self._targets)
+            if all(grad is None for grad in grads):
+                check_gradients_possible(self._targets)
+        for target, grad in found:
             self._add(target, grad)
 
     def collect(self, loss: Any = None) -> None:
-        if self._strict and (beside := weight_uses.used_beside_calls(loss, self._targets)):
-            refuse_other_use(beside[0])
+        if self._strict:
+            _check_no_use_beside_calls(loss, self._targets)
         for target, leaf in self._leaves:
             if leaf.grad is None and target.parameter.grad is not None and not target.ran:
-                refuse_other_use(target)
+                raise RuntimeError(other_use(target))
             self._add(target, leaf.grad)
         if self._strict and not self._sums and any(p.grad is not None for p in self._parameters):
-            refuse_absence(self._targets)
+            check_gradients_possible(self._targets)
 
     def finish(self) -> tuple[list[Target], list[Tensor]]:
         targets, values = list(self._sums), [value.contiguous() for value in self._sums.values()]
@@ -112,11 +119,15 @@ class SelectiveAscent:
 
 
 class GradAscent:
-    """Ordinary backward passes into ``.grad``, which is left as it was found."""
+    """Ordinary backward passes into ``.grad``, which is put back as it was found."""
 
     def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter], *, strict: bool) -> None:
         self._targets, self._parameters, self._strict = targets, parameters, strict
         self._earlier: list[tuple[nn.Parameter, Tensor | None]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return all(target.parameter.grad is None for target in self._targets)
 
     def begin(self) -> None:
         if self._strict:
@@ -133,9 +144,8 @@ class GradAscent:
         if self._strict:
             for target in weight_uses.used_beside_calls(loss, self._targets):
                 target.used_beside_calls = True
-        found = any(p.grad is not None for p in self._parameters)
-        if self._strict and found and all(target.parameter.grad is None for target in self._targets):
-            refuse_absence(self._targets)
+        if self._strict and self.is_empty and any(p.grad is not None for p in self._parameters):
+            check_gradients_possible(self._targets)
 
     def finish(self) -> tuple[list[Target], list[Tensor]]:
         targets, values = gather_gradients(self._targets)
@@ -167,8 +177,18 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def refuse_absence(targets: Sequence[Target]) -> None:
-    """Nothing of the loss depends on a selected neuron."""
+def check_differentiable(loss: Tensor) -> None:
+    """Raises RuntimeError for a loss without a graph."""
+    if not loss.requires_grad:
+        raise RuntimeError("the ascent's loss does not require grad: compute it with gradients enabled, not detached")
+
+
+def check_gradients_possible(targets: Sequence[Target]) -> None:
+    """Called where no selected neuron has a gradient.
+
+    Raises:
+        RuntimeError: unless nothing is selected; says which mistake it is.
+    """
     if not targets:
         return
     if not any(target.parameter.requires_grad for target in targets):
@@ -182,35 +202,36 @@ def refuse_absence(targets: Sequence[Target]) -> None:
     )
 
 
-def _refuse_other_uses(loss: Tensor, targets: Sequence[Target]) -> None:
-    """A weight that the loss depends on though its layer did not run is used otherwise, by no tap's knowledge."""
-    variables = {id(getattr(node, "variable", None)) for node in weight_uses.nodes(loss.grad_fn)}
-    for target in targets:
-        if id(target.parameter) in variables:
-            refuse_other_use(target)
-
-
-def refuse_other_use(target: Target) -> None:
+def other_use(target: Target) -> str:
+    """The message for a weight that the loss uses where its taps do not see it."""
     how = (
         "beside its layer's calls (as a penalty on the weights does): that takes"
         if target.ran
         else "without calling its layer inside the ascent: run the forward pass inside `with opt.ascent():`, or, for a "
         "layer that is never called (nn.MultiheadAttention's out_proj), use"
     )
-    raise RuntimeError(f"the loss uses {target.name!r} {how} ascent='grad' with perturbation='in_place'")
+    return f"the loss uses {target.name!r} {how} ascent='grad' with perturbation='in_place'"
 
 
-def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    """Where a reentrant checkpoint hides a selected neuron from ``autograd.grad``, others may have their gradients, and
-    the direction would be a wrong one.
-    """
+def _check_no_use_beside_calls(loss: Any, targets: Sequence[Target]) -> None:
+    if beside := weight_uses.used_beside_calls(loss, targets):
+        raise RuntimeError(other_use(beside[0]))
+
+
+def _check_layers_ran(loss: Tensor, idle: Sequence[Target]) -> None:
+    """A weight that the loss depends on though its layer did not run is used where no tap sees it."""
+    if not idle:
+        return
+    variables = {id(getattr(node, "variable", None)) for node in weight_uses.nodes(loss.grad_fn)}
+    for target in idle:
+        if id(target.parameter) in variables:
+            raise RuntimeError(other_use(target))
+
+
+def _check_no_reentrant_checkpoints(loss: Tensor) -> None:
+    """A reentrant checkpoint hides neurons from ``autograd.grad``, and the others alone give a wrong direction."""
     if any(node.name() == "CheckpointFunctionBackward" for node in weight_uses.nodes(loss.grad_fn)):
         raise RuntimeError(
             "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
             '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'
         )
-
-
-def check_differentiable(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise RuntimeError("the ascent's loss does not require grad: compute it with gradients enabled, not detached")

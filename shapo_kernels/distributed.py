@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .interop.deepspeed import is_engine, own_forward
+from .interop.torch_private import ddp_without_sink
 
 
 def average(values: Sequence[Tensor], over: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -64,32 +64,12 @@ def without_reduction(model: nn.Module, *, selective: bool) -> AbstractContextMa
     Raises:
         RuntimeError: the wrapper counts the gradients all the same.
     """
-    if is_engine(model):
-        return own_forward(model)
     if isinstance(model, DistributedDataParallel) and model.static_graph:
         if not selective:
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) takes an ascent's gradients for its first pass's: use "
                 "static_graph=False, or `with opt.ascent():` and ascent='selective'"
             )
-        return _without_sink(model)
+        return ddp_without_sink(model)
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()
-
-
-@contextmanager
-def _without_sink(model: Any) -> Iterator[None]:
-    """DDP's no_sync with a static graph: what is put behind the first forward pass would have its backward pass reduce
-    the gradients, which no_sync has not prepared, and torch's assertion fails.
-    """
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = model._pre_forward(*args, **kwargs)
-        return model._run_ddp_forward(*args, **kwargs)
-
-    model.forward = forward
-    try:
-        with model.no_sync():
-            yield
-    finally:
-        del model.forward

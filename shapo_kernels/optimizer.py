@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .interop.deepspeed import EngineStep, is_engine, why_not
+from .interop.torch_private import is_dtensor
 from .ops.subspace_update import NORMS
 from .stochastic_rounding import StochasticRounding
 from .subspace import Subspace
-from .update.bound_subspace import Perturber
-from .update.loss_scaling import LossScaling
-from .update.radius import Radii, Rho, checked_rho
+from .update.base import base_for
+from .update.bound_subspace import BoundSubspace
+from .update.loss_scaling import CLOSURE
+from .update.phase import Phase
+from .update.radius import Radius, Rho, checked_rho
 from .update.stats import UpdateStats
 from .update.two_pass import TwoPassUpdate
 
 _STATE_VERSION = 1
 
 
-class ShaPOOptimizer(TwoPassUpdate):
+class ShaPOOptimizer(Optimizer):
     r"""Sharpness-aware preference optimisation inside a subspace, around a base optimizer.
 
     .. math:: \min_\theta L(\theta + \epsilon), \qquad
@@ -91,8 +94,8 @@ class ShaPOOptimizer(TwoPassUpdate):
         replay_rng: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        engine_step = EngineStep(model, base_optimizer) if is_engine(model) and why_not(model) is None else None
-        super().__init__(engine_step or base_optimizer)
+        # Optimizer.__init__ is not called: the base's was, and groups, state and hooks are the base's.
+        self._base = base_for(base_optimizer, model)
         for name, given, expected in (("model", model, nn.Module), ("subspace", subspace, Subspace)):
             if not isinstance(given, expected):
                 raise TypeError(
@@ -101,49 +104,34 @@ class ShaPOOptimizer(TwoPassUpdate):
                 )
         _check_choice("ascent", ascent, ("selective", "grad"))
         _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
-        _check_choice("norm", norm, NORMS)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f"interval is {interval!r}: expected a whole number of updates, 1 or more")
-        if relative and norm == "none":
-            raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
-        if not (isinstance(eta, float) and 0 <= eta < math.inf):
-            raise ValueError(f"eta is {eta!r}: expected a number, 0 or more")
         if stochastic_rounding and perturbation != "in_place":
             raise ValueError(
                 f"stochastic_rounding=True with perturbation={perturbation!r}: only 'in_place' rounds weights"
             )
-        self.model = model
-        self.subspace = subspace
-        self.relative, self.interval, self.norm, self.sync, self.eta = relative, interval, norm, sync, eta
-        self._radii = Radii(self.base, rho, norm, seed)
-        self.replay_rng = replay_rng
+        self.model, self.subspace = model, subspace
+        self.interval, self.sync, self.replay_rng = interval, sync, replay_rng
         self._ascent_kind, self._perturbation_kind = ascent, perturbation
+        self._radius = Radius(self._base, rho, relative=relative, norm=norm, eta=eta, seed=seed)
         self._rounding = StochasticRounding(seed) if stochastic_rounding else None
         self._updates = 0
-        self._ascended = False
         self._stats = UpdateStats()
-        self._scaling = LossScaling()
-        self._bind()
-        if engine_step is not None:
-            engine_step.attach(self)
+        self._update = self._new_update()
+        self._base.attach(self)
 
-    def _bind(self) -> None:
-        self._perturber = Perturber(
+    def _new_update(self) -> TwoPassUpdate:
+        bound = BoundSubspace(
             self.model,
             self.subspace,
             ascent=self._ascent_kind,
             perturbation=self._perturbation_kind,
             relative=self.relative,
             sync=self.sync,
+            why_no_gradients=self._base.why_no_gradients,
             rounding=self._rounding,
         )
-        self._ascending = self._direction = self._random = None
-        self._handed_over = self._detached = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; it may carry its own ``"rho"``."""
-        self._radii.check(param_group)
-        super().add_param_group(param_group)
+        return TwoPassUpdate(self.model, bound, self._base, self._radius, self._stats, sync=self.sync)
 
     def __repr__(self) -> str:
         return (
@@ -151,16 +139,88 @@ class ShaPOOptimizer(TwoPassUpdate):
             f"perturbation={self._perturbation_kind!r}, norm={self.norm!r}, {self.subspace!r}, base={self.base!r})"
         )
 
+    # -- the base optimizer's own
+
+    @property
+    def base(self) -> Optimizer:
+        """The base optimizer; around a DeepSpeed engine, the engine's step."""
+        return self._base.optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own list."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's own defaults."""
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Hooks and whatever else is the base's: registered here, they run inside its step, once and in torch's order.
+        if name in ("_base", "base"):
+            raise AttributeError(name)
+        return getattr(self._base.optimizer, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer; it may carry its own ``"rho"``."""
+        self._radius.check_group(param_group)
+        self.base.add_param_group(param_group)
+
     # -- what this update is
 
     @property
+    def due(self) -> bool:
+        """Whether the coming update is a ShaPO update: every ``interval``-th one, while any radius is above 0."""
+        return (self._updates + 1) % self.interval == 0 and self._radius.any_positive()
+
+    @property
+    def updates(self) -> int:
+        """How many updates have been taken."""
+        return self._updates
+
+    @property
+    def phase(self) -> Phase:
+        """Where the update stands."""
+        return self._update.phase
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the model is at theta + eps: in pass 2, which a closure cannot tell by itself."""
+        return self.phase is Phase.DESCENDING
+
+    @property
     def rho(self) -> Rho:
-        """The radius of groups that carry none of their own."""
-        return self._radii.default
+        """The radius of groups that carry none of their own. May be set at any time."""
+        return self._radius.rho
 
     @rho.setter
     def rho(self, value: Rho) -> None:
-        self._radii.default = checked_rho(value, self.norm)
+        self._radius.rho = value
+
+    @property
+    def relative(self) -> bool:
+        """Whether rho is a multiple of ||W_S||."""
+        return self._radius.relative
+
+    @property
+    def norm(self) -> str:
+        """What the gradient is divided by: "global", "layer" or "none"."""
+        return self._radius.norm
+
+    @property
+    def eta(self) -> float:
+        """Added to the norm."""
+        return self._radius.eta
 
     @property
     def stats(self) -> dict[str, float]:
@@ -172,14 +232,180 @@ class ShaPOOptimizer(TwoPassUpdate):
         """
         return self._stats.read()
 
+    # -- an update by contexts
+
+    @contextlib.contextmanager
+    def ascent(self) -> Iterator[None]:
+        """Pass 1: forward passes inside belong to the ascent; hand their losses to :meth:`ascend`.
+
+        In an update that is not due everything inside is ordinary and ``ascend`` does nothing. Ask ``due`` first to
+        save the forward pass. A second ascent before the descent replaces the first one's direction.
+
+        Raises:
+            RuntimeError: inside another ascent, or while perturbed; on leaving, where no loss was handed over.
+        """
+        self._update.check_between_passes("start an ascent")
+        with self._update.ascent(replay_rng=self.replay_rng) if self.due else contextlib.nullcontext():
+            yield
+
+    def ascend(self, loss: Tensor, *, scaler: Any = None) -> None:
+        """Adds one (micro-)batch's loss to the ascent; the direction is the gradient of the sum over all calls.
+
+        Divide each loss by the number of micro-batches where the losses are means.
+
+        Args:
+            loss: a scalar.
+            scaler: a ``torch.amp.GradScaler`` to scale it with, so that float16 gradients do not underflow; the
+                direction is unscaled again. Where the direction is normalised, a loss that is scaled already will do.
+
+        Raises:
+            RuntimeError: outside :meth:`ascent`; a loss without a graph, or one that no selected neuron took part in.
+        """
+        if self.due or self.phase is Phase.ASCENDING:
+            self._update.ascend(loss, scaler)
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Pass 2: inside, the model is at theta + eps; on leaving, by an exception too, at theta bit for bit.
+
+        Forward and backward passes both belong inside. In a plain update it does nothing.
+
+        Raises:
+            RuntimeError: the update is due and there was no ascent; already perturbed.
+        """
+        self._update.check_between_passes("perturb")
+        plain = self._update.direction is None and not self.due
+        with contextlib.nullcontext() if plain else self._update.descent():
+            yield
+
+    @contextlib.contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Inside a descent, theta again for a while, for passes without gradients: those of a reference model that
+        shares the policy's weights, as an adapter's does. Elsewhere it only turns gradients off.
+        """
+        with self._update.unperturbed():
+            yield
+
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:
+        """The base optimizer's step, which ends the update.
+
+        Args:
+            closure: clears gradients, computes the loss, calls ``backward`` and returns the loss. With it the whole
+                update is run: the closure twice where the update is due, once otherwise.
+            scaler: the ``torch.amp.GradScaler`` that the closure scales its loss with; it is asked to step.
+
+        Returns:
+            The first pass's loss, or what the base's step returns.
+
+        Raises:
+            RuntimeError: while perturbed or inside an ascent; the update is due, has a learning rate above 0 and there
+                was no ascent, or no descent after it; a closure by way of ``scaler.step``. TypeError: a scaler without
+                a closure.
+        """
+        self._base.check_step(closure, scaler)
+        if not self._base.ends_update():
+            return None
+        if self._base.steps_in_descent:
+            self._update.restore()
+        self._update.check_between_passes("step")
+        if closure is not None:
+            return self._step_with(closure, scaler)
+        if self._creates_state():
+            return self._base.take_step()[0]
+        if self.due and not self._rates_are_zero():
+            self._update.check_complete()
+        if self._update.scaling.overflowed():
+            self._update.finish()
+            return None
+        result, updated = self._base.take_step()
+        self._updates += updated
+        self._update.finish()
+        return result
+
+    def _step_with(self, closure: Callable[[], Any], scaler: Any) -> Any:
+        def passes() -> Any:
+            if self.due:
+                return self._update.run(closure, scaler, replay_rng=self.replay_rng)
+            return self._update.run_plain(closure)
+
+        if scaler is not None:
+            loss = passes()
+            scaler.step(self)
+            return loss
+        if self._update.scaling.stepping:
+            raise RuntimeError(CLOSURE)
+        loss, updated = self._base.take_step(passes)
+        self._updates += updated
+        self._update.finish()
+        return loss
+
+    def _creates_state(self) -> bool:
+        """Whether a step is no update but torch.distributed.checkpoint's, which makes the base create its state."""
+        if self.phase is not Phase.IDLE or self.base.state or not self._rates_are_zero():
+            return False
+        gradients: list[Any] = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and not any(bool((g.to_local() if is_dtensor(g) else g).any()) for g in gradients)
+
+    def _rates_are_zero(self) -> bool:
+        return all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A GradScaler asks this before it unscales and steps. It must do both by itself: a fused base would look for
+        # its factors on the wrong object.
+        self._update.scaler_asks()
+        return False
+
+    # -- an update by hand
+
+    def perturb(self) -> None:
+        """Moves to theta + eps along an ascent's direction, else along ``.grad``, which is cleared for pass 2.
+
+        In an update that is not due only ``.grad`` is cleared.
+
+        Raises:
+            RuntimeError: already perturbed; without an ascent and with ``replay_rng=True``, or sharded weights.
+        """
+        self._perturb(clear_gradients=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _perturb(self, *, clear_gradients: bool) -> None:
+        self._update.perturb(due=self.due, replay_rng=self.replay_rng, clear=clear_gradients)
+
+    def restore(self) -> None:
+        """Back to theta, bit for bit; does nothing where nothing is perturbed.
+
+        Raises:
+            RuntimeError: somebody else wrote to the weights while they were perturbed in place; they are restored.
+        """
+        self._update.restore()
+
+    def first_step(self, zero_grad: bool = True) -> None:
+        """:meth:`perturb` under the name that SAM implementations use.
+
+        Args:
+            zero_grad: clear the gradients for pass 2. With False, clear them yourself before its backward pass.
+        """
+        self._perturb(clear_gradients=zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """:meth:`restore` and :meth:`step` under the name that SAM implementations use.
+
+        Args:
+            zero_grad: clear gradients afterwards.
+        """
+        self.restore()
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
     # -- life cycle
 
     def detach(self) -> None:
-        """Leave the model as it was found: restored, without hooks. The wrapper is of no further use; the base is."""
-        self._perturber.detach()
-        if isinstance(self.base, EngineStep):
-            self.base.detach()
-        self._detached = True
+        """Leaves the model as it was found: restored, without hooks. Go on with the base optimizer."""
+        self._update.detach()
+        self._base.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
@@ -198,20 +424,20 @@ class ShaPOOptimizer(TwoPassUpdate):
             "relative": self.relative,
             "interval": self.interval,
             "norm": self.norm,
-            "draws": self._radii.draws_state(),
+            "draws": self._radius.draws_state(),
             "roundings": self._rounding.draws if self._rounding is not None else 0,
             **self._stats.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
+        """Resumes where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
 
         A base optimizer's own state dict is taken as well; the update counter then stays as it is.
 
         Raises:
             RuntimeError: while perturbed or inside an ascent. ValueError: of another version, or as the base raises.
         """
-        self._require_between_passes("load a state")
+        self._update.check_between_passes("load a state")
         own = state_dict.get("shapo")
         if own is not None:
             self._check_loadable(own)
@@ -220,22 +446,22 @@ class ShaPOOptimizer(TwoPassUpdate):
             self.load_shapo_state_dict(own)
 
     def load_shapo_state_dict(self, own: Mapping[str, Any]) -> None:
-        """Take what :meth:`shapo_state_dict` gave; the base's state stays as it is.
+        """Loads what :meth:`shapo_state_dict` gave; the base's state stays as it is.
 
         Raises:
             RuntimeError: while perturbed or inside an ascent. ValueError: of another version.
         """
-        self._require_between_passes("load a state")
+        self._update.check_between_passes("load a state")
         self._check_loadable(own)
-        self.relative, self.interval = own["relative"], own["interval"]
-        self.norm = self._radii.norm = own["norm"]
+        self.interval = own["interval"]
+        self._radius.relative, self._radius.norm = own["relative"], own["norm"]
         self.rho = own["rho"]
         self._updates = own["updates"]
-        self._radii.load_draws(own["draws"])
+        self._radius.load_draws(own["draws"])
         if self._rounding is not None:
             self._rounding.draws = own.get("roundings", 0)
         self._stats.load(dict(own))
-        self._direction, self._ascended = None, False
+        self._update.forget()
 
     def _check_loadable(self, own: Mapping[str, Any]) -> None:
         if own.get("version") != _STATE_VERSION:
@@ -244,20 +470,18 @@ class ShaPOOptimizer(TwoPassUpdate):
             raise ValueError(f"the state has no {sorted(missing)[0]!r}: it is damaged")
         _check_choice("the state's norm", own["norm"], NORMS)
         checked_rho(own["rho"], own["norm"])
-        if own["relative"] and any(target.quantised for target in self._perturber.targets):
+        if own["relative"] and any(target.quantised for target in self._update.bound.targets):
             raise ValueError("the state has relative=True, and a selected weight is quantised: its norm is unknown")
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_between_passes("copy or pickle the optimizer")
-        # `step` is on the instance where an LR scheduler has counted it; hooks and directions are made anew.
-        transient = ("step", "_perturber", "_ascending", "_direction", "_random", "_scaling")
-        kept = {key: value for key, value in self.__dict__.items() if key not in transient}
-        return {**kept, "_ascended": False}  # an update goes on where its gradients are, which no copy has
+        self._update.check_between_passes("copy or pickle the optimizer")
+        # `step` is on the instance where an LR scheduler has counted it. Hooks and directions are made anew: an update
+        # goes on where its gradients are, which no copy has.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_update")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._scaling = LossScaling()
-        self._bind()
+        self._update = self._new_update()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
-"""The perturbation: holding a model at theta + eps, and giving it back as it was.
+"""The perturbation: holds a model at theta + eps, and gives it back as it was.
 
-``InPlace`` writes the selected neurons and keeps their old bits; ``Delta`` writes nothing and lets the taps add the
-direction in the forward pass. Both take unscaled compact gradients and one scale for each layer, and report how much
-of eps reaches the forward pass in the dtype it computes in.
+``InPlace`` writes the selected neurons and keeps their old bits. ``Delta`` writes nothing: the taps add the direction
+in the forward pass. Both take compact gradients and one scale for each layer, and report how much of eps reaches the
+forward pass in the dtype that it computes in.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
-from .model.targets import Target, selected_weight_squared_norms, total_over_parts
+from .interop.torch_private import keep_versions, version
+from .model.targets import Target
 from .stochastic_rounding import StochasticRounding
 
 
 class Perturbation(Protocol):
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
-        """Move to theta + scale * values.
+        """Moves to theta + scale * values.
 
-        Returns float64 ``[n, 3]`` as :func:`shapo_kernels.ops.perturb_` does, of whole weights: a collective where
-        ranks hold parts of them.
+        Returns:
+            float64 ``[n, 2]`` or ``[n, 3]``, columns as :func:`shapo_kernels.ops.perturb_` has them, of what this rank
+            computes with. The third, ||W_S||^2, is there where the weights are read anyway.
         """
 
     def set_aside(self) -> AbstractContextManager[None]:
         """Inside, theta again; on leaving, the very bits that were applied."""
 
     def remove(self) -> str | None:
-        """Back to theta, bit for bit; nothing to do where nothing is applied. Returns what is amiss, if anything."""
+        """Back to theta, bit for bit; does nothing where nothing is applied. Returns an error message, or ``None``."""
 
 
-# Each weight that is written to at this moment, by whichever optimizer.
+# The weights that any optimizer in this process has perturbed in place at this moment.
 _WRITTEN: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
@@ -58,16 +60,15 @@ class InPlace:
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
         twice = next((target.name for target in targets if target.parameter in _WRITTEN), None)
         if twice is not None:
-            # The bits that came back would depend on who restores first.
+            # Which bits come back would depend on who restores first.
             raise RuntimeError(
                 f"{twice!r} is perturbed in place by another optimizer at this moment: restore that one first, "
                 "or use perturbation='delta'"
             )
         weights = [target.weight() for target in targets]
         backups = [target.buffer("backup", weight.dtype) for target, weight in zip(targets, weights, strict=True)]
-        # An interrupt is delivered when the operator returns, before its caller can note that it ran, and within one
-        # that is Python. The mark tells then: it is gone once the backups are filled, the last of them last, and before
-        # that nothing is written.
+        # An interrupt can arrive after the operator has written and before this method notes it. The mark then tells: it
+        # is overwritten when the backups are filled, the last one last, and nothing is written before that.
         self._mark = next((b.view(-1)[0] for b in reversed(backups) if b.numel()), None)
         if self._mark is not None:
             self._mark.fill_(torch.nan)
@@ -75,7 +76,7 @@ class InPlace:
         _WRITTEN.update((target.parameter, None) for target in targets)
         for target in targets:
             for module, _ in target.modules:
-                self._guards.append(module.register_state_dict_pre_hook(_refuse_state_dict))
+                self._guards.append(module.register_state_dict_pre_hook(_check_no_state_dict))
         perturb = ops.perturb_ if self._rounding is None else self._rounding.perturb_
         realised = perturb(
             weights,
@@ -88,8 +89,8 @@ class InPlace:
         )
         self._written = True
         _forget_autocast_copies()
-        self._versions = [(weight, weight._version) for weight in weights]
-        return total_over_parts(realised, targets)
+        self._versions = [(weight, version(weight)) for weight in weights]
+        return realised
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -99,16 +100,16 @@ class InPlace:
             for weight, target in zip(weights, self._targets, strict=True)
         ]
         # The same bits come back, so what autograd has saved of these weights stays valid.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+        with keep_versions(weights):
             self._write(self._backups)
         try:
             yield
         finally:
-            with torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+            with keep_versions(weights):
                 self._write(moved)
 
     def remove(self) -> str | None:
-        written = [weight._version != version for weight, version in self._versions]
+        written = [version(weight) != then for weight, then in self._versions]
         overwritten = self._targets[written.index(True)].name if any(written) else None
         if self._targets and (self._written or (self._mark is not None and not bool(self._mark.isnan()))):
             try:
@@ -138,7 +139,7 @@ class InPlace:
 
 
 def _forget_autocast_copies() -> None:
-    """One ``torch.autocast`` around both passes keeps the copies of weights that it has made, whatever is written."""
+    """``torch.autocast`` around both passes keeps its copies of weights, which a write makes stale."""
     torch.clear_autocast_cache()
 
 
@@ -150,11 +151,10 @@ class Delta:
         self._directions: list[Tensor] = []
 
     def apply(self, targets: list[Target], values: list[Tensor], scale: Tensor) -> Tensor:
-        weight_squares = selected_weight_squared_norms(targets)
         self._targets, self._directions = targets, _like(values, torch.zeros)
         sums = scale.new_empty(len(targets), 3)
-        # eps is what the values are to compact weights of zero that move in place: a few launches for all layers, and a
-        # scale of 0 writes nothing, whatever the gradient holds.
+        # eps is made by perturbing compact weights of zero in place: a few launches for all layers, and a scale of 0
+        # writes nothing, whatever the gradient holds.
         for dtype in dict.fromkeys(target.forward_dtype for target in targets):
             among = [i for i, target in enumerate(targets) if target.forward_dtype == dtype]
             every = len(among) == len(targets)
@@ -173,7 +173,7 @@ class Delta:
         for target, eps in zip(targets, self._directions, strict=True):
             for tap in target.taps:
                 tap.add(eps)
-        return torch.cat([total_over_parts(sums[:, :2].contiguous(), targets), weight_squares.unsqueeze(1)], dim=1)
+        return sums[:, :2].contiguous()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -232,7 +232,7 @@ def _lower_compute_dtype(targets: Sequence[Target]) -> torch.dtype | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _check_no_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise RuntimeError(
         f"the weights of {prefix.rstrip('.') or type(module).__name__!r} are perturbed at this moment: "
         "take the state_dict outside `with opt.perturbed():`, or call opt.restore() first"

@@ -153,7 +153,7 @@ def test_delta_is_measured_in_the_dtype_that_each_layer_computes_in(batch, loss)
     opt = wrap(model, sk.Subspace({"low.weight": [1, 5, 7], "high.weight": [0, 4]}), perturbation="delta")
     with opt.ascent():
         opt.ascend(loss(model, batch()))
-    gradients = dict(zip(opt._direction[0], opt._direction[1], strict=True))
+    gradients = dict(zip(opt._update.direction[0], opt._update.direction[1], strict=True))
     norm = torch.cat([g.double().flatten() for g in gradients.values()]).norm()
     low, high = (0.3 * g.double() / norm for g in gradients.values())
     with opt.perturbed():
@@ -172,9 +172,9 @@ def test_extra_memory_is_a_few_times_the_selected_elements(loss):
     selected = s.count * 512 * 4
 
     def held():
-        active = opt._perturber.active
-        tensors = [*(active._backups if active else []), *(opt._direction or ([], []))[1]]
-        tensors += [buffer for target in opt._perturber.targets for buffer in target._buffers.values()]
+        active = opt._update.bound.active
+        tensors = [*(active._backups if active else []), *(opt._update.direction or ([], []))[1]]
+        tensors += [buffer for target in opt._update.bound.targets for buffer in target._buffers.values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
@@ -184,12 +184,12 @@ def test_extra_memory_is_a_few_times_the_selected_elements(loss):
             opt.ascend(model(x).square().mean())
         with opt.perturbed():
             assert held() <= 3 * selected
-            places.append([backup.data_ptr() for backup in opt._perturber.active._backups])
+            places.append([backup.data_ptr() for backup in opt._update.bound.active._backups])
             model(x).square().mean().backward()
         opt.step()
         opt.zero_grad()
-    assert opt._perturber.active is None
-    assert opt._direction is None
+    assert opt._update.bound.active is None
+    assert opt._update.direction is None
     assert held() <= 2 * selected
     assert places[0] == places[1] == places[2]
 
@@ -198,7 +198,7 @@ def test_nothing_is_kept_between_updates_where_whole_weights_are_selected(toy, b
     model = toy()
     opt = wrap(model, sk.Subspace.full(model), perturbation="in_place", ascent="grad")
     update(opt, model, batch(0), loss)
-    assert all(not target._buffers for target in opt._perturber.targets)
+    assert all(not target._buffers for target in opt._update.bound.targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from .torch_private import is_dtensor
 
 
 def is_quantised(parameter: Tensor) -> bool:
     """Whether a weight's elements are not floating-point numbers that lie in memory as they are, or those of 8 bits,
     which are scaled.
     """
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         return False
     numbers = parameter.is_floating_point() and parameter.element_size() > 1
     return not numbers or type(parameter) not in (nn.Parameter, Tensor)

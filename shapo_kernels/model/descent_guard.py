@@ -1,10 +1,11 @@
-"""What is computed at theta + eps must be differentiated there, and by the model that is trained: the hook that sees to
-it.
+"""Raises where a forward or backward pass of the descent would not be that of the trained model at theta + eps.
 
-Four things would otherwise be wrong without a word. A backward pass after the descent's end recomputes checkpointed
-layers at theta; eps belongs to neither the reference model of an adapter's policy, which is the same base with the
-adapter off; gradients taken while eps is put aside are of no use to anybody; and a layer that is called with other
-weights than its own (torch.func.functional_call) does not see what was written to them.
+Four mistakes would otherwise give wrong gradients without a word:
+
+* backward runs after the weights are restored, so checkpointed layers are recomputed at theta;
+* the reference pass of an adapter's policy runs on the perturbed base (same base, adapter off);
+* gradients are taken while eps is put aside;
+* a layer is called with other weights than its own (``torch.func.functional_call``), and misses what was written.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..interop.peft import Adapters
+from ..interop.torch_private import forward_hooks, in_backward, remove_forward_hook, share_memory
+
 _LEFT = (
     "this was computed inside `with opt.perturbed():`, and the weights have been restored since: "
     "call backward() inside it too"
 )
-_ADAPTERS = (
-    "the model's adapters were switched or merged inside `with opt.perturbed():`: a reference pass there is one of the "
-    "perturbed base; put it inside `with opt.unperturbed():`"
+_SWITCHED = (
+    "the model's adapters were switched or merged inside `with opt.perturbed():`: a reference pass there would run on "
+    "the perturbed base; put it inside `with opt.unperturbed():`"
 )
 _MERGED = (
     "adapters were merged or unmerged inside `with opt.perturbed():`, and the selected neurons are back at what they "
@@ -31,37 +35,34 @@ _OTHER_WEIGHT = (
     "a layer was called with another weight than the one that is perturbed in place (torch.func.functional_call?): "
     "use perturbation='delta', or call the model itself"
 )
-_ASIDE = "inside `with opt.unperturbed():` are passes without gradients only: put torch.no_grad() around this one"
+_ASIDE = (
+    "only passes without gradients are allowed inside `with opt.unperturbed():`: put torch.no_grad() around this one"
+)
 
 
-class Watch:
-    """One for all layers that hold selected weights; their hooks call :meth:`see` with every output.
-
-    ``lasts`` says whether a descent is under way.
+class DescentGuard:
+    """One for all layers that hold selected weights. Their hooks call :meth:`see` with every output.
 
     Args:
-        model: looked through for PEFT's layers; ``None`` for a copy's, which watches nothing.
+        model: looked through for PEFT's layers; ``None`` for a copied model's guard, which checks nothing.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.is_copy = model is None
-        modules = () if model is None else model.modules()
-        # All of them are switched together; by its property, not to import peft.
-        self._adapter = next((m for m in modules if isinstance(_class_attribute(m), property)), None)
+        self._adapters = Adapters(model)
+        self._adapters_then: tuple[Any, ...] = ()
         self._attached: set[int] = set()
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
-        self._adapters: Any = None
-        self.lasts = False
-        #: Whether weights are written to in the descent that is under way.
-        self.writes = False
-        self._block: object | None = None
+        #: Whether a descent is under way, and whether it writes to weights.
+        self.active = self.writes = False
+        self._descent: object | None = None
         self._aside = False
         # Forward passes of the last descent that no graph recorded and that were not computed again in it: a reentrant
         # checkpoint whose backward pass is still to come, or an evaluation.
         self._unrecorded = 0
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
-        """Watch a layer that no tap is on, once."""
+        """Guards a layer that no tap is on, once."""
         if id(module) in self._attached:
             return []
         self._attached.add(id(module))
@@ -74,34 +75,37 @@ class Watch:
 
     def begin(self) -> None:
         """The descent begins."""
-        self.lasts, self._block = True, object()
-        self._unrecorded, self._adapters = 0, self._which_adapters()
+        self.active, self._descent = True, object()
+        self._unrecorded, self._adapters_then = 0, self._adapters.state()
 
-    def end(self) -> None:
-        """The descent ends."""
-        self.lasts, self.writes, self._block, self._aside = False, False, None, False
+    def end(self) -> str | None:
+        """The descent ends. Returns an error message, or ``None``: weights are restored before anything is raised."""
+        merged = self.writes and self._adapters.present and self._adapters.merged() != self._adapters_then[-1]
+        self.active, self.writes, self._descent, self._aside = False, False, None, False
+        return _MERGED if merged else None
 
     def set_aside(self, aside: bool) -> None:
         """Whether eps is put aside for a while."""
         self._aside = aside
 
     def settle(self) -> None:
-        """The update ends: backward passes to come are those of others."""
+        """The update ends: backward passes from here on belong to others."""
         self._unrecorded = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.see(module, output)
 
     def see(self, module: nn.Module, output: Any) -> None:
-        # Compiled too: what is read here is the same in every update, so that it is compiled once.
-        if self._adapter is not None and self.lasts and not self._aside and self._which_adapters() != self._adapters:
-            raise RuntimeError(_ADAPTERS)
+        # What compiled code reads here is the same in every update, so it is compiled once.
+        adapters = self._adapters
+        if adapters.present and self.active and not self._aside and adapters.state() != self._adapters_then:
+            raise RuntimeError(_SWITCHED)
         # A compiled model needs nothing of the rest: its backward pass has its weights among its saved tensors, whose
         # versions autograd checks, and it recomputes nothing by itself.
         if torch.compiler.is_compiling():
             return
-        recomputing = torch._C._current_graph_task_id() != -1
-        if not self.lasts:
+        recomputing = in_backward()
+        if not self.active:
             if recomputing and self._unrecorded > 0:
                 raise RuntimeError(_LEFT)
             return
@@ -110,7 +114,7 @@ class Watch:
                 raise RuntimeError(_ASIDE)
             return
         if self.writes and any(
-            not _same_memory(getattr(module, attribute), weight)
+            not share_memory(getattr(module, attribute), weight)
             for attribute, weight in self._weights.get(id(module), ())
         ):
             raise RuntimeError(_OTHER_WEIGHT)
@@ -120,28 +124,16 @@ class Watch:
             self._unrecorded += 1
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(_Inside(self, self._block))
+                tensor.register_hook(_SameDescent(self, self._descent))
 
-    def _which_adapters(self) -> Any:
-        layer: Any = self._adapter
-        if layer is None:
-            return None
-        return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
+    def is_in(self, descent: object) -> bool:
+        return self._descent is descent
 
-    def merged(self) -> str | None:
-        """What is amiss where adapters were merged into weights that are written to, or taken out of them."""
-        if self.writes and self._adapters is not None and self._which_adapters()[-1] != self._adapters[-1]:
-            return _MERGED
-        return None
-
-    def is_in(self, block: object) -> bool:
-        return self._block is block
-
-    def refuse_copies(self) -> None:
-        """A model that is copied or pickled takes its hooks along: they ask here.
+    def check_not_copied(self) -> None:
+        """A model that is copied or pickled takes its hooks along, and they ask here.
 
         Raises:
-            RuntimeError: its weights are perturbed in place, so the copy's would be for good.
+            RuntimeError: its weights are perturbed in place, so the copy's would stay perturbed.
         """
         if self.writes:
             raise RuntimeError(
@@ -149,41 +141,28 @@ class Watch:
                 "or call opt.restore() first"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        self.refuse_copies()
-        return Watch(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> DescentGuard:
+        self.check_not_copied()
+        return DescentGuard(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self.refuse_copies()
-        return Watch, (None,)
-
-
-def _same_memory(given: Tensor, weight: Tensor) -> bool:
-    if given is weight:
-        return True
-    while torch._C._functorch.is_functorch_wrapped_tensor(given):
-        given = torch._C._functorch.get_unwrapped(given)
-    return bool(torch._C._is_alias_of(given, weight))  # type: ignore[attr-defined]
-
-
-def _class_attribute(module: nn.Module) -> Any:
-    return getattr(type(module), "disable_adapters", None)
+        self.check_not_copied()
+        return DescentGuard, (None,)
 
 
 def drop_copies(module: nn.Module) -> None:
-    """A copied model carries copies of its original's hooks, which nobody drives."""
-    for handle, hook in list(module._forward_hooks.items()):
+    """Removes the hooks that a copied model has taken along: nobody drives them."""
+    for handle_id, hook in list(forward_hooks(module).items()):
         if getattr(hook, "is_copy", False):
-            del module._forward_hooks[handle]
-            module._forward_hooks_with_kwargs.pop(handle, None)
+            remove_forward_hook(module, handle_id)
 
 
-class _Inside:
-    """On a gradient's way: whether the descent that its tensor was computed in still lasts."""
+class _SameDescent:
+    """A gradient's hook: raises where the descent that its tensor was computed in has ended."""
 
-    def __init__(self, watch: Watch, block: object) -> None:
-        self._watch, self._block = watch, block
+    def __init__(self, guard: DescentGuard, descent: object) -> None:
+        self._guard, self._descent = guard, descent
 
     def __call__(self, gradient: Tensor) -> None:
-        if not self._watch.is_in(self._block):
+        if not self._guard.is_in(self._descent):
             raise RuntimeError(_LEFT)

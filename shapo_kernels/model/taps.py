@@ -1,26 +1,24 @@
-"""Taps: forward hooks on the layers whose neurons are selected. They let a direction's gradient out, or add a
-direction in.
+"""Taps: forward hooks on the layers whose neurons are selected.
 
-A tap changes a layer's output only inside an ascent or, for the ``delta`` perturbation, a descent; otherwise it notes
-the dtype that the layer computed in and passes the output on. It stays attached from the optimizer's making to
-``detach()``, so that a model compiled in between keeps it.
+In an ascent a tap lets the direction's gradient out. In a descent with ``perturbation="delta"`` it adds the direction.
+Otherwise it notes the dtype that the layer computed in and passes the output on. It stays attached from the making of
+the optimizer to ``detach()``, so that a model compiled in between keeps it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..interop.quantised import is_linear_by_features
-from .descent_guard import Watch, drop_copies
+from ..interop.torch_private import forward_hooks, global_forward_hooks, in_functorch, is_dtensor
+from .descent_guard import DescentGuard, drop_copies
 
 
 class Tap:
@@ -44,23 +42,23 @@ class Tap:
         self._index = index
         self._direction: Tensor | None = None
         self._adding = False
-        self._watch = Watch(None)
+        self._guard = DescentGuard(None)
         self._place: tuple[OrderedDict[int, Any], int] = OrderedDict(), 0
         self._checked_under: tuple[int, ...] = ()
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
-        #: Of each call in the first ascent, where its graph begins and ends; ``None`` for one that has none to be seen.
+        #: For each call in the first ascent, where its graph ends and begins; ``None`` where it has none.
         self.calls: list[tuple[Any, Any] | None] | None = None
         #: Whether the layer has run at all since the ascent, or the update, began.
         self.ran = False
         self.compute_dtype: torch.dtype | None = None
 
-    def attach(self, module: nn.Module, watch: Watch) -> RemovableHandle:
+    def attach(self, module: nn.Module, guard: DescentGuard) -> RemovableHandle:
         drop_copies(module)
-        self._watch = watch
-        # First of all hooks: those of tensor parallelism add up or gather what the layer puts out, FSDP's may cast it.
+        self._guard = guard
+        # Before other hooks: those of tensor parallelism sum or gather the layer's output, FSDP's may cast it.
         handle = module.register_forward_hook(self, with_kwargs=True, prepend=True)
-        self._place = cast(OrderedDict[int, Any], module._forward_hooks), handle.id
+        self._place = forward_hooks(module), handle.id
         return handle
 
     is_copy = False
@@ -95,12 +93,12 @@ class Tap:
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
-            if not torch.compiler.is_compiling() and self._checked_under != (present := tuple(_global_forward_hooks)):
+            if not torch.compiler.is_compiling() and self._checked_under != (present := global_forward_hooks()):
                 if present:
-                    _refuse_changed_output(module, args, kwargs, output)
+                    _check_output_unchanged(module, args, kwargs, output)
                 self._checked_under = present
             input = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(output, DTensor):
+            if is_dtensor(output):
                 output = self._on_parts(output, input, self._direction)
             elif self._sharded:
                 raise RuntimeError(
@@ -109,7 +107,7 @@ class Tap:
                 )
             else:
                 output = self._joined(output, input, self._direction)
-        self._watch.see(module, output)
+        self._guard.see(module, output)
         return output
 
     def _joined(self, output: Tensor, input: Tensor, direction: Tensor) -> Tensor:
@@ -127,9 +125,11 @@ class Tap:
         change = nn.functional.linear(input.to(output.dtype), matrix.to(output.dtype))
         return output + change if index is None else output.index_add(-1, index, change)
 
-    def _on_parts(self, output: DTensor, input: Tensor, direction: Tensor) -> DTensor:
-        """Each rank adds its own neurons' part to its own part of the output."""
-        if not isinstance(input, DTensor):
+    def _on_parts(self, output: Any, input: Any, direction: Tensor) -> Tensor:
+        """Each rank adds its own neurons' part to its own part of the output; both are DTensors."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        if not is_dtensor(input):
             raise RuntimeError(f"the layer's output is a DTensor and its input a {type(input).__name__}: expected two")
         gradients = _input_gradient_placements(input.placements, output.placements, output.ndim - 1)
         # Every rank's part of a sum has the sum's gradient; torch 2.10 would by itself take that for a part too.
@@ -146,25 +146,25 @@ class Tap:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        self._watch.refuse_copies()
+        self._guard.check_not_copied()
         return _copied_tap(self.features_first, self._axis, self._index, self._sharded)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._watch.refuse_copies()
+        self._guard.check_not_copied()
         return _copied_tap, (self.features_first, self._axis, self._index, self._sharded)
 
 
 def _transformed() -> bool:
-    """Whether the layer runs inside vmap or another of torch.func's, which see through torch's own operators only."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether the layer runs inside vmap or another transform of torch.func, which knows torch's own operators only."""
+    return not torch.compiler.is_compiling() and in_functorch()
 
 
-def _refuse_changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-    """Global hooks run before a layer's own. Most only look; that one changed the output is seen in no other way than
-    by computing it again: once for each layer and set of hooks. Rounding may differ between two computations.
+def _check_output_unchanged(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Global hooks run before a layer's own. Whether one changed the output is seen only by computing it again: once
+    for each layer and set of hooks, up to rounding.
     """
     with torch.no_grad():
-        own, given = (x.to_local() if isinstance(x, DTensor) else x for x in (module.forward(*args, **kwargs), output))
+        own, given = (_local(x) for x in (module.forward(*args, **kwargs), output))
         same = own.dtype == given.dtype and own.shape == given.shape
         near = 8 * torch.finfo(own.dtype).eps
         largest = own.nan_to_num(0, 0, 0).abs().max().item() if own.numel() else 0.0
@@ -175,21 +175,25 @@ def _refuse_changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dic
             )
 
 
+def _local(x: Any) -> Tensor:
+    return x.to_local() if is_dtensor(x) else x
+
+
 def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: bool) -> Tap:
     tap = Tap(features_first=features_first, axis=axis, index=index, sharded=sharded)
     tap.is_copy = True
     return tap
 
 
-def _input_gradient_placements(
-    inputs: tuple[Placement, ...], outputs: tuple[Placement, ...], features: int
-) -> list[Placement]:
+def _input_gradient_placements(inputs: tuple[Any, ...], outputs: tuple[Any, ...], features: int) -> list[Any]:
     """How the gradient of a linear layer's input lies over ranks, given how its input and output do.
 
     The ranks hold the weight's rows (they share the input and put out parts of the features, as ``ColwiseParallel``
     makes it), or its columns (parts of the features come in, parts of a sum go out, ``RowwiseParallel``), or all of it.
     """
-    gradients: list[Placement] = []
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    gradients: list[Any] = []
     for given, put_out in zip(inputs, outputs, strict=True):
         if given.is_replicate() and put_out.is_shard(features):
             gradients.append(Partial())

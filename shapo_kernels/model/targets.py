@@ -1,31 +1,25 @@
-"""A subspace bound to a model: for every selected weight its parameter, its compact form and the taps on its layers."""
+"""One selected weight of a model: its parameter, its compact form, and the taps on its layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .. import ops
-from ..distributed import total
-from ..interop.names import owners
-from ..interop.peft import reading_base_weights
-from ..interop.quantised import acting_shape, compute_dtype_of_quantised, is_quantised
-from ..interop.sharding import Block, Layout, Layouts, UnsupportedLayout, lasting_shape
+from ..interop.discovery import lasting_shape
+from ..interop.quantised import compute_dtype_of_quantised, is_quantised
+from ..interop.sharding import Layout
+from ..interop.torch_private import is_dtensor
 from ..ops.subspace_update import compute_dtype_of
-from ..subspace import Subspace, SubspaceError
-from .descent_guard import Watch
+from .descent_guard import DescentGuard
 from .taps import Tap, stores_features_first
 
-# A weight's compact memory is kept between updates where it is at most this share of the weight. Made anew for 28
-# layers (1 % of 3072 x 2048 each) it cost 1400 page faults an update: 3 to 14 ms on a virtual machine, beside 27 ms for
-# norm, perturb and restore.
+# A weight's compact memory is kept between updates where it is at most this share of the weight. Allocating it anew for
+# 28 layers (1 % of 3072 x 2048 each) cost 1400 page faults an update: 3 to 14 ms on a virtual machine, where norm,
+# perturb and restore take 27 ms.
 _KEPT_SHARE = 0.25
 
 
@@ -99,7 +93,7 @@ class Target:
     def replaced(self) -> bool:
         """Whether the layers hold another parameter than they did when it was bound, or another part of it."""
         return lasting_shape(self.parameter) != self._bound_shape or any(
-            module._parameters.get(attribute) is not self.parameter for module, attribute in self.modules
+            getattr(module, attribute, None) is not self.parameter for module, attribute in self.modules
         )
 
     @property
@@ -173,6 +167,10 @@ class Target:
         zero = torch.zeros((), dtype=self.compute_dtype, device=self.parameter.device)
         return zero.expand(self.compact_shape).requires_grad_()
 
+    def zeros(self) -> Tensor:
+        """A direction of zero: what a rank without a gradient brings to a collective."""
+        return torch.zeros(self.compact_shape, dtype=self.compute_dtype, device=self.parameter.device)
+
     def buffer(self, use: str, dtype: torch.dtype) -> Tensor:
         """Compact memory, its contents undefined: for one ``use`` the same in every update where neurons are few."""
         buffer = self._buffers.get(use)
@@ -187,148 +185,27 @@ class Target:
             raise TypeError(
                 f"the gradient of {self.name!r} is {gradient.layout}: ShaPO needs dense gradients (sparse=False)"
             )
-        if isinstance(gradient, DTensor):
+        if is_dtensor(gradient):
             # Sums over a mesh's dimension may still be outstanding (Partial).
-            gradient = gradient.redistribute(placements=cast(DTensor, self.parameter).placements).to_local()
+            placements = cast(Any, self.parameter).placements
+            gradient = cast(Any, gradient).redistribute(placements=placements).to_local()
         return gradient.detach().reshape(self._matrix)
 
-    def attach(self, watch: Watch) -> None:
+    def attach(self, guard: DescentGuard) -> None:
         if self.taps:
             self._handles = [
-                tap.attach(module, watch) for tap, (module, _) in zip(self.taps, self.modules, strict=True)
+                tap.attach(module, guard) for tap, (module, _) in zip(self.taps, self.modules, strict=True)
             ]
         else:
-            self._handles = [handle for module, _ in self.modules for handle in watch.attach(module)]
+            self._handles = [handle for module, _ in self.modules for handle in guard.attach(module)]
         if not (self.layout.gathered or self.quantised):
             for module, attribute in self.modules:
-                watch.expect(module, attribute, self.parameter)
+                guard.expect(module, attribute, self.parameter)
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True) -> list[Target]:
-    """The targets of a subspace in a model, a tied weight once.
-
-    Args:
-        delta: every weight must be perturbed without being written, so each of its layers must be linear.
-        sync: directions are to be averaged over data-parallel ranks.
-
-    Raises:
-        SubspaceError: the subspace does not fit the model; a weight that the perturbation cannot be applied to.
-    """
-    try:
-        layouts = Layouts(model, sync)
-    except UnsupportedLayout as error:
-        raise SubspaceError(f"the model cannot be perturbed: {error}") from error
-    owner_of, read_by = owners(model), reading_base_weights(model)
-    grouped: dict[int, list[str]] = {}
-    resolved = subspace.resolve(model, shape_of=layouts.shape)
-    for name, parameter in resolved.items():
-        grouped.setdefault(id(parameter), []).append(name)
-    targets = []
-    places: dict[tuple[int, int], str] = {}
-    for names in grouped.values():
-        parameter = resolved[names[0]]
-        try:
-            layout = _acting(layouts.of(parameter), parameter, owner_of[id(parameter)])
-        except UnsupportedLayout as error:
-            raise SubspaceError(f"{names[0]!r} cannot be perturbed: {error}") from error
-        axis = subspace.axis(names[0])
-        if any(subspace.axis(name) != axis for name in names):
-            raise SubspaceError(f"{' and '.join(map(repr, names))} are one tied weight, selected on different axes")
-        quantised = is_quantised(parameter)
-        if parameter.dim() > 2 and not quantised and not parameter.is_contiguous():
-            raise SubspaceError(
-                f"{names[0]!r} has strides {list(parameter.stride())}: more than two axes must be contiguous"
-            )
-        if parameter.is_meta:
-            raise SubspaceError(f"{names[0]!r} is on the meta device: make the optimizer once the weights have memory")
-        if not (delta or quantised or layout.gathered):
-            held = layout.local(parameter)
-            place = held.untyped_storage()._cdata, int(held.storage_offset())
-            if held.numel() and (other := places.setdefault(place, names[0])) != names[0]:
-                raise SubspaceError(
-                    f"{names[0]!r} and {other!r} are two parameters in the same memory: tie the parameter itself, "
-                    "or use perturbation='delta'"
-                )
-        index = torch.unique(torch.cat([subspace[name] for name in names]))
-        modules = owner_of[id(parameter)]
-        if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None for m, _ in modules):
-            raise SubspaceError(f"{names[0]!r} is written to in every forward pass (max_norm): it cannot be perturbed")
-        linear = all(
-            attribute == "weight" and stores_features_first(module, quantised=quantised) is not None
-            for module, attribute in modules
-        )
-        partial = bool(layout.shape) and index.numel() < layout.shape[axis]
-        if layout.gathered and not linear:
-            raise SubspaceError(
-                f"{names[0]!r} is sharded and no nn.Linear's or Conv1D's alone: only linear layers' weights can be both"
-            )
-        if delta and not linear:
-            raise SubspaceError(
-                f"{names[0]!r} is no nn.Linear's or Conv1D's alone: perturbation='delta' cannot move it; use 'in_place'"
-            )
-        adapter = next((read_by[id(module)] for module, _ in modules if id(module) in read_by), None)
-        if adapter is not None and not parameter.requires_grad:
-            raise SubspaceError(
-                f"{names[0]!r} is frozen, and its adapter ({adapter}) computes with it beside its layer's calls, where "
-                "no gradient of it is found: select other weights, or use LoRA, DoRA without dropout, VeRA, IA3…"
-            )
-        tapped = linear and (partial or delta or layout.gathered or quantised)
-        targets.append(Target(tuple(names), parameter, index, axis, modules, layout, tapped=tapped))
-    return targets
-
-
-def _acting(layout: Layout, parameter: Tensor, modules: list[tuple[nn.Module, str]]) -> Layout:
-    """The layout of what a quantised weight acts as; others act as they lie."""
-    if not is_quantised(parameter):
-        return layout
-    shape = acting_shape(parameter, modules) or ()
-    whole = Block((0,) * len(shape), shape)
-    return replace(layout, shape=shape, held=whole, computed=whole)
-
-
-def complete(targets: Sequence[Target], found: Sequence[Target], values: Sequence[Tensor]) -> list[Tensor]:
-    """A value for every target, zeros for those not found: what a rank brings to a collective."""
-    held = dict(zip(found, values, strict=True))
-    return [
-        held[t] if t in held else torch.zeros(t.compact_shape, dtype=t.compute_dtype, device=t.parameter.device)
-        for t in targets
-    ]
-
-
-def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
-    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight where ranks hold parts of it (a collective), NaN
-    where it is quantised.
-    """
-    if any(target.quantised for target in targets):
-        known = [target for target in targets if not target.quantised]
-        norms = iter(selected_weight_squared_norms(known) if known else ())
-        nan = torch.full((), torch.nan, dtype=torch.float64, device=targets[0].parameter.device)
-        return torch.stack([nan if target.quantised else next(norms) for target in targets])
-    parts = [target.held_neurons() for target in targets]
-    squares = ops.selected_squared_norms(
-        [rows for rows, _ in parts], [index for _, index in parts], [target.axis for target in targets]
-    )
-    return total(squares, [target.layout.held_over for target in targets])
-
-
-def total_over_parts(sums: Tensor, targets: Sequence[Target]) -> Tensor:
-    """Sums over what each rank computes with, a row for each target -> sums over whole weights (a collective)."""
-    return total(sums, [target.layout.computed_over for target in targets])
-
-
-def attach(targets: Iterable[Target], watch: Watch) -> None:
-    for target in targets:
-        target.attach(watch)
-
-
-def detach(targets: Iterable[Target]) -> None:
-    for target in targets:
-        target.detach()
 
 
 def _matrix_shape(shape: tuple[int, ...], whole: bool) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""What the graph of a loss tells of weights. Walked in Python, so in the first ascent only, or before an error."""
+"""Which weights a loss uses beside their layers' calls, read from its graph.
+
+The graph is walked in Python, so this is done in the first ascent only, or before an error is raised.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
 
 
 def note_calls(targets: Sequence[Target]) -> None:
-    """From now on taps note what :func:`used_beside_calls` asks for, and with it hold the graphs of their calls."""
+    """Taps start to note their calls for :func:`used_beside_calls`, which keeps the calls' graphs alive."""
     for target in targets:
         for tap in target.taps:
             tap.calls = None if target.layout.held_over else []
@@ -36,11 +39,11 @@ def forget_calls(targets: Sequence[Target]) -> None:
 
 
 def used_beside_calls(loss: Any, targets: Sequence[Target]) -> list[Target]:
-    """Weights that the loss depends on by other ways than their layers' calls, of which taps know: a penalty on the
-    weights, another layer that reads them.
+    """Weights that the loss depends on other than through their layers' calls, which is all that taps see: a penalty on
+    the weights, another layer that reads them.
 
-    What is compiled or transformed, and weights that ranks hold parts of, are not looked into. The calls that the loss
-    came from are forgotten, or every micro-batch's activations would stay until the last one's.
+    Compiled or transformed code and weights in parts over ranks are not looked into. The calls that the loss came from
+    are forgotten, or every micro-batch's activations would stay until the last one's.
     """
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return []

@@ -1,6 +1,6 @@
-"""The selected neurons of one model: how their direction is found, and how they are moved along it and back.
+"""A subspace bound to a model: finds the direction of its neurons with an ascent, moves them along it and back.
 
-This module knows of no update, no interval and no base optimizer; see :mod:`shapo_kernels.optimizer`.
+It knows no update, no interval and no base optimizer.
 """
 
 from __future__ import annotations
@@ -13,41 +13,36 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..ascent import Ascent, GradAscent, SelectiveAscent, refuse_other_use
+from ..ascent import Ascent, GradAscent, SelectiveAscent, other_use
 from ..distributed import average
-from ..interop.deepspeed import is_engine
-from ..interop.sharding import ranks_are_known, refuse_deepspeed, refuse_inner, reshard
-from ..model.descent_guard import Watch
-from ..model.targets import (
-    Target,
-    attach,
-    bind,
-    complete,
-    detach,
-    selected_weight_squared_norms,
-    total_over_parts,
-)
+from ..interop import fsdp
+from ..interop.discovery import check_supported
+from ..interop.sharding import ranks_are_known
+from ..interop.torch_private import version
+from ..model.binding import bind
+from ..model.descent_guard import DescentGuard
+from ..model.norms import selected_weight_squared_norms, total_over_parts
+from ..model.targets import Target
 from ..perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from ..stochastic_rounding import HALVES, StochasticRounding
 from ..subspace import Subspace, SubspaceError
-from .radius import Radii
+from .radius import Radius
 from .stats import UpdateStats
 
 #: Some of the targets and, compact, the gradient of each.
 Direction: TypeAlias = "tuple[list[Target], list[Tensor]]"
 
 
-class Perturber:
-    """A subspace bound to a model, with hooks on its layers until :meth:`detach`.
+class BoundSubspace:
+    """A subspace in a model, with hooks on its layers until :meth:`detach`.
 
     Args:
         model, subspace, ascent, perturbation, relative, sync: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
+        why_no_gradients: why ``.grad`` does not hold the gradients, if so.
         rounding: how 16-bit weights are rounded in place; to nearest where there is none.
 
     Raises:
-        SubspaceError: the subspace does not fit the model, or the options do not fit quantised weights.
-        ValueError: the options do not fit sharded weights.
+        SubspaceError: the subspace or an option does not fit the model.
     """
 
     def __init__(
@@ -59,63 +54,68 @@ class Perturber:
         perturbation: str,
         relative: bool,
         sync: bool,
+        why_no_gradients: str | None = None,
         rounding: StochasticRounding | None = None,
     ) -> None:
-        self._subspace, self._relative, self._sync = subspace, relative, sync
         self.selective = ascent == "selective"
-        self._rounding = rounding
-        self._perturbation = perturbation
+        self._subspace, self._relative, self._sync = subspace, relative, sync
+        self._perturbation, self._rounding, self._why_no_gradients = perturbation, rounding, why_no_gradients
         self.active: Perturbation | None = None
         self._bind(model)
 
     @torch.inference_mode(False)  # what is made here and below is used again in other updates
     def _bind(self, model: nn.Module) -> None:
         targets = bind(model, self._subspace, delta=self._perturbation == "delta", sync=self._sync)
-        if is_engine(model) and not self.selective:
-            raise ValueError("DeepSpeed keeps the gradients in partitions of its own: use ascent='selective'")
-        if any_gathered(targets) and (self._perturbation == "in_place" or not self.selective):
-            raise ValueError(
-                "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
-            )
-        quantised = next((target.name for target in targets if target.quantised), None)
-        if quantised is not None and (self._perturbation == "in_place" or not self.selective or self._relative):
-            raise SubspaceError(
-                f"{quantised!r} is quantised: it has no gradient, no norm and takes no sum; "
-                "use ascent='selective' with perturbation='delta' or 'auto', and relative=False"
-            )
-        if self._rounding is not None and not any(target.parameter.dtype in HALVES for target in targets):
-            raise ValueError("stochastic_rounding=True, but no selected weight is bfloat16 or float16")
+        if (reason := self._why_not(targets)) is not None:
+            raise SubspaceError(reason)
         self.targets, self._model, self._begun = targets, model, False
         self._among_ranks = ranks_are_known()
         self._versions: set[tuple[int, int]] = set()
         self._found, self._missed = False, list[Target]()
         self._measured_in: dict[Target, torch.dtype] = {}
         self._warned = False
-        self.watch = Watch(model)
-        attach(targets, self.watch)
+        self.guard = DescentGuard(model)
+        for target in targets:
+            target.attach(self.guard)
+
+    def _why_not(self, targets: Sequence[Target]) -> str | None:
+        """Why the options do not fit these weights."""
+        needs_gradients = self._perturbation == "in_place" or not self.selective
+        if not self.selective and self._why_no_gradients is not None:
+            return f"{self._why_no_gradients}: use ascent='selective'"
+        if any_gathered(targets) and needs_gradients:
+            return "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+        quantised = next((target.name for target in targets if target.quantised), None)
+        if quantised is not None and (needs_gradients or self._relative):
+            return (
+                f"{quantised!r} is quantised: it has no gradient, no norm and takes no sum; "
+                "use ascent='selective' with perturbation='delta' or 'auto', and relative=False"
+            )
+        if self._rounding is not None and not any(target.parameter.dtype in HALVES for target in targets):
+            return "stochastic_rounding=True, but no selected weight is bfloat16 or float16"
+        return None
 
     @property
     def gathered(self) -> bool:
-        """Whether some selected weights are whole in a forward pass only, and gathered for it."""
+        """Whether some selected weights are gathered for each forward pass, and sharded between."""
         return any_gathered(self.targets)
 
     def follow(self, model: nn.Module) -> None:
-        """Bind again what was sharded or replaced since, as Accelerate's ``prepare`` does, or where ranks have come
-        together since; asked as an update begins.
+        """Binds again, as an update begins, where weights were sharded or replaced or ranks have come together since.
 
         Args:
-            model: as it is wrapped by now.
+            model: as it is wrapped by now. Accelerate's ``prepare`` wraps after the optimizer was made.
 
         Raises:
-            RuntimeError: it cannot be bound any more. UnsupportedLayout: DeepSpeed has it.
+            RuntimeError: it cannot be bound any more. UnsupportedLayout: an engine has it that is not supported.
         """
         if not self._begun:
-            refuse_deepspeed(model)
+            check_supported(model)
         if self.gathered:
             # Gathered weights change places with their parts all the time; sharded they stay.
             if self._begun:
                 return
-            reshard(self._model)
+            fsdp.reshard(self._model)
         if self._among_ranks == ranks_are_known() and not any(target.replaced for target in self.targets):
             return
         self.detach()
@@ -127,27 +127,29 @@ class Perturber:
                 "wrapped model"
             ) from error
 
+    # -- the ascent
+
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
         """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in."""
         self._begun = True
         self._versions = self._current_versions()
-        self.settle()
+        self._reset_ran()
         kind = SelectiveAscent if self.selective else GradAscent
         return kind(self.targets, parameters, strict=not self._found)
 
     def settle(self) -> None:
-        """An ascent begins, or the update ends: what has run is of no account any more."""
-        for tap in (tap for target in self.targets for tap in target.taps):
-            tap.ran = False
+        """The update ends: passes from here on belong to others."""
+        self.guard.settle()
+        self._reset_ran()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def agreed(self, direction: Direction, *, averaged: bool = False) -> Direction:
-        """The direction that all ranks move along: every rank brings every target, whether it has a gradient or not.
+        """The direction that all ranks move along: every rank brings every target, with or without a gradient.
 
         Args:
-            averaged: it was found in gradients that somebody has reduced. An ascent's own passes reduce none: only the
-                compact direction crosses ranks, if anything does.
+            averaged: it comes from gradients that are reduced already. An ascent's own passes reduce none: only the
+                compact direction crosses ranks.
 
         Raises:
             RuntimeError: a weight was written to during the ascent. UnsupportedLayout: the model is a part of another.
@@ -158,56 +160,52 @@ class Perturber:
                 f"{name!r} was written to during the ascent, and its direction is that of other weights: an optimizer "
                 "that steps in backward hooks takes ascent='selective' and no closure"
             )
-        found, _ = direction
+        found, values = direction
         if self.gathered and not self._found:
-            refuse_inner(self._model)
+            fsdp.check_outermost(self._model)
         self._found = self._found or bool(found)
         self._missed = [target for target in found if not target.ran or target.used_beside_calls]
         layouts = [target.layout for target in self.targets]
         over = [() if averaged else layout.averaged_over for layout in layouts]
         if not any(over) and not any(layout.held_over or layout.computed_over for layout in layouts):
             return direction
-        return self.targets, average(complete(self.targets, *direction), over)
+        mine = dict(zip(found, values, strict=True))
+        return self.targets, average([mine[t] if t in mine else t.zeros() for t in self.targets], over)
+
+    # -- the descent
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def move(
-        self, direction: Direction, radii: Radii, stats: UpdateStats, *, norm: str, relative: bool, eta: float
-    ) -> Tensor | None:
+    def move(self, direction: Direction, radius: Radius, stats: UpdateStats) -> Tensor | None:
         """To theta + eps, without waiting for the device. Returns whether the norm overflowed, a bool on the device."""
-        self.watch.begin()
+        self.guard.begin()
         targets, values = direction
         if not targets:
             return None
-        weight_squares = selected_weight_squared_norms(targets) if relative else None
-        if any(target.layout.computed_over for target in targets):
-            squares = total_over_parts(ops.squared_norms(values), targets)
-            scale = ops.perturbation_scale(
-                squares, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
-            )
-        else:
-            squares, scale = ops.norms_and_scale(
-                values, radii.of(targets), weight_squared_norms=weight_squares, norm=norm, eta=eta
-            )
+        squares, scale, weight_squares = radius.scale(targets, values)
         self.active = self._choose(targets)
         if self._missed and isinstance(self.active, Delta):
-            refuse_other_use(self._missed[0])
-        self.watch.writes = isinstance(self.active, InPlace)
-        self._measured_in = {target: target.forward_dtype for target in targets if self.watch.writes}
-        realised = self.active.apply(targets, values, scale)
+            raise RuntimeError(other_use(self._missed[0]))
+        self.guard.writes = isinstance(self.active, InPlace)
+        self._measured_in = {target: target.forward_dtype for target in targets if self.guard.writes}
+        realised = total_over_parts(self.active.apply(targets, values, scale), targets)
+        if realised.shape[1] == 2:
+            if weight_squares is None:
+                weight_squares = selected_weight_squared_norms(targets)
+            realised = torch.cat([realised, weight_squares.unsqueeze(1)], dim=1)
         return ~stats.record(squares, scale, realised)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> str | None:
-        """Back to theta, bit for bit; does nothing where nothing is perturbed. Returns what is amiss, if anything."""
-        amiss = None
+        """Back to theta, bit for bit. Returns an error message, or ``None``, so that no exception in flight is lost."""
+        message = None
         if self.active is not None:
             self._warn_of_autocast()
-            amiss = self.active.remove() or self.watch.merged()
+            message = self.active.remove()
             self.active = None
-        self.watch.end()
-        return amiss
+        merged = self.guard.end()
+        return message or merged
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -216,24 +214,28 @@ class Perturber:
             yield
             return
         with torch.no_grad(), self.active.set_aside():
-            self.watch.set_aside(True)
+            self.guard.set_aside(True)
             try:
                 yield
             finally:
-                self.watch.set_aside(False)
+                self.guard.set_aside(False)
 
     def detach(self) -> None:
-        """Leave the model as it was found: restored, without hooks."""
+        """Leaves the model as it was found: restored, without hooks."""
         self.restore()
-        detach(self.targets)
+        for target in self.targets:
+            target.detach()
+
+    # -- inside
+
+    def _reset_ran(self) -> None:
+        """Resets the taps' ``ran`` flags."""
+        for tap in (tap for target in self.targets for tap in target.taps):
+            tap.ran = False
 
     def _current_versions(self) -> set[tuple[int, int]]:
-        """(target, its weight's version), but for weights that an engine gathers, or that have no versions."""
-        return {
-            (id(target), target.parameter._version)
-            for target in self.targets
-            if not target.layout.gathered and not target.parameter.is_inference()
-        }
+        """(target, its weight's version), but for weights that an engine gathers."""
+        return {(id(target), version(target.parameter)) for target in self.targets if not target.layout.gathered}
 
     def _warn_of_autocast(self) -> None:
         lower = [(t, d) for t, d in self._measured_in.items() if t.forward_dtype.itemsize < d.itemsize]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ..interop.torch_private import is_dtensor
 
 CLOSURE = (
     "a GradScaler steps without closures: call opt.step(closure, scaler=scaler) and then scaler.update(), "
@@ -98,7 +99,8 @@ class LossScaling:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
             self._overflow = flag.bool()
         for parameter in (p for group in base.param_groups for p in group["params"]):
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grad: Any = parameter.grad
+            grad = grad.to_local() if is_dtensor(grad) else grad
             if grad is not None and grad.layout == torch.strided and grad.numel():
                 factor = torch.where(self._overflow.to(grad.device), torch.nan, 1.0)
                 grad.mul_(factor.to(grad.dtype))

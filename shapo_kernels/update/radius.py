@@ -1,4 +1,4 @@
-"""The radius rho of each parameter group: checked, drawn where it is a range, sent to the device once."""
+"""The radius of a perturbation: rho of each param group, and the scale that it gives each weight's gradient."""
 
 from __future__ import annotations
 
@@ -8,55 +8,92 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from ..interop.deepspeed import EngineStep
+from .. import ops
+from ..model.norms import selected_weight_squared_norms, total_over_parts
 from ..model.targets import Target
+from ..ops.subspace_update import NORMS
+from .base import Base
 
 Rho: TypeAlias = "float | tuple[float, float]"
 
 
-class Radii:
-    """The radii of an optimizer's param groups; ``group["rho"]`` where a group has one, else ``default``.
+class Radius:
+    r"""The factor s_l that turns the gradient of each weight l into its perturbation.
 
-    Adadelta has a hyper-parameter of that name in every group: around such a base the key is ``"shapo_rho"``.
+    .. math:: s_l = \frac{\rho_l}{N_l + \eta}, \qquad N_l = \|g_S\|_2 \text{ (global)}, \; \|g_l\|_2 \text{ (layer)},
+              \; 1 \text{ (none)}
+
+    A group's own ``"rho"`` comes before ``rho``. Adadelta has a hyper-parameter of that name in every group: around
+    such a base the key is ``"shapo_rho"``. Groups are read at every use, so a schedule may write to them.
 
     Args:
-        base: whose groups are read anew at every use, so that a schedule may write to them.
-        norm: the optimizer's; only "none" allows ranges.
-        seed: of the draws from ranges.
+        base: whose groups these are.
+        rho: a length, or with ``norm="none"`` a ``(low, high)`` range to draw from.
+        relative: rho is a multiple of the selected weights' norm.
+        norm: "global", "layer" or "none".
+        eta: added to the norm.
+        seed: of the draws.
     """
 
-    def __init__(self, base: Optimizer, rho: Any, norm: str, seed: int) -> None:
-        self._base = base
-        self.norm = norm
+    def __init__(self, base: Base, rho: Any, *, relative: bool, norm: str, eta: float, seed: int) -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+        if relative and norm == "none":
+            raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
+        if not (isinstance(eta, float) and 0 <= eta < math.inf):
+            raise ValueError(f"eta is {eta!r}: expected a number, 0 or more")
+        self._base, self.relative, self.norm, self.eta = base, relative, norm, eta
         self._draws = torch.Generator().manual_seed(seed)
         self._sent: tuple[Any, Tensor] | None = None
-        self.key = "shapo_rho" if "rho" in base.defaults else "rho"
-        self.default = checked_rho(rho, norm)
-        for group in base.param_groups:
-            self.check(group)
+        self.key = "shapo_rho" if "rho" in base.optimizer.defaults else "rho"
+        self._rho = checked_rho(rho, norm)
+        for group in base.optimizer.param_groups:
+            self.check_group(group)
 
-    def check(self, group: dict[str, Any]) -> None:
-        """Refuse a group whose radius is none."""
+    @property
+    def rho(self) -> Rho:
+        """The radius of groups that carry none of their own."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, value: Rho) -> None:
+        self._rho = checked_rho(value, self.norm)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where a group's own radius is none."""
         if self.key in group:
             checked_rho(group[self.key], self.norm)
 
     def any_positive(self) -> bool:
         return max(rho[1] if isinstance(rho, tuple) else rho for rho in self._all()) > 0
 
-    def of(self, targets: Sequence[Target]) -> Tensor:
-        """Each target's radius, float64 ``[n]`` on its device. A range is drawn from once for all its targets.
+    def scale(self, targets: Sequence[Target], values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Nothing here waits for the device.
 
-        Negative where the base maximises: what is worst for it lies down the gradient. The loss negated and minimised
-        is the same training.
+        Returns:
+            The squared norms of the gradients, the scales, and for a relative radius the squared norms of the selected
+            weights: float64 ``[n]`` each.
         """
-        group_of = {id(p): group for group, parameters in self._members() for p in parameters}
+        weights = selected_weight_squared_norms(targets) if self.relative else None
+        rho = self.of(targets)
+        options: dict[str, Any] = {"weight_squared_norms": weights, "norm": self.norm, "eta": self.eta}
+        if not any(target.layout.computed_over for target in targets):
+            return *ops.norms_and_scale(values, rho, **options), weights
+        squares = total_over_parts(ops.squared_norms(values), targets)
+        return squares, ops.perturbation_scale(squares, rho, **options), weights
+
+    def of(self, targets: Sequence[Target]) -> Tensor:
+        """Each target's rho, float64 ``[n]`` on its device. A range is drawn from once for all its targets.
+
+        Negative where the base maximises: the worst case then lies down the gradient.
+        """
+        group_of = {id(p): group for group, parameters in self._base.members() for p in parameters}
         drawn: dict[tuple[float, float], float] = {}
         radii = []
         for target in targets:
-            group = group_of.get(id(target.parameter), self._base.defaults)
-            rho = checked_rho(group.get(self.key, self.default), self.norm)
+            group = group_of.get(id(target.parameter), self._base.optimizer.defaults)
+            rho = checked_rho(group.get(self.key, self.rho), self.norm)
             if isinstance(rho, tuple):
                 if rho not in drawn:
                     drawn[rho] = self._draw(*rho)
@@ -82,18 +119,12 @@ class Radii:
         self._draws = torch.Generator()
         self._draws.set_state(state["_draws"])
 
-    def _members(self) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
-        """Each group and the model's parameters in it."""
-        if isinstance(self._base, EngineStep):
-            return self._base.members()
-        return ((group, group["params"]) for group in self._base.param_groups)
-
     def _draw(self, low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=self._draws, dtype=torch.float64).item()
 
     def _all(self) -> Iterator[Rho]:
-        yield self.default
-        for group in self._base.param_groups:
+        yield self.rho
+        for group in self._base.optimizer.param_groups:
             if self.key in group:
                 yield checked_rho(group[self.key], self.norm)
 

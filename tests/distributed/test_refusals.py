@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
-SHARDED = "ValueError: the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+SHARDED = "SubspaceError: the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
 STATIC = r"RuntimeError: DistributedDataParallel\(static_graph=True\) .* use static_graph=False, or `with opt.ascent"
 CASES = [
     ({"engine": "fully_shard", "options": {"perturbation": "in_place"}}, SHARDED),

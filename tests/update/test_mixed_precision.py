@@ -272,7 +272,7 @@ def test_under_autocast_the_direction_is_that_of_float32_within_its_rounding(toy
         data = batch(dtype=torch.float32)
         with torch.autocast("cpu", dtype, enabled=autocast), opt.ascent():
             opt.ascend(loss(model, data))
-        return torch.cat([value.flatten() for value in opt._direction[1]])
+        return torch.cat([value.flatten() for value in opt._update.direction[1]])
 
     cosine = torch.nn.functional.cosine_similarity(direction(True), direction(False), dim=0)
     assert cosine > 0.999
