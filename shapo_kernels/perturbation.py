@@ -67,8 +67,8 @@ class InPlace:
             )
         weights = [target.weight() for target in targets]
         backups = [target.buffer("backup", weight.dtype) for target, weight in zip(targets, weights, strict=True)]
-        # An interrupt can arrive after the operator has written and before this method notes it. The mark then tells: it
-        # is overwritten when the backups are filled, the last one last, and nothing is written before that.
+        # An interrupt can arrive after the operator has written and before this method notes it. The mark then tells:
+        # it is overwritten when the backups are filled, the last one last, and nothing is written before that.
         self._mark = next((b.view(-1)[0] for b in reversed(backups) if b.numel()), None)
         if self._mark is not None:
             self._mark.fill_(torch.nan)
