@@ -188,9 +188,10 @@ class EngineStep(Optimizer):
     def ends_update(self) -> bool:
         if self._stepped:  # as Accelerate's backward() does, before the loop asks for a step
             return False
-        if self._accumulating and not self.engine.inside_no_sync_ctxt:  # there Accelerate counts by itself
+        accumulating = self._accumulating
+        if accumulating and not self.engine.inside_no_sync_ctxt:  # there Accelerate counts by itself
             self.take_step()
-        return not self._accumulating
+        return not accumulating
 
     def take_step(self, closure: Any = None) -> tuple[Any, bool]:
         type(self.engine).step(self.engine, self._lr_kwargs)

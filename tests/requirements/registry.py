@@ -34,23 +34,26 @@ ALL: list[Requirement] = []
 
 #: Where a requirement is followed further than its check goes.
 MORE = {
-    "S1": "test_perturbation.py, test_stochastic_rounding.py",
+    "S1": "test_perturbation.py, ops/test_stochastic_rounding.py",
     "S2": "test_perturbation.py",
     "S3": "test_perturbation.py",
-    "S4": "test_radius.py, test_rounding_of_epsilon.py, test_perturbation.py",
-    "S5": "test_perturbation.py, test_unusual_layers.py",
-    "S6": "test_optimizer.py, test_perturbation.py, test_others_on_the_weights.py, shapo/test_killed_runs.py",
-    "S7": "test_optimizer.py, test_order_of_passes.py",
-    "S8": "test_mixed_precision.py",
-    "S9": "test_life_cycle.py, distributed/test_checkpoint.py, test_others_on_the_weights.py",
-    "S10": "test_life_cycle.py",
-    "S11": "test_life_cycle.py, test_torch_optimizers.py",
+    "S4": "update/test_radius.py, update/test_rounding_of_epsilon.py, test_perturbation.py",
+    "S5": "test_perturbation.py, model/test_unusual_layers.py",
+    "S6": (
+        "test_optimizer.py, test_perturbation.py, "
+        "model/test_others_on_the_weights.py, shapo/training/test_killed_runs.py"
+    ),
+    "S7": "test_optimizer.py, update/test_order_of_passes.py",
+    "S8": "update/test_mixed_precision.py",
+    "S9": "update/test_life_cycle.py, distributed/test_checkpoint.py, model/test_others_on_the_weights.py",
+    "S10": "update/test_life_cycle.py",
+    "S11": "update/test_life_cycle.py, update/test_torch_optimizers.py",
     "S12": "distributed/test_engines.py, distributed/test_refusals.py, distributed/test_deepspeed.py",
-    "S13": "test_equivalence.py, distributed/test_accumulation.py",
+    "S13": "update/test_equivalence.py, distributed/test_accumulation.py",
     "S14": "cuda/test_gpu.py (with a device: capture, and no synchronisation), aot/test_launches.py",
-    "S15": "test_compile.py",
-    "S16": "test_radius.py, test_perturbation.py, test_subspace.py",
-    "S17": "test_two_passes_alike.py",
+    "S15": "model/test_compile.py",
+    "S16": "update/test_radius.py, test_perturbation.py, test_subspace.py",
+    "S17": "update/test_two_passes_alike.py",
     "S18": "test_optimizer.py",
 }
 
