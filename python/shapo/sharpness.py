@@ -8,12 +8,17 @@ For a subspace S and the gradient g of the same batch of pairs,
 
 Radii are measured twice: as they are, and as multiples of ||W_S||, the norm of the weights that S selects, because a
 radius says little without it: one per cent of the neurons at a given rho move far more, each, than all weights do.
+
+The weights move as in training, by `ShaPOOptimizer`: eps is fp32, and where weights or computation have fewer bits it
+is added in the forward pass. Written into bfloat16 weights, most of a small eps would be rounded away. What is no
+linear layer's weight (embeddings, norms) is written, in bfloat16 and float16 with stochastic rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,21 +31,30 @@ from shapo.errors import UserError
 from shapo.models.fused_head import find_fused_head
 from shapo.models.modes import evaluating
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
-from shapo_kernels import Subspace, losses
+from shapo_kernels import ShaPOOptimizer, Subspace, losses
+from shapo_kernels.interop.names import owners
+from shapo_kernels.model.taps import stores_features_first
 
 FULL = "all parameters"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One radius: `rho` in weight units, `ratio` = rho / ||W_S||, the loss's increase, and its share of the full
-    space's.
+    """One radius.
+
+    Attributes:
+        rho: In weight units.
+        ratio: rho / ||W_S||.
+        increase: Of the loss.
+        share: Of the full space's increase at the same rho.
+        realised: Cosine between eps and what reached the forward pass; below 1 where eps was rounded.
     """
 
     rho: float
     ratio: float
     increase: float
     share: float | None = None
+    realised: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class PairLoss:
         reference: The reference's log-probabilities of the same pairs.
         beta: Inverse temperature.
         batch_size: Pairs at once.
+        bf16: Compute under bfloat16 autocast.
     """
 
     def __init__(
@@ -92,9 +107,10 @@ class PairLoss:
         *,
         beta: float = 0.1,
         batch_size: int = 32,
+        bf16: bool = False,
     ) -> None:
         self.model, self._data, self._reference = model, data, reference
-        self._beta, self._batch_size = beta, batch_size
+        self._beta, self._batch_size, self.bf16 = beta, batch_size, bf16
         self._head = find_fused_head(model)
         self._device = next(model.parameters()).device
 
@@ -107,20 +123,21 @@ class PairLoss:
             return sum(part.item() for part in self._parts())
 
     def gradient(self) -> dict[str, Tensor]:
-        """dL/dtheta of every parameter that takes part, by name; `.grad` stays untouched."""
+        """dL/dtheta of every parameter that takes part, by name, summed in fp32 at least; `.grad` stays untouched."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         total: dict[str, Tensor] = {}
         for part in self._parts():
             gradients = torch.autograd.grad(part, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, gradients, strict=True):
                 if gradient is not None:
-                    total[name] = total[name] + gradient if name in total else gradient
+                    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    total[name] = total[name].add_(wide) if name in total else wide
         return total
 
     def _parts(self) -> Iterator[Tensor]:
         for start in range(0, len(self._data), self._batch_size):
             indices = list(range(start, min(start + self._batch_size, len(self._data))))
-            policy = batch_logps(self.model, self._data.batch(indices, self._device), head=self._head)
+            policy = batch_logps(self.model, self._data.batch(indices, self._device), bf16=self.bf16, head=self._head)
             reference = self._reference[indices].to(self._device)
             per_pair = losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self._beta)
             yield per_pair.sum() / len(self._data)
@@ -157,104 +174,165 @@ def measure(
     spaces = {FULL: Subspace.full(loss.model), **subspaces}
     for space in spaces.values():
         space.validate(loss.model)
+    total = len(spaces) * (len(rhos) + len(ratios))
+    full: dict[float, float] = {}
     with (
         evaluating(loss.model),
-        tqdm(
-            total=len(spaces) * (len(rhos) + len(ratios)), desc="sharpness", unit="radius", disable=not progress
-        ) as bar,
+        _movers(loss, list(spaces.values())) as (gradient, movers),
+        tqdm(total=total, desc="sharpness", unit="radius", disable=not progress) as bar,
     ):
-        base, gradient = loss.value(), loss.gradient()
-        norm = _norm(gradient.values())
-        full: dict[float, float] = {}
+        base, norm = loss.value(), _norm(gradient.values())
+
+        def point(mover: _Mover, rho: float) -> Point:
+            with mover.moved(rho):
+                increase = loss.value() - base
+            bar.update()
+            worst = full.get(rho, increase if mover is movers[0] else 0.0)
+            ratio = rho / mover.weight_norm if mover.weight_norm else math.nan
+            return Point(rho, ratio, increase, increase / worst if worst else None, mover.realised)
+
         curves = []
-        for name, space in spaces.items():
-            curve = _measure(loss, name, space, gradient, norm, base, rhos, ratios, full, bar.update)
-            full = full or {point.rho: point.increase for point in curve.by_rho}
-            curves.append(curve)
+        for (name, space), mover in zip(spaces.items(), movers, strict=True):
+            share = (mover.gradient_norm / norm) ** 2 if norm else math.nan
+            by_rho = [point(mover, rho) for rho in rhos]
+            by_ratio = [point(mover, ratio * mover.weight_norm) for ratio in ratios]
+            curves.append(Curve(name, space.count, mover.weight_norm, share, by_rho, by_ratio))
+            full = full or {one.rho: one.increase for one in by_rho}
     return Sharpness(base, norm, len(loss), curves)
 
 
 def loss_increase(loss: PairLoss, subspace: Subspace, rho: float) -> float:
     """increase(S, rho) alone; see the module."""
-    with evaluating(loss.model):
-        slices = _slices(loss.model, subspace, loss.gradient())
+    with evaluating(loss.model), _movers(loss, [subspace]) as (_, (mover,)):
         base = loss.value()
-        with _moved(slices, rho):
+        with mover.moved(rho):
             return loss.value() - base
 
 
-@dataclass(frozen=True)
-class _Slice:
-    weight: Tensor
-    axis: int
-    index: Tensor
-    direction: Tensor
+class _Mover:
+    """One subspace of one model, moved along a gradient as an optimizer moves it.
 
-    def read(self) -> Tensor:
-        return _select(self.weight, self.axis, self.index)
+    Args:
+        model, subspace: What is moved.
+        bf16: Whether the model computes under bfloat16 autocast.
 
-    def write(self, values: Tensor) -> None:
-        if self.weight.dim() == 0:
-            self.weight.copy_(values)
-        else:
-            self.weight.index_copy_(self.axis, self.index, values)
+    Attributes:
+        weight_norm, gradient_norm: ||W_S|| and ||g_S||.
+        realised: Of the last move; see `Point`.
+    """
 
+    def __init__(self, model: torch.nn.Module, subspace: Subspace, *, bf16: bool) -> None:
+        self._model, self._subspace = model, subspace
+        self.weight_norm = _norm(_selected(value, subspace, name) for name, value in subspace.resolve(model).items())
+        self.gradient_norm, self.realised = 0.0, 1.0
+        self._gradient: Mapping[str, Tensor] = {}
+        self._optimizers = list(self._make(bf16))
 
-def _measure(
-    loss: PairLoss,
-    name: str,
-    space: Subspace,
-    gradient: Mapping[str, Tensor],
-    norm: float,
-    base: float,
-    rhos: Sequence[float],
-    ratios: Sequence[float],
-    full: Mapping[float, float],
-    tick: Callable[[], object],
-) -> Curve:
-    slices = _slices(loss.model, space, gradient)
-    weight_norm = _norm(piece.read() for piece in slices)
-    own = _norm(piece.direction for piece in slices)
+    def follow(self, gradient: Mapping[str, Tensor]) -> None:
+        """Takes the gradient, by the names of the model's parameters."""
+        self._gradient = gradient
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        found = {
+            name: gradient.get(names[id(parameter)]) for name, parameter in self._subspace.resolve(self._model).items()
+        }
+        self.gradient_norm = _norm(_selected(g, self._subspace, name) for name, g in found.items() if g is not None)
 
-    def point(rho: float) -> Point:
-        with _moved(slices, rho):
-            increase = loss.value() - base
-        tick()
-        worst = full.get(rho, increase if name == FULL else 0.0)
-        return Point(rho, rho / weight_norm if weight_norm else math.nan, increase, increase / worst if worst else None)
+    @contextmanager
+    def moved(self, rho: float) -> Iterator[None]:
+        """Inside, theta + rho g_S / ||g_S||; theta bit for bit on leaving."""
+        try:
+            if self.gradient_norm > 0:
+                for optimizer in self._optimizers:
+                    optimizer.rho = rho / self.gradient_norm
+                    with _gradients(self._model, self._gradient):
+                        optimizer.perturb()
+                self.realised = _joint_cosine([optimizer.stats for optimizer in self._optimizers])
+            yield
+        finally:
+            for optimizer in self._optimizers:
+                optimizer.restore()
 
-    share = (own / norm) ** 2 if norm else math.nan
-    by_rho, by_ratio = [point(rho) for rho in rhos], [point(ratio * weight_norm) for ratio in ratios]
-    return Curve(name, space.count, weight_norm, share, by_rho, by_ratio)
+    def detach(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.detach()
 
-
-def _slices(model: torch.nn.Module, subspace: Subspace, gradient: Mapping[str, Tensor]) -> list[_Slice]:
-    by_identity = {id(parameter): gradient.get(name) for name, parameter in model.named_parameters()}
-    slices = []
-    for name, parameter in subspace.resolve(model).items():
-        index = subspace[name].to(parameter.device)
-        found = by_identity[id(parameter)]
-        direction = _select(torch.zeros_like(parameter) if found is None else found, subspace.axis(name), index)
-        slices.append(_Slice(parameter.data, subspace.axis(name), index, direction))
-    return slices
+    def _make(self, bf16: bool) -> Iterator[ShaPOOptimizer]:
+        """One optimizer for the weights of linear layers, one for what can only be written."""
+        holders, resolved = owners(self._model), self._subspace.resolve(self._model)
+        linear = {
+            name
+            for name, parameter in resolved.items()
+            if all(stores_features_first(module) is not None for module, _ in holders[id(parameter)])
+        }
+        for names, is_linear in ((linear, True), (resolved.keys() - linear, False)):
+            if not names:
+                continue
+            halves = any(resolved[name].dtype in (torch.bfloat16, torch.float16) for name in names)
+            parts = {name: self._subspace[name] for name in sorted(names)}
+            yield ShaPOOptimizer(
+                torch.optim.SGD([resolved[name] for name in parts], lr=0.0),
+                self._model,
+                Subspace(parts, {name: self._subspace.axis(name) for name in parts}),
+                rho=0.0,
+                norm="none",
+                ascent="grad",
+                perturbation="delta" if is_linear and (halves or bf16) else "in_place",
+                stochastic_rounding=halves and not is_linear,
+            )
 
 
 @contextmanager
-def _moved(slices: Sequence[_Slice], rho: float) -> Iterator[None]:
-    norm = _norm(piece.direction for piece in slices)
-    kept = [piece.read() for piece in slices]
+def _movers(loss: PairLoss, spaces: Sequence[Subspace]) -> Iterator[tuple[dict[str, Tensor], list[_Mover]]]:
+    """The gradient, and a mover for each subspace; hooks are on the model inside."""
+    movers: list[_Mover] = []
     try:
-        if norm > 0:
-            for piece, values in zip(slices, kept, strict=True):
-                piece.write((values + piece.direction * (rho / norm)).to(values.dtype))
+        with warnings.catch_warnings():
+            # What is rounded is told by `Point.realised`.
+            warnings.filterwarnings("ignore", message="the perturbation is lost to rounding")
+            movers.extend(_Mover(loss.model, space, bf16=loss.bf16) for space in spaces)
+            gradient = loss.gradient()
+            for mover in movers:
+                mover.follow(gradient)
+            yield gradient, movers
+    finally:
+        for mover in movers:
+            mover.detach()
+
+
+@contextmanager
+def _gradients(model: torch.nn.Module, gradient: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, `.grad` is `gradient`, in its dtype; what it was before on leaving."""
+    named = {name: parameter for name, parameter in model.named_parameters() if name in gradient}
+    before = {name: parameter.grad for name, parameter in named.items()}
+    try:
+        for name, parameter in named.items():
+            parameter.grad = None
+            parameter.grad_dtype = gradient[name].dtype
+            parameter.grad = gradient[name]
         yield
     finally:
-        for piece, values in zip(slices, kept, strict=True):
-            piece.write(values)
+        for name, parameter in named.items():
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
+            parameter.grad = before[name]
 
 
-def _select(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    return tensor.detach().clone() if tensor.dim() == 0 else tensor.detach().index_select(axis, index)
+def _joint_cosine(stats: Sequence[Mapping[str, float]]) -> float:
+    """The cosine between eps and what reached the forward pass, over several optimizers' parts of it."""
+    epsilon = sum(part["epsilon_norm"] ** 2 for part in stats)
+    realised = sum(part["realised_norm"] ** 2 for part in stats)
+    dot = sum(
+        part["realised_cosine"] * part["epsilon_norm"] * part["realised_norm"]
+        for part in stats
+        if part["epsilon_norm"] > 0
+    )
+    return dot / math.sqrt(epsilon * realised) if epsilon > 0 and realised > 0 else 0.0
+
+
+def _selected(tensor: Tensor, subspace: Subspace, name: str) -> Tensor:
+    if tensor.dim() == 0:
+        return tensor.detach()
+    return tensor.detach().index_select(subspace.axis(name), subspace[name].to(tensor.device))
 
 
 def _norm(tensors: Any) -> float:

@@ -74,7 +74,7 @@ def test_the_usual_way_from_sft_to_evaluation(shapo, files, tmp_path):
          "--eval-data", files / "test.jsonl", "--rho", 0.3, "--relative-rho", "--subspace", "probe.safetensors",
          "--micro-batch-size", 4, "--per-micro-batch", "--ascent-pairs", 1, "--plain-updates", 1, *data],
         ["sharpness", "--model", "train/model", "--reference", model, "--subspace", "probe.safetensors", "--limit", 6,
-         "--rhos", "0.1", "--ratios", "0.1,0.2", "--output", "sharpness", *data],
+         "--rhos", "0.1", "--ratios", "0.1,0.2", "--bf16", "--output", "sharpness", *data],
         ["evaluate", "--model", "train/model", "--reference", model, "--data", files / "test.jsonl", *TOKENS,
          "--prompts", files / "test.jsonl", "--prompts-limit", 2, "--answers", "answers.jsonl", "--max-new-tokens", 4,
          "--output", "evaluation.json", "--quiet"],

@@ -4,6 +4,7 @@ for bit.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -77,23 +78,107 @@ def test_ratios_are_multiples_of_the_selected_weights_norm(result, tiny_llama):
     assert some.neurons == 5
 
 
+def moves(loss, model):
+    """What `loss.value` sees from now on: at each call, the distance of the weights from where they are now."""
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    value, seen = loss.value, []
+
+    def watched():
+        squares = ((now.detach() - before[name]).double().square().sum() for name, now in model.named_parameters())
+        seen.append(math.sqrt(float(sum(squares))))
+        return value()
+
+    loss.value = watched
+    return seen
+
+
 def test_weights_and_gradients_are_left_as_they_were(loss, tiny_llama):
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    weight = tiny_llama.get_parameter(next(iter(NEURONS)))
+    weight.grad = torch.full_like(weight, 7.0)
     tiny_llama.train()
-    measure(loss, {"some": Subspace(NEURONS)}, rhos=[10.0], progress=False)
-    loss_increase(loss, Subspace.full(tiny_llama), 10.0)
+    seen = moves(loss, tiny_llama)
+    measure(loss, {"some": Subspace(NEURONS)}, rhos=[0.5], progress=False)
+    loss_increase(loss, Subspace.full(tiny_llama), 0.25)
+    assert seen == pytest.approx([0, 0.5, 0.5, 0, 0.25], rel=1e-3), "nothing moved, or not as far as it should"
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
-    assert all(parameter.grad is None for parameter in tiny_llama.parameters())
+    assert torch.equal(weight.grad, torch.full_like(weight, 7.0))
+    assert all(parameter.grad is None for parameter in tiny_llama.parameters() if parameter is not weight)
     assert tiny_llama.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_llama.modules())
 
 
-def test_an_exception_while_moved_puts_the_weights_back(loss, tiny_llama, monkeypatch):
+def test_an_exception_while_moved_puts_the_weights_back(loss, tiny_llama):
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
-    values = iter([0.0])
-    monkeypatch.setattr(loss, "value", lambda: next(values))
+    seen = moves(loss, tiny_llama)
+    value = loss.value
+
+    def failing():
+        found = value()
+        if len(seen) == 2:
+            raise StopIteration
+        return found
+
+    loss.value = failing
     with pytest.raises(StopIteration):
         loss_increase(loss, Subspace(NEURONS), 0.5)
+    assert seen == pytest.approx([0, 0.5], rel=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+
+
+class LinearLoss:
+    """mean(W x . t): its increase along its gradient is rho ||g||, at any radius."""
+
+    bf16 = False
+
+    def __init__(self, width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (8, width), generator=generator) * 2.0 - 1
+        self.model = torch.nn.Sequential(torch.nn.Linear(width, 8, bias=False))
+        self.model[0].weight.data = (signs * (1 + torch.rand(8, width, generator=generator))).bfloat16()
+        self.x = (torch.randint(0, 2, (1, width), generator=generator) * 2.0 - 1).bfloat16()
+        self.t = torch.randn(8, generator=generator)
+
+    def __len__(self) -> int:
+        return 1
+
+    def value(self) -> float:
+        with torch.no_grad():
+            return float(self.model(self.x).float() @ self.t)
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        self.model(self.x)
+        return {"0.weight": self.t[:, None] * self.x.float()}
+
+
+def test_an_eps_that_bfloat16_weights_cannot_hold_is_measured_all_the_same():
+    loss = LinearLoss(4096)
+    norm = float(loss.gradient()["0.weight"].norm())
+    weight, neurons = loss.model[0].weight.detach().clone(), Subspace({"0.weight": list(range(4096))})
+    rho = norm * 2**-9 / float(loss.t.abs().max())
+    moved = weight.float() + rho / norm * loss.gradient()["0.weight"]
+    assert torch.equal(moved.bfloat16(), weight), "this eps is no longer one that rounding loses"
+    curve = measure(loss, {"some": neurons}, rhos=[rho], progress=False).curves[1]
+    assert curve.by_rho[0].increase == pytest.approx(rho * norm, rel=0.05)
+    assert curve.by_rho[0].realised == pytest.approx(1, abs=1e-3)
+    assert loss_increase(loss, neurons, rho) == curve.by_rho[0].increase
+    assert torch.equal(loss.model[0].weight, weight)
+
+
+@pytest.mark.parametrize("form", ["bfloat16 weights", "autocast"])
+def test_in_bfloat16_the_increase_is_that_of_float64(form, loss, tiny_llama):
+    tiny_llama.bfloat16()
+    exact, model = copy.deepcopy(tiny_llama).double(), tiny_llama if form != "autocast" else tiny_llama.float()
+    spaces = {"some": Subspace({name: list(range(64)) for name in NEURONS})}
+    found = []
+    for one, bf16 in ((exact, False), (model, form == "autocast")):
+        reference = compute_logps(one, loss._data, bf16=bf16, progress=False)
+        pairs = PairLoss(one, loss._data, reference, beta=1.0, bf16=bf16)
+        found.append(measure(pairs, spaces, rhos=[0.05], progress=False))
+    for ours, theirs in zip(found[1].curves, found[0].curves, strict=True):
+        assert ours.by_rho[0].increase == pytest.approx(theirs.by_rho[0].increase, rel=0.1)
+        assert ours.weight_norm == pytest.approx(theirs.weight_norm, rel=1e-6)
+        assert ours.gradient_share == pytest.approx(theirs.gradient_share, rel=0.05)
 
 
 def test_batches_do_not_change_the_gradient(loss, tiny_llama):

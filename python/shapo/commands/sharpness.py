@@ -3,7 +3,8 @@ parameters.
 
 The loss is DPO's on --data, against --reference (by default the model itself, where the loss begins at log 2).  Every
 curve is measured at the same radii twice, as they are (--rhos, weight units) and as multiples of ||W_S|| (--ratios).
-The weights are restored bit for bit; nothing is trained.
+The weights are restored bit for bit; nothing is trained.  eps is added as in training: exactly, where the weights or
+--bf16 have too few bits to hold it.
 
 Writes to --output: sharpness.json and sharpness.png.
 """
@@ -35,6 +36,7 @@ class SharpnessOptions:
     rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii)
     ratios: list[float] = option("radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii)
     beta: float = option("inverse temperature of the DPO loss", 0.1)
+    bf16: bool = option("compute in bfloat16 under autocast; eps stays exact", False)
     batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
 
 
@@ -60,8 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     data = TokenizedPairs(pairs, common.make_encoder(arguments, load_tokenizer(arguments.model), model))
     judge = common.load_model(arguments.reference, arguments) if arguments.reference else model
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
-    reference = compute_logps(judge, data, batch_size=arguments.batch_size, description="reference", **quiet)
-    loss = PairLoss(model, data, reference, beta=arguments.beta, batch_size=arguments.batch_size)
+    computed: dict[str, Any] = {"batch_size": arguments.batch_size, "bf16": arguments.bf16}
+    reference = compute_logps(judge, data, description="reference", **computed, **quiet)
+    loss = PairLoss(model, data, reference, beta=arguments.beta, **computed)
     result = measure(loss, subspaces, rhos=arguments.rhos, ratios=arguments.ratios, **quiet)
     settings = {"arguments": vars(arguments), "versions": versions()}
     write_json(output / "sharpness.json", {**settings, **result.as_dict()})
@@ -80,6 +83,10 @@ def run(arguments: argparse.Namespace) -> None:
         for c in result.curves
     ]
     print(table(header, rows))
+    lost = [(p.realised, p.rho, c.name) for c in result.curves for p in (*c.by_rho, *c.by_ratio) if p.realised < 0.9]
+    if lost:
+        cosine, rho, name = min(lost)
+        print(f"rounded: at rho {rho:g} in {name} eps has cosine {cosine:.2f} with what moved; --dtype float32 is exact")
     print(f"written: {output / 'sharpness.json'}, {output / 'sharpness.png'}")
 
 
