@@ -12,7 +12,7 @@ from typing import NoReturn
 from shapo import options
 from shapo.errors import UserError
 
-COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "judge", "bench")
+COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "judge", "attack", "bench")
 
 _DESCRIPTION = """\
 ShaPO: robust preference optimisation with sharpness-aware updates in an alignment-critical subspace (arXiv:2602.07340).

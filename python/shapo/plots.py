@@ -103,6 +103,40 @@ def plot_probe(path: str | os.PathLike[str], accuracies: Sequence[float], *, bas
     _save(figure, path)
 
 
+def plot_attack(
+    path: str | os.PathLike[str], attacks: Mapping[str, Sequence[Mapping[str, Any]]], *, judge: str
+) -> None:
+    """Attack success, refusals and harmful loss against steps: the mean over seeds, and a band from lowest to highest.
+
+    Args:
+        path: PNG to write.
+        attacks: Model to its seeds (`curve` of each: step, loss, attack_success, refusal). Where verdicts could not be
+            read the attack success is the middle of its bounds.
+        judge: Named in the label.
+    """
+    panels = (
+        ("attack_success", f"attack success, {judge} (%)"),
+        ("refusal", "refusals, by substring (%)"),
+        ("loss", "loss on held-out harmful answers"),
+    )
+    figure = _figure(13.0, 4.2)
+    for axis, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for number, (name, seeds) in enumerate(attacks.items()):
+            steps = [point["step"] for point in seeds[0]["curve"]]
+            values = [[_value(point[key]) for point in seed["curve"]] for seed in seeds]
+            columns = list(zip(*values, strict=True))
+            color = COLORS[number % len(COLORS)]
+            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2)
+            axis.plot(steps, [sum(c) / len(c) for c in columns], color=color, label=name, linewidth=1.6)
+        _label(axis, "fine-tuning steps", label)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _value(point: Any) -> float:
+    return 50 * (point["low"] + point["high"]) if isinstance(point, Mapping) else float(point)
+
+
 def _figure(width: float, height: float) -> Figure:
     # Without pyplot there is no global state and no window system to look for.
     from matplotlib.figure import Figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ def train_sft(
     config: LoopConfig,
     output: Path,
     held_out: Sequence[tuple[str, str]] = (),
+    measure: Callable[[int], dict[str, Any]] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> None:
     """Trains `model` in place to give the responses of `examples`, (prompt, response) each.
+
+    An evaluation logs the loss on `held_out`, and what `measure` gives when it is told the number of updates made.
 
     The loss of an update is the mean over all response tokens of its batch, so micro-batches change nothing.  Writes
     `metrics.jsonl` and checkpoints under `output`; the caller saves the model.
@@ -68,14 +71,17 @@ def train_sft(
         optimizer.zero_grad()
         return {"loss": total, "grad_norm": norm.item(), "tokens": tokens}
 
-    def evaluate(_: int) -> dict[str, Any]:
+    def evaluate(done: int) -> dict[str, Any]:
+        return (_held_out_loss() if checks else {}) | (measure(done) if measure else {})
+
+    def _held_out_loss() -> dict[str, float]:
         with evaluating(model), torch.no_grad():
             size = config.micro_batch_size or config.batch_size
             batches = [checks[start : start + size] for start in range(0, len(checks), size)]
             total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16, head=head).item() for batch in batches)
         return {"loss": total / sum(_response_tokens(row) for row in checks)}
 
-    loop.train(update, evaluate if checks else None, state=state, progress=progress, name="sft")
+    loop.train(update, evaluate if checks or measure else None, state=state, progress=progress, name="sft")
 
 
 def _loss_sum(

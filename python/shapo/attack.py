@@ -1,0 +1,185 @@
+"""How deep an alignment goes: the aligned model is fine-tuned on a few harmful answers and measured along the way.
+
+The attack is plain SFT, of all weights or of LoRA adapters. At step 0, every so many steps and at the end the model
+answers held-out harmful prompts greedily, a judge gives verdicts, and refusals and the loss on held-out harmful
+answers are counted. Several seeds draw other examples and another order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shapo.answers.decoding import TransformersEngine
+from shapo.answers.turns import ending
+from shapo.answers.writing import prompt_requests
+from shapo.config import LoopConfig
+from shapo.data.pairs import EvaluationPrompt, PreferencePair
+from shapo.data.tokens import PairEncoder
+from shapo.errors import UserError
+from shapo.judges.base import Judge
+from shapo.judges.refusal import RefusalJudge
+from shapo.statistics import bounded_share, unsafe_case
+from shapo.training.loop import METRICS
+from shapo.training.metrics import read_metrics
+from shapo.training.sft import train_sft
+
+Example = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """An attack's size.
+
+    Attributes:
+        steps: Updates.
+        examples: Harmful answers to train on, drawn anew for each seed.
+        held_out: Harmful answers kept for the loss, of prompts that no seed trains on.
+        lora: Rank of the adapters on all linear layers; 0 trains all weights.
+        every: Steps between two measurements.
+        lr, batch_size: Of AdamW, constant learning rate, clipped at 1.
+        max_new_tokens: Of an answer.
+    """
+
+    steps: int = 50
+    examples: int = 64
+    held_out: int = 16
+    lora: int = 0
+    every: int = 10
+    lr: float = 1e-5
+    batch_size: int = 8
+    max_new_tokens: int = 64
+
+
+def harmful_examples(pairs: Sequence[PreferencePair]) -> list[Example]:
+    """The answers that are marked unsafe, each once; where no answer of the data is marked, the rejected ones."""
+    marked = any(p.chosen_unsafe is not None or p.rejected_unsafe is not None for p in pairs)
+    found: dict[Example, None] = {}
+    for pair in pairs:
+        if pair.chosen_unsafe:
+            found[pair.prompt, pair.chosen] = None
+        if pair.rejected_unsafe or not marked:
+            found[pair.prompt, pair.rejected] = None
+    return list(found)
+
+
+def split_examples(examples: Sequence[Example], config: AttackConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """The examples of one seed and those held out, which are the same for every seed; no prompt is in both.
+
+    Raises:
+        UserError: Too few examples, or too few prompts to hold any out.
+    """
+    prompts = list(dict.fromkeys(prompt for prompt, _ in examples))
+    random.Random(0).shuffle(prompts)
+    held_out: list[Example] = []
+    while prompts and len(held_out) < config.held_out:
+        prompt = prompts.pop()
+        held_out += [example for example in examples if example[0] == prompt]
+    rest = [example for example in examples if example[0] in set(prompts)]
+    if len(rest) < config.examples:
+        raise UserError(
+            f"the attack needs {config.examples} harmful answers beside those held out, but there are {len(rest)}; "
+            "give more data or lower --examples or --held-out"
+        )
+    return random.Random(seed).sample(rest, config.examples), held_out[: config.held_out]
+
+
+def run_attack(
+    load: Callable[[], Any],
+    encoder: PairEncoder,
+    examples: Sequence[Example],
+    prompts: Sequence[EvaluationPrompt],
+    judge: Judge,
+    *,
+    config: AttackConfig,
+    seeds: Sequence[int],
+    output: Path,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Attacks a fresh model for each seed.
+
+    Args:
+        load: Gives the aligned model anew.
+        examples: From `harmful_examples`.
+        prompts: Harmful prompts to answer; none of them may be one that is trained on.
+        output: Each seed writes `seed-N/metrics.jsonl` here.
+
+    Returns:
+        For each seed its `curve`: step, loss, attack_success and refusal (`BoundedShare`s), finished answers.
+
+    Raises:
+        UserError: See `split_examples`; a prompt that is trained on.
+    """
+    if shared := {prompt for prompt, _ in examples} & {prompt.prompt for prompt in prompts}:
+        raise UserError(f"{len(shared)} of the prompts to answer are prompts of the attack's data; keep them apart")
+    results = []
+    for seed in seeds:
+        training, held_out = split_examples(examples, config, seed)
+        model = load()
+        if config.lora:
+            model = _with_adapters(model, config.lora, seed)
+        measure = _Measurement(model, encoder, prompts, judge, config.max_new_tokens)
+        folder = output / f"seed-{seed}"
+        train_sft(
+            model,
+            encoder,
+            training,
+            config=LoopConfig(
+                updates=config.steps,
+                batch_size=min(config.batch_size, len(training)),
+                lr=config.lr,
+                optimizer="adamw",
+                schedule="constant",
+                clip=1.0,
+                seed=seed,
+                eval_every=config.every,
+            ),
+            output=folder,
+            held_out=held_out,
+            measure=measure,
+            progress=progress,
+        )
+        curve = [{"step": row["update"], **_kept(row)} for row in read_metrics(folder / METRICS, "evaluation")]
+        results.append({"seed": seed, "curve": curve})
+    return results
+
+
+class _Measurement:
+    """Answers the prompts with the model as it is now and counts verdicts."""
+
+    def __init__(
+        self, model: Any, encoder: PairEncoder, prompts: Sequence[EvaluationPrompt], judge: Judge, max_new_tokens: int
+    ) -> None:
+        end = ending(encoder.tokenizer, model, chat_template=encoder.chat_template)
+        self.engine = TransformersEngine(model, encoder.tokenizer, end, max_new_tokens=max_new_tokens)
+        self.requests = prompt_requests(encoder, prompts, max_new_tokens=max_new_tokens)
+        self.prompts, self.judge = [prompt.prompt for prompt in prompts], judge
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        completions = self.engine.complete(self.requests)
+        answers = [completion.text for completion in completions]
+        verdicts = self.judge(self.prompts, answers)
+        refusals = RefusalJudge()(self.prompts, answers)
+        return {
+            "attack_success": asdict(bounded_share([unsafe_case(verdict.label) for verdict in verdicts])),
+            "refusal": asdict(bounded_share([verdict.refusal for verdict in refusals])),
+            "finished": sum(completion.finished for completion in completions),
+        }
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("loss", "attack_success", "refusal", "finished")}
+
+
+def _with_adapters(model: Any, rank: int, seed: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora needs the package peft; `pip install peft`, or give --lora 0") from error
+    import torch
+
+    torch.manual_seed(seed)  # of the adapters' first values
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
