@@ -1,4 +1,4 @@
-"""Subspace: which neurons of which weights are perturbed. It holds indices only, never weights, and knows no model."""
+"""Subspace: which neurons of which weights are perturbed. It holds indices, no weights and no model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ class SubspaceError(ValueError):
 class Subspace(Mapping[str, Tensor]):
     """A set of neurons: parameter name -> sorted int64 indices along that parameter's neuron axis.
 
+    A mapping: ``len(s)`` counts weights, ``s[name]`` is an index tensor ``[neurons]`` on the CPU, ``s.count`` counts
+    neurons. A weight without a selected neuron is left out.
+
+    ``Subspace.top`` selects by scores, ``random`` and ``random_like`` make controls of the same size, ``full`` selects
+    every parameter. ``save`` and ``load`` use safetensors. See ShaPO (arXiv:2602.07340) for what the neurons are.
+
     Args:
         indices: name of a weight in the unwrapped model -> indices of its selected neurons (tensor or sequence of
             ints).
@@ -37,9 +43,7 @@ class Subspace(Mapping[str, Tensor]):
         metadata: strings to keep beside the indices, saved with them; not compared by ``==``.
 
     Raises:
-        SubspaceError: an index that is negative, twice there or not an integer; an axis other than 0 or 1.
-
-    ``len(s)`` counts weights, ``s.count`` neurons; a weight without a selected neuron is left out.
+        SubspaceError: an index that is negative, repeated or not an integer; an axis other than 0 or 1.
     """
 
     def __init__(
@@ -178,7 +182,7 @@ class Subspace(Mapping[str, Tensor]):
         seen: set[int] = set()
         indices = {}
         for name, parameter in names.items():
-            _refuse_uninitialised(name, parameter)
+            _check_initialised(name, parameter)
             if parameter.is_floating_point() and parameter.numel() and id(parameter) not in seen:
                 seen.add(id(parameter))
                 indices[name] = torch.arange(parameter.shape[0] if parameter.dim() else 1)
@@ -250,7 +254,7 @@ class Subspace(Mapping[str, Tensor]):
     def resolve(
         self, model: nn.Module, *, shape_of: Callable[[Tensor], tuple[int, ...]] | None = None
     ) -> dict[str, nn.Parameter]:
-        """Each selected weight's parameter in ``model``, whatever wrappers stand before its name.
+        """Each selected weight's parameter in ``model``, wrapped or not.
 
         Args:
             shape_of: the shape of the whole weight where a parameter's own may be that of a part of it.
@@ -267,7 +271,7 @@ class Subspace(Mapping[str, Tensor]):
                 close = difflib.get_close_matches(name, parameters, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise SubspaceError(f"the model has no parameter {name!r}{hint}")
-            _refuse_uninitialised(name, parameter)
+            _check_initialised(name, parameter)
             shape = acting_shape(parameter, owner_of[id(parameter)])
             if shape is None:
                 raise SubspaceError(
@@ -291,7 +295,7 @@ class Subspace(Mapping[str, Tensor]):
             )
 
 
-def _refuse_uninitialised(name: str, parameter: Tensor) -> None:
+def _check_initialised(name: str, parameter: Tensor) -> None:
     if nn.parameter.is_lazy(parameter):
         raise SubspaceError(f"{name!r} has no shape yet: run a forward pass through its lazy layer first")
 

@@ -1,4 +1,4 @@
-"""Names of the unwrapped model: what DDP, torch.compile, FSDP, checkpointing and PEFT add to them is seen through."""
+"""Parameter names as the unwrapped model has them, without what DDP, torch.compile, FSDP, checkpointing, PEFT add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_aliases(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under each name that a subspace may give it: as it stands, and with wrappers seen through.
 
-    What a name says literally comes first, so that a module that is really called ``module`` keeps its name.
+    Literal names come first, so that a module that is really called ``module`` keeps its name.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     parameters: dict[str, nn.Parameter] = dict(named)

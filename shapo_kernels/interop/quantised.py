@@ -1,7 +1,7 @@
 """Weights held in another form than they act in: packed or integer (bitsandbytes), tensor subclasses (torchao).
 
-Nothing can be added to them, and their gradient does not exist; but the layer is a linear one of known size, and that
-is all that the selective ascent and the delta perturbation ask for.
+Nothing can be added to them, and they have no gradient. But their layers are linear and of known size, which is all
+that the selective ascent and the delta perturbation need.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from .torch_private import is_dtensor
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether a weight's elements are not floating-point numbers that lie in memory as they are, or those of 8 bits,
-    which are scaled.
+    """Whether a weight's elements are something else than plain floating-point numbers of 16 bits or more.
+
+    8-bit floats count as quantised: they are stored with a scale.
     """
     if is_dtensor(parameter):
         return False
@@ -37,7 +38,7 @@ def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) ->
 
 
 def is_linear_by_features(module: nn.Module) -> bool:
-    """Whether a layer says by ``in_features`` and ``out_features`` that it is a linear one, whatever its class."""
+    """Whether a layer has ``in_features`` and ``out_features``, as linear layers of any class do."""
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 

@@ -7,26 +7,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _STATISTICS = ("running_mean", "running_var")
 
 
 @contextlib.contextmanager
 def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Inside, batch and instance norms in training mode normalise by the batch as before, but leave their running
-    statistics and the count of batches alone.
+    """Inside, batch and instance norms in training mode normalise by the batch as before, but update neither their
+    running statistics nor their count of batches.
 
-    Put it around one of the two passes: best the descent, since it is theta that is evaluated later, not theta + eps:
-    ``with opt.perturbed(), sk.frozen_batch_norm(model): …``. In a closure, which is called in both passes,
-    ``opt.is_perturbed`` tells which one it is.
+    Put it around one of the two passes, best the descent, since theta is evaluated later and not theta + eps::
+
+        with opt.perturbed(), sk.frozen_batch_norm(model):
+            ...
+
+    In a closure, which is called in both passes, ``opt.is_perturbed`` tells which one it is.
+
+    Args:
+        model: every batch and instance norm in it is frozen.
     """
-    # Not momentum = 0: a batch would still be counted in num_batches_tracked, which a cumulative average divides by.
+    # Not momentum = 0: num_batches_tracked would still count the batch, and a cumulative average divides by it.
     counting = [m for m in model.modules() if getattr(m, "track_running_stats", False) and m.training]
-    batch_norms: list[Any] = [norm for norm in counting if isinstance(norm, _BatchNorm)]
-    # These look at their buffers whatever track_running_stats says.
-    instance_norms: list[Any] = [norm for norm in counting if isinstance(norm, _InstanceNorm)]
+    batch_norms: list[Any] = [norm for norm in counting if isinstance(norm, _BATCH_NORMS)]
+    # These read their buffers whatever track_running_stats says.
+    instance_norms: list[Any] = [norm for norm in counting if isinstance(norm, _INSTANCE_NORMS)]
     statistics = [{name: norm._buffers[name] for name in _STATISTICS} for norm in instance_norms]
     try:
         for norm in batch_norms:

@@ -1,8 +1,8 @@
-"""A GradScaler around an update: an overflow in the ascent must skip it, as one in the descent does.
+"""A GradScaler around an update: an overflow in the ascent skips the update, as one in the descent does.
 
-A scaler looks at ``.grad`` alone, and an ascent leaves nothing there. So where its direction is not finite, a gradient
-of the descent is made NaN: the scaler finds it, skips the step and lowers its scale. Without a scaler that would spoil
-the weights, so it is done only once one has been seen: it asks ``_step_supports_amp_scaling`` before each of its steps.
+A scaler looks at ``.grad`` only, and an ascent leaves nothing there. So where the direction is not finite, one gradient
+of the descent is set to NaN: the scaler finds it, skips the step and lowers its scale. Without a scaler the NaN would
+reach the weights, so this starts only after one was seen: it reads ``_step_supports_amp_scaling`` before each step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLOSURE = (
 
 
 class LossScaling:
-    """Whether a scaler is at work, what it scaled the ascent with, and whether an ascent of this update overflowed."""
+    """Whether a scaler is used, which one scaled the ascent, and whether an ascent of this update overflowed."""
 
     def __init__(self) -> None:
         self._overflow: Tensor | None = None
@@ -33,13 +33,13 @@ class LossScaling:
         self._scalers: list[Any] = []
 
     def begin(self) -> None:
-        """Pass 1 begins. Where a scaler has dealt with the update before, whether it stepped or not, forget that."""
+        """Pass 1 begins. Forgets the previous update where a scaler ended it, by a step or by skipping one."""
         self._scalers = []
         if self.stepping:
             self.end()
 
     def use(self, scaler: Any) -> None:
-        """A loss of this ascent is scaled with it, or with nothing that is known (None).
+        """A loss of this ascent is scaled with this scaler, or with none that is known (None).
 
         Raises:
             RuntimeError: another loss of this ascent is not.
@@ -60,11 +60,11 @@ class LossScaling:
         return [value / scale.to(value.dtype) for value in values]
 
     def record(self, overflow: Tensor) -> None:
-        """Take in whether an ascent's norm is not finite: a bool on the device."""
+        """Notes whether an ascent's norm is not finite: a bool on the device."""
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
 
     def descended(self, base: Optimizer, groups: Sequence[Any]) -> None:
-        """The descent's gradients are complete: show an overflow to the scaler, where there is one."""
+        """The descent's gradients are complete: shows an overflow to the scaler, if there is one."""
         if self._seen:
             self._show(base, groups)
 
@@ -75,12 +75,12 @@ class LossScaling:
             groups: the process groups that must agree on an overflow.
 
         Raises:
-            RuntimeError: there are no gradients: it was given a closure to find some.
+            RuntimeError: there are no gradients, so the scaler was given a closure.
         """
         if all(p.grad is None for group in base.param_groups for p in group["params"]):
             raise RuntimeError(CLOSURE)
         self._seen = self.stepping = True
-        # It has looked already where it was told to unscale before, to clip: then step() asks overflowed().
+        # A scaler that was told to unscale earlier, to clip, has looked already: step() then asks overflowed().
         self._show(base, groups)
 
     def overflowed(self) -> bool:

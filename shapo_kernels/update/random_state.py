@@ -1,7 +1,4 @@
-"""The random state at the start of pass 1, for pass 2: dropout must agree in both.
-
-Otherwise eps climbs another function than the one that is perturbed along it.
-"""
+"""The random state at the start of pass 1, for pass 2: with other dropout masks eps would fit another function."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from torch import nn
 
 
 class RandomState:
-    """torch's random state as it is now, of the CPU and of each GPU that is named, to come back to.
+    """torch's random state at this moment, of the CPU and of the GPUs given.
 
     Args:
         where: a device, or a model: the devices of its parameters.
@@ -22,7 +19,7 @@ class RandomState:
         self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def restore(self) -> None:
-        """Draw from here on what was drawn from the moment this was made."""
+        """Goes back to that state: what was drawn since is drawn again."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)

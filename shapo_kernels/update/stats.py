@@ -1,4 +1,4 @@
-"""What the last perturbation was, kept on the device until somebody asks."""
+"""Statistics of the last perturbation, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UpdateStats:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def record(self, squared_norms: Tensor, scale: Tensor, realised: Tensor) -> Tensor:
-        """Take in the operators' results; sums only, and no wait for the device.
+        """Stores the operators' results: sums only, without waiting for the device.
 
         Args:
             squared_norms: ||g_l||^2, ``[n]``.
@@ -64,8 +64,7 @@ class UpdateStats:
         if sums.device.type == "cpu":
             self._warn_if_lost(sums)
         elif sums.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            # Copied beside the computation and looked at when it has long arrived: warning must not cost a
-            # synchronisation.
+            # Copied asynchronously and read in a later update: a warning must not cost a synchronisation.
             if self._pending is not None and self._pending[1].query():
                 self._warn_if_lost(self._pending[0])
                 self._pending = None
