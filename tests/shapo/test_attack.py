@@ -91,7 +91,8 @@ def test_the_command_writes_curves_and_a_plot(tmp_path, tiny_llama, tiny_tokeniz
     arguments = [
         "attack", "--model", tmp_path / "model", "--data", tmp_path / "train.jsonl",
         "--prompts", tmp_path / "test.jsonl", "--prompts-limit", 4, "--judge", "refusal-substring",
-        "--steps", 2, "--every", 1, "--examples", 8, "--held-out", 4, "--seeds", 2, "--lr", "1e-3", "--max-new-tokens", 4, "--max-length", 96, "--max-prompt-length", 64,
+        "--steps", 2, "--every", 1, "--examples", 8, "--held-out", 4, "--seeds", 2, "--lr", "1e-3",
+        "--max-new-tokens", 4, "--max-length", 96, "--max-prompt-length", 64,
         "--output", tmp_path / "out", "--quiet",
     ]  # fmt: skip
     assert main([str(part) for part in arguments]) == 0

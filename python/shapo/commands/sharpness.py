@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
     lost = [(p.realised, p.rho, c.name) for c in result.curves for p in (*c.by_rho, *c.by_ratio) if p.realised < 0.9]
     if lost:
         cosine, rho, name = min(lost)
-        print(f"rounded: at rho {rho:g} in {name} eps has cosine {cosine:.2f} with what moved; --dtype float32 is exact")
+        print(
+            f"rounded: at rho {rho:g} in {name} eps has cosine {cosine:.2f} with what moved; --dtype float32 is exact"
+        )
     print(f"written: {output / 'sharpness.json'}, {output / 'sharpness.png'}")
 
 
