@@ -36,6 +36,7 @@ from shapo.training.loop import METRICS, Loop, read_state
 from shapo.training.metrics import read_metrics
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
+from shapo.training.rounding import StepRounding
 from shapo_kernels import ShaPOOptimizer, Subspace, losses
 from shapo_kernels.update.random_state import RandomState
 
@@ -109,8 +110,10 @@ def train_preferences(
         optimizer = ShaPOOptimizer(base, model, subspace, seed=loop.seed, **shapo.for_optimizer())
         if loop.fused_head == "on":
             find_fused_head(model, "on")  # a perturbed head cannot be left out
-    scheduler = make_scheduler(optimizer, loop, loop.total_updates(len(data)))
-    update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards, head)
+    total = loop.total_updates(len(data))
+    scheduler = make_scheduler(optimizer, loop, total)
+    rounding = StepRounding(model.parameters(), scheduler, warmup=loop.warmup, total=total)
+    update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards, head, rounding)
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
     try:
         Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
@@ -158,6 +161,7 @@ class _Update:
     reference: PairLogps | None
     rewards: PairRewards | None
     head: FusedHead | None
+    rounding: StepRounding
 
     def __post_init__(self) -> None:
         self._device = next(self.model.parameters()).device
@@ -189,11 +193,11 @@ class _Update:
             raise UserError(f"the loss is {loss}: training has diverged; lower the learning rate or rho")
         self._was_finite = True
         norm = clip_gradients(self.model.parameters(), self.loop.clip)
-        self.optimizer.step()
+        moved = self.rounding.step(self.optimizer)
         self.optimizer.zero_grad()
         # Accuracy and margin are those of the weights themselves, before they were moved.
         seen = ascent if ascent.indices else descent
-        values: dict[str, Any] = {"loss": loss, **seen.accuracy_and_margin(), "grad_norm": norm.item()}
+        values: dict[str, Any] = {"loss": loss, **seen.accuracy_and_margin(), "grad_norm": norm.item(), **moved}
         if ascent.indices:
             before = self._aggregate(ascent, ascent.indices)
             gap = self._aggregate(descent, ascent.indices) - before

@@ -19,6 +19,7 @@ from shapo.storage.fingerprint import digest_model, digest_rows
 from shapo.training.loop import Loop, read_state
 from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
 from shapo.training.order import split
+from shapo.training.rounding import StepRounding
 
 
 def train_sft(
@@ -56,7 +57,9 @@ def train_sft(
         **identity(config),
     }
     state = read_state(output, run, resume=resume)
-    scheduler = make_scheduler(optimizer, config, config.total_updates(len(rows)))
+    total_updates = config.total_updates(len(rows))
+    scheduler = make_scheduler(optimizer, config, total_updates)
+    rounding = StepRounding(model.parameters(), scheduler, warmup=config.warmup, total=total_updates)
     loop = Loop(model, optimizer, scheduler, config, len(rows), run, output)
 
     def update(indices: list[int]) -> dict[str, Any]:
@@ -67,9 +70,9 @@ def train_sft(
             loss.backward()
             total += loss.item()
         norm = clip_gradients(model.parameters(), config.clip)
-        optimizer.step()
+        moved = rounding.step(optimizer)
         optimizer.zero_grad()
-        return {"loss": total, "grad_norm": norm.item(), "tokens": tokens}
+        return {"loss": total, "grad_norm": norm.item(), "tokens": tokens, **moved}
 
     def evaluate(done: int) -> dict[str, Any]:
         return (_held_out_loss() if checks else {}) | (measure(done) if measure else {})
