@@ -8,9 +8,10 @@ This package needs torch alone. The method around it (probe, selection, training
 """
 
 from . import backends, losses, ops
+from .errors import SubspaceError
 from .model.batch_norm import frozen_batch_norm
 from .optimizer import ShaPOOptimizer
-from .subspace import Subspace, SubspaceError
+from .subspace import Subspace
 from .update.random_state import RandomState
 
 __version__ = "0.1.0"

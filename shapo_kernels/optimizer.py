@@ -14,7 +14,7 @@ from .interop.torch_private import is_dtensor
 from .ops.subspace_update import NORMS
 from .stochastic_rounding import StochasticRounding
 from .subspace import Subspace
-from .update.base import base_for
+from .update.base import BaseFacade, base_for
 from .update.bound_subspace import BoundSubspace
 from .update.loss_scaling import CLOSURE
 from .update.phase import Phase
@@ -25,7 +25,7 @@ from .update.two_pass import TwoPassUpdate
 _STATE_VERSION = 1
 
 
-class ShaPOOptimizer(Optimizer):
+class ShaPOOptimizer(BaseFacade):
     r"""Sharpness-aware preference optimisation inside a subspace, around a base optimizer.
 
     .. math:: \min_\theta L(\theta + \epsilon), \qquad
@@ -94,8 +94,7 @@ class ShaPOOptimizer(Optimizer):
         replay_rng: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        # Optimizer.__init__ is not called: the base's was, and groups, state and hooks are the base's.
-        self._base = base_for(base_optimizer, model)
+        super().__init__(base_for(base_optimizer, model))
         for name, given, expected in (("model", model, nn.Module), ("subspace", subspace, Subspace)):
             if not isinstance(given, expected):
                 raise TypeError(
@@ -139,42 +138,10 @@ class ShaPOOptimizer(Optimizer):
             f"perturbation={self._perturbation_kind!r}, norm={self.norm!r}, {self.subspace!r}, base={self.base!r})"
         )
 
-    # -- the base optimizer's own
-
-    @property
-    def base(self) -> Optimizer:
-        """The base optimizer; around a DeepSpeed engine, the engine's step."""
-        return self._base.optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizer's own list."""
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base optimizer's own state."""
-        return self.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base optimizer's own defaults."""
-        return self.base.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # Hooks and whatever else is the base's: registered here, they run inside its step, once and in torch's order.
-        if name in ("_base", "base"):
-            raise AttributeError(name)
-        return getattr(self._base.optimizer, name)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
-        self.base.zero_grad(set_to_none=set_to_none)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may carry its own ``"rho"``."""
         self._radius.check_group(param_group)
-        self.base.add_param_group(param_group)
+        super().add_param_group(param_group)
 
     # -- what this update is
 

@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import SubspaceError
 from .interop.names import owners, parameter_aliases, parameters_by_name
 from .interop.quantised import acting_shape, is_quantised
 
 FORMAT = "shapo-subspace"
-
-
-class SubspaceError(ValueError):
-    """A subspace that is malformed, or that does not fit the model it is used with."""
 
 
 class Subspace(Mapping[str, Tensor]):

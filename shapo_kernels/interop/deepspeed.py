@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .sharding import Run, UnsupportedLayout
+from ..errors import UnsupportedLayout
+from .sharding import Run
 
 USE = "make the engine first, then ShaPOOptimizer(engine.optimizer, engine, …)"
 # What ZeRO-3 puts on parameters it has partitioned, and ZeRO-1 and 2 on those whose optimizer state they have.

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import UnsupportedLayout
 from . import deepspeed, fsdp
-from .sharding import Block, Layout, Run, UnsupportedLayout, ranks_are_known
+from .sharding import Block, Layout, Run, ranks_are_known
 from .torch_private import hidden_by_ddp, is_dtensor
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedLayout
 from . import torch_private
-from .sharding import Run, UnsupportedLayout
+from .sharding import Run
 
 
 def meshes(model: nn.Module) -> Iterator[tuple[int, Any]]:

@@ -24,12 +24,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import Tensor
 
-from ..subspace import SubspaceError
 from .torch_private import is_dtensor
-
-
-class UnsupportedLayout(SubspaceError):
-    """A weight's sharding cannot be read. The message says why and what to do."""
 
 
 @dataclass(frozen=True)

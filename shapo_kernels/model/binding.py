@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import SubspaceError, UnsupportedLayout
 from ..interop.discovery import Layouts
 from ..interop.names import owners
 from ..interop.peft import reading_base_weights
 from ..interop.quantised import acting_shape, is_quantised
-from ..interop.sharding import Block, Layout, UnsupportedLayout
+from ..interop.sharding import Block, Layout
 from ..interop.torch_private import storage_place
-from ..subspace import Subspace, SubspaceError
+from ..subspace import Subspace
 from .taps import stores_features_first
 from .targets import Target
 

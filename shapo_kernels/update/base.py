@@ -95,6 +95,49 @@ class TorchBase:
         return (self.optimizer.step() if closure is None else self.optimizer.step(closure)), True
 
 
+class BaseFacade(Optimizer):
+    """An optimizer whose groups, state, defaults and hooks are its base's own objects.
+
+    ``Optimizer.__init__`` is not called: the base's was.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    @property
+    def base(self) -> Optimizer:
+        """The base optimizer; around a DeepSpeed engine, the engine's step."""
+        return self._base.optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own list."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's own defaults."""
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Hooks and whatever else is the base's: registered here, they run inside its step, once and in torch's order.
+        if name in ("_base", "base"):
+            raise AttributeError(name)
+        return getattr(self._base.optimizer, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+
 def base_for(optimizer: Optimizer, model: nn.Module) -> Base:
     """The base that an optimizer is for a model.
 
@@ -115,7 +158,7 @@ def _why_not_base(optimizer: Any) -> str | None:
         return f"base_optimizer is a {kind.__name__} and the model no engine: {deepspeed.USE}"
     if not isinstance(optimizer, Optimizer):
         return f"base_optimizer is a {kind.__name__}: expected an instance of a torch.optim.Optimizer"
-    if any(k.__name__ == "ShaPOOptimizer" for k in kind.__mro__):
+    if isinstance(optimizer, BaseFacade):
         return f"base_optimizer is a {kind.__name__} already: wrap its base once"
     if any(k.__name__ in _UNSUITABLE for k in kind.__mro__):
         return (

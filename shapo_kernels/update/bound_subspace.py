@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ascent import Ascent, GradAscent, SelectiveAscent, other_use
 from ..distributed import average
+from ..errors import SubspaceError
 from ..interop import fsdp
 from ..interop.discovery import check_supported
 from ..interop.sharding import ranks_are_known
@@ -25,7 +26,7 @@ from ..model.norms import selected_weight_squared_norms, total_over_parts
 from ..model.targets import Target
 from ..perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
 from ..stochastic_rounding import HALVES, StochasticRounding
-from ..subspace import Subspace, SubspaceError
+from ..subspace import Subspace
 from .radius import Radius
 from .stats import UpdateStats
 
