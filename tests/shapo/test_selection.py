@@ -204,12 +204,16 @@ def test_flags_come_back_when_the_loss_cannot_be_computed(
     pairs: list[PreferencePair],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    inside: list[str] = []
+
     def fail(*_: object, **__: object) -> None:
+        inside.extend(name for name, parameter in tiny_llama.named_parameters() if parameter.requires_grad)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(selection, "batch_logps", fail)
     with pytest.raises(KeyboardInterrupt):
         selection.gradient_scores(tiny_llama, tiny_encoder, pairs, progress=False)
+    assert inside == list(selection.neuron_sizes(tiny_llama))
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 
 
