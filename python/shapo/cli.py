@@ -28,20 +28,6 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # None, False and an empty list say nothing; where absence has a meaning the help text tells it.
-        if (
-            "(default: " in (action.help or "")
-            or action.default is None
-            or action.default is False
-            or action.default == []
-            or action.required
-        ):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     try:
@@ -67,14 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     from shapo import commands
 
-    parser = _Parser(prog="shapo", description=_DESCRIPTION, formatter_class=_Formatter)
+    parser = _Parser(prog="shapo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"shapo {_version()}")
     added = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"{commands.__name__}.{name}")
         # Without abbreviations: a mistyped option is no other one, and a new one changes no old command line.
         command = added.add_parser(
-            name, help=module.SUMMARY, description=module.__doc__, formatter_class=_Formatter, allow_abbrev=False
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         options.add(command, module.OPTIONS)
     return parser

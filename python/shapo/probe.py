@@ -24,8 +24,8 @@ from tqdm import tqdm
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
-from shapo.models.architectures import unwrap
 from shapo.models.modes import evaluating
+from shapo.models.wrappers import unwrap
 from shapo.storage.files import atomic_file
 from shapo.storage.fingerprint import digest_model, digest_rows
 

@@ -33,8 +33,13 @@ def parameter_aliases(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without what wrappers of single layers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _COMPONENTS)
+
+
 def _aliases(name: str) -> list[str]:
-    aliases = [name, ".".join(part for part in name.split(".") if part not in _COMPONENTS)]
+    aliases = [name, plain_name(name)]
     while prefix := next((p for p in _PREFIXES if aliases[-1].startswith(p)), None):
         aliases.append(aliases[-1][len(prefix) :])
     return aliases

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from shapo.integrations.fused_head import _answer
-from shapo.models.fused_head import FusedHead, describe_head, find_fused_head, unwrapped
+from shapo.models.fused_head import FusedHead, describe_head, find_fused_head
+from shapo.models.wrappers import unwrap
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 
@@ -65,7 +66,7 @@ def one_pass(case):
     head = find_fused_head(model, "on")
     assert head == FusedHead(1.0, None)
     if case.get("way") == "trl":
-        _answer(unwrapped(model), head, required=True)
+        _answer(unwrap(model, for_calls=True), head, required=True)
     left = [n for n, p in model.named_parameters() if isinstance(model, FSDPModule) and not isinstance(p, DTensor)]
     sums = []
     for _ in range(2):

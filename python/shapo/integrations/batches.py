@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# By name: trl is not imported, and these trainers' collators put B chosen rows above B rejected ones.
-_OF_PAIRS = ("DPOTrainer", "RewardTrainer")
+from shapo.libraries.trl import OF_PAIRS
+
 _OF_ROWS = ("SFTTrainer", "Trainer", "Seq2SeqTrainer")
 
 
@@ -26,12 +26,12 @@ class Cutter:
     def __init__(self, trainer: object) -> None:
         kinds = [kind for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] in ("trl", "transformers")]
         kind = next((k.__name__ for k in kinds if not k.__name__.startswith("_")), "Trainer")
-        if kind not in (*_OF_PAIRS, *_OF_ROWS):
+        if kind not in (*OF_PAIRS, *_OF_ROWS):
             raise ValueError(
                 f"how {kind} lays out its batches is not known, so no part of one can be taken: "
                 "leave out ascent_fraction and ascent_pairs"
             )
-        self._of_pairs = kind in _OF_PAIRS
+        self._of_pairs = kind in OF_PAIRS
 
     def count(self, inputs: dict[str, Any]) -> int:
         """Pairs of a micro-batch, or rows where it has no pairs."""

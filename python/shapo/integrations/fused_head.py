@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shapo.errors import UserError
-from shapo.models.fused_head import FusedHead, find_fused_head, unusable, unwrapped
+from shapo.libraries import trl
+from shapo.libraries.accelerate import zero_stage
+from shapo.models.fused_head import FusedHead, find_fused_head, unusable
+from shapo.models.wrappers import unwrap
 from shapo_kernels import losses
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class FusedHeadMixin(Trainer):
         return super().compute_ref_log_probs(model, *args, **kwargs)  # type: ignore[misc]
 
     def _install(self, model: nn.Module) -> None:
-        if self._fused_head == "off" or _is_answered(unwrapped(model)):
+        if self._fused_head == "off" or _is_answered(unwrap(model, for_calls=True)):
             return
         reason = self._refusal(model)
         if reason is None:
@@ -56,26 +59,21 @@ class FusedHeadMixin(Trainer):
             except UserError as error:
                 raise ValueError(str(error)) from None
             if head is not None:
-                _answer(unwrapped(model), head, required=self._fused_head == "on")
+                _answer(unwrap(model, for_calls=True), head, required=self._fused_head == "on")
         elif self._fused_head == "on":
             raise ValueError(f"fused_head='on' cannot serve this trainer, because {reason}: use 'auto' or 'off'")
 
     def _refusal(self, model: nn.Module) -> str | None:
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin is not None and plugin.zero_stage == 3:
+        if zero_stage(self) == 3:
             return "ZeRO-3 gathers a head for a call of its own only"
-        if not _is_asked_for_logps(unwrapped(model)):
+        if not trl.asks_for_logps(unwrap(model, for_calls=True)):
             return "it does not ask its model for log-probabilities by trl's fused_lm_head"
         if getattr(self, "use_weighting", False):
             return "use_weighting needs log(sum p^2) of every token"
-        if getattr(self, "aux_loss_enabled", False) or getattr(unwrapped(model).config, "output_router_logits", False):
+        config = unwrap(model, for_calls=True).config
+        if getattr(self, "aux_loss_enabled", False) or getattr(config, "output_router_logits", False):
             return "a mixture of experts adds a loss of its router"
         return None
-
-
-def _is_asked_for_logps(model: Any) -> bool:
-    code = getattr(getattr(model.__dict__.get("forward"), "__func__", None), "__code__", None)
-    return code is not None and "fused_lm_head" in code.co_varnames
 
 
 def _is_answered(model: Any) -> bool:
@@ -116,9 +114,7 @@ def _answer(model: Any, head: FusedHead, *, required: bool) -> None:
         logps, entropy, mean_logit, is_top = (value[:, : value.shape[1] - shift] for value in found)  # type: ignore[index, union-attr]
         mask = beside[:, shift:] != -100
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        from trl.trainer.utils import FusedCausalLMOutput
-
-        return FusedCausalLMOutput(
+        return trl.fused_output(
             loss=-logps.sum() / count,
             log_probs=logps,
             entropy=entropy,

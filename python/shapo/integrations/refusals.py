@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shapo.libraries import trl
+from shapo.libraries.transformers import check_trainer
 from shapo_kernels import ShaPOOptimizer
 
 from .arguments import ShaPOArguments
@@ -32,6 +34,7 @@ def refuse_before(shapo: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
     """Raises ValueError for a trainer, or arguments of one, under which an update would be another than it seems."""
+    check_trainer(trainer)
     arguments = trainer.args
     if trainer.is_deepspeed_enabled and isinstance(trainer.optimizer, ShaPOOptimizer):
         raise ValueError(
@@ -43,12 +46,11 @@ def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
             f"{arguments.n_gpu} GPUs in one process would run under nn.DataParallel: launch with torchrun or "
             "`accelerate launch`, or make one GPU visible"
         )
-    kinds = type(trainer).__mro__
-    if any("_prepare_inputs" in vars(kind) for kind in kinds if kind.__module__.startswith("trl.")):
+    if trl.generates_batches(trainer):
         raise ValueError(
             "a trainer that generates its batches would generate others for the second pass: use an offline one"
         )
-    if getattr(trainer, "precompute_ref_logps", True) is False and not _asks_reference_once(kinds):
+    if trl.asks_reference_in_each_pass(trainer):
         raise ValueError(
             "the reference model would run in both passes, and for an adapter's policy on perturbed weights: "
             "set precompute_ref_log_probs=True"
@@ -62,11 +64,6 @@ def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
         )
     micro_batches = 1 if shapo.per_micro_batch else arguments.gradient_accumulation_steps
     shapo.part(shapo.seed).require_at_most(arguments.per_device_train_batch_size * micro_batches)
-
-
-def _asks_reference_once(kinds: Sequence[type]) -> bool:
-    """Whether the mixin can put the reference's numbers where the trainer looks for precomputed ones."""
-    return any(kind.__name__ == "DPOTrainer" and hasattr(kind, "compute_ref_log_probs") for kind in kinds)
 
 
 def _checkpoints_reentrantly(arguments: Any) -> bool:

@@ -11,7 +11,6 @@ gradients and steps. Losses are the trainer's own ``compute_loss``: nothing of t
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from shapo.libraries.accelerate import beneath, scaler_of
+from shapo.libraries.transformers import count_items, is_scaled, prepare_inputs
+from shapo.libraries.trl import metrics_kept
 from shapo_kernels import ShaPOOptimizer
 from shapo_kernels.update.random_state import RandomState
 
@@ -78,7 +80,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         created = super().create_optimizer(*args, **kwargs)
         if self.is_deepspeed_enabled:
             return created
-        found = _beneath_accelerate(created)
+        found = beneath(created)
         if found is self._wrapped:
             return created  # a second train()
         if isinstance(found, ShaPOOptimizer):
@@ -102,7 +104,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
                     self._wrapped.detach()
                 self._take(self.shapo.wrap(engine.optimizer, engine))
             return self._wrapped  # type: ignore[return-value]
-        found = _beneath_accelerate(self.optimizer)
+        found = beneath(self.optimizer)
         if not isinstance(found, ShaPOOptimizer):
             raise RuntimeError("the trainer's optimizer is no ShaPOOptimizer: leave create_optimizer to the mixin")
         return found
@@ -126,7 +128,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             elif self._ascended and self._position == 0:
                 self._ascend(optimizer, model, num_items_in_batch, self._micro_batches)
             counted = self._ascended and self._part.is_whole
-            with self._metrics_as_they_are() if counted else contextlib.nullcontext():
+            with metrics_kept(self) if counted else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self._ascended:
             self._gaps[-1] = self._gaps[-1] + loss.detach()
@@ -158,25 +160,24 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         parts, shares = self._parts(micro_batches, optimizer.updates)
         own = items
         if items is not None and (self._cutter is not None or len(micro_batches) < len(self._micro_batches)):
-            own = self._get_num_items_in_batch(parts, self.args.device)
-        scaled = self._is_scaled(own)
+            own = count_items(self, parts)
+        scaled = is_scaled(self, own)
         total = torch.zeros((), device=self.args.device)
         model.train()
         random = RandomState(self.args.device)
         # A partial ascent's numbers are of other rows than the descent's, so the trainer does not count them.
         with (
             optimizer.ascent(),
-            contextlib.nullcontext() if self._part.is_whole else self._metrics_as_they_are(),
+            contextlib.nullcontext() if self._part.is_whole else metrics_kept(self),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
         ):
             for part, share in zip(parts, shares, strict=True):
-                inputs = self._prepare_inputs(dict(part))
+                inputs = prepare_inputs(self, part)
                 with self.compute_loss_context_manager():
                     loss: Any = self.compute_loss(model, inputs, num_items_in_batch=own)
                 loss = loss.mean() if scaled else loss.mean() * share
                 total = total + loss.detach()
-                scaler = getattr(self.accelerator, "scaler", None)
-                optimizer.ascend(loss, scaler=scaler)
+                optimizer.ascend(loss, scaler=scaler_of(self))
         random.restore()
         optimizer.perturb()
         if self.shapo.per_micro_batch:
@@ -195,13 +196,6 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         together = sum(len(pairs) for _, pairs in seen)
         return [self._cutter.take(*one) for one in seen], [len(pairs) / together for _, pairs in seen]
 
-    def _is_scaled(self, items: Any) -> bool:
-        """Whether the loss comes divided for the whole update already, by the model or by ``compute_loss_func``."""
-        known = getattr(self, "loss_is_scaled_for_ga", None)
-        if known is not None:
-            return bool(known)
-        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
-
     # -- the reference
 
     @contextlib.contextmanager
@@ -214,7 +208,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             trainer: Any = self  # of the class that the mixin stands before
             for inputs in self._micro_batches:
                 reference = trainer.ref_model or self.model
-                logps = trainer.compute_ref_log_probs(reference, self._prepare_inputs(dict(inputs)))
+                logps = trainer.compute_ref_log_probs(reference, prepare_inputs(self, inputs))
                 inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = logps
         self.precompute_ref_logps = True
         try:
@@ -242,18 +236,6 @@ class ShaPOTrainerMixin(FusedHeadMixin):
 
     # -- what is logged
 
-    @contextlib.contextmanager
-    def _metrics_as_they_are(self) -> Iterator[None]:
-        """Forget what ``compute_loss`` counts inside: trl keeps lists of metrics and a number of tokens."""
-        kept = {name: getattr(self, name) for name in ("_metrics", "_total_train_tokens") if hasattr(self, name)}
-        if "_metrics" in kept:
-            self._metrics = {mode: _emptied(values) for mode, values in kept["_metrics"].items()}
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._ascent_losses and "loss" in logs:
             stats = self._shapo_optimizer().stats
@@ -279,19 +261,6 @@ class _RestoreBeforeAnEpochEnds(TrainerCallback):
         self._trainer._shapo_optimizer().restore()
 
 
-def _beneath_accelerate(optimizer: Any) -> Any:
-    """Accelerate puts a wrapper of its own around an optimizer."""
-    return (
-        getattr(optimizer, "optimizer", optimizer) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
-    )
-
-
 def _have_radii_of_their_own(optimizer: ShaPOOptimizer) -> bool:
     key = "shapo_rho" if "rho" in optimizer.defaults else "rho"
     return any(key in group for group in optimizer.param_groups)
-
-
-def _emptied(values: Any) -> Any:
-    emptied = copy.copy(values)
-    emptied.clear()
-    return emptied

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from shapo.errors import UserError
+from shapo.models.wrappers import unwrap
+from shapo_kernels.interop.names import plain_name
 
-__all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "unwrap", "value_vectors"]
+__all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "value_vectors"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def value_vectors(model: nn.Module) -> ValueVectors:
     widths: set[int] = set()
     for name, module in inner.named_modules():
         weight = getattr(module, "weight", None)
-        plain = _plain_name(name)
+        plain = plain_name(name)
         if not isinstance(weight, nn.Parameter) or not pattern.fullmatch(plain):
             continue
         parameter_name = f"{plain}.weight"
@@ -117,30 +119,3 @@ def _unsupported(model: nn.Module, model_type: str) -> str:
     experts = any(getattr(config, setting, None) for setting in _EXPERT_SETTINGS)
     kind = "is a mixture of experts, which is not supported" if experts else "is not supported"
     return f"model type {model_type!r} {kind}; supported types: {', '.join(ARCHITECTURES)}"
-
-
-_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
-
-
-def _plain_name(name: str) -> str:
-    """The name that a module or parameter of an `unwrap`-ped model has where no layer is wrapped by itself.
-
-    Drops what FSDP, torch.compile, activation checkpointing and PEFT put into names around single layers.
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers, in any nesting."""
-    while True:
-        inner: Any
-        if hasattr(type(model), "get_base_model"):  # PEFT
-            inner = cast(Any, model).get_base_model()
-        else:
-            children = model._modules
-            inner = next(
-                (children[part] for part in ("module", "_orig_mod", "_fsdp_wrapped_module") if part in children), None
-            )
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner

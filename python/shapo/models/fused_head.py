@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from shapo.errors import UserError
+from shapo.libraries.torch import has_hooks, is_sharded_alone
+from shapo.models.wrappers import unwrap
 from shapo_kernels import losses
-from shapo_kernels.interop.deepspeed import is_engine
 
 # Of the stand-in: 1 tells the scale, the largest the soft cap, and all of them whether that was all.
 _PROBES = (-37.0, -2.5, -0.125, 0.0, 0.25, 1.0, 4.0, 55.0, 1e6)
@@ -42,7 +43,7 @@ class FusedHead:
 
     def sequence_logps(self, model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """As `losses.sequence_logps`, by a forward pass through `model` and whatever is wrapped around it."""
-        inner = unwrapped(model)
+        inner = unwrap(model, for_calls=True)
 
         def forward(*args: Any, **kwargs: Any) -> _Output:
             hidden = inner.base_model(*args, **kwargs).last_hidden_state
@@ -77,7 +78,7 @@ def find_fused_head(model: nn.Module, choice: str = "auto") -> FusedHead | None:
 
 def describe_head(model: nn.Module) -> FusedHead | str:
     """The model's fused head, or why it has none."""
-    inner = unwrapped(model)
+    inner = unwrap(model, for_calls=True)
     if not all(hasattr(inner, name) for name in ("base_model", "get_output_embeddings", "config")):
         return f"{type(inner).__name__} is no language model of transformers"
     if inner.base_model is inner or getattr(inner.config, "is_encoder_decoder", False):
@@ -98,31 +99,12 @@ def unusable(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return f"its head is a {type(head).__name__}, not a plain linear layer"
-    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
-    if isinstance(head, FSDPModule):
-        # By itself it is gathered for a call that is not made; with others, as Accelerate shards it with the last norm,
-        # for theirs.
-        if len(head._get_fsdp_state()._modules) == 1:
-            return "FSDP2 shards its head by itself, and gathers it for a call of its own only"
-        hooks = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp.")]
-    if hooks:
+    # With others, as Accelerate shards it with the last norm, it is gathered for their call.
+    if is_sharded_alone(head):
+        return "FSDP2 shards its head by itself, and gathers it for a call of its own only"
+    if has_hooks(head):
         return "its head has hooks, which would not be called"
     return None
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside an adapter's, DDP's, DeepSpeed's and torch.compile's wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            config = getattr(model, "active_peft_config", None)
-            # Virtual tokens: positions of the output are not those of the labels.
-            if getattr(config, "is_prompt_learning", False):
-                return model
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model):
-            model = model.module
-        else:
-            return model
 
 
 def _ask(model: Any, wrapped: Any) -> FusedHead | str:

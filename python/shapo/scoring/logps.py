@@ -21,8 +21,9 @@ from tqdm import tqdm
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder
 from shapo.errors import UserError
-from shapo.models.fused_head import FusedHead, find_fused_head, unusable, unwrapped
+from shapo.models.fused_head import FusedHead, find_fused_head, unusable
 from shapo.models.modes import evaluating
+from shapo.models.wrappers import unwrap
 from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_rows
 from shapo_kernels import losses
@@ -117,7 +118,7 @@ def response_logps(
     device = batch["input_ids"].device
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
     with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        if head is not None and unusable(unwrapped(model)) is None:
+        if head is not None and unusable(unwrap(model, for_calls=True)) is None:
             return head.sequence_logps(model, batch["labels"], **inputs)
         logits = model(**inputs).logits
     return losses.sequence_logps(logits, batch["labels"])

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shapo.errors import UserError
-from shapo.models.architectures import ARCHITECTURES, unwrap, value_vectors
+from shapo.models.architectures import ARCHITECTURES, value_vectors
+from shapo.models.wrappers import unwrap
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 COMMON: dict[str, Any] = {

@@ -1,0 +1,31 @@
+"""Undocumented parts of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+MODULE = {
+    "_forward_hooks": "id -> hook that a call of the module runs behind it",
+    "_forward_pre_hooks": "id -> hook that a call of the module runs before it",
+}
+FSDP2 = {"_get_fsdp_state": "state of a sharded module; its _modules are those that are gathered together"}
+REPLICATED, COMPILED, FSDP1 = "module", "_orig_mod", "_fsdp_wrapped_module"
+"""Where DDP, DataParallel and engines built alike, torch.compile and FSDP1 keep the model that they wrap."""
+
+
+def is_sharded_alone(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers this module by itself, for a call of its own."""
+    if not isinstance(module, FSDPModule):
+        return False
+    state: Any = module._get_fsdp_state()
+    # Where a release says it otherwise: as if alone, so that nobody takes it for gathered.
+    return len(getattr(state, "_modules", (module,))) == 1
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks besides FSDP2's."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)

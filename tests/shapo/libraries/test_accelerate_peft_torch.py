@@ -1,0 +1,71 @@
+"""What is assumed of accelerate, PEFT and torch; a name that a release drops fails here by that name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shapo.libraries import accelerate, peft
+from shapo.libraries import torch as ours
+
+
+@pytest.mark.parametrize("name", accelerate.OPTIMIZER)
+def test_accelerates_optimizer_has(name):
+    from accelerate import Accelerator
+
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    wrapped = Accelerator(cpu=True).prepare(inner)
+    assert type(wrapped).__name__ == "AcceleratedOptimizer"
+    assert getattr(wrapped, name) is inner
+    assert accelerate.beneath(wrapped) is accelerate.beneath(inner) is inner
+
+
+@pytest.mark.parametrize("name", accelerate.ACCELERATOR)
+def test_the_accelerator_has(name):
+    from accelerate import Accelerator
+
+    assert hasattr(Accelerator(cpu=True), name)
+
+
+def test_pefts_models_have_what_is_read_of_them(tiny_llama):
+    library = pytest.importorskip("peft")
+
+    prompt = library.get_peft_model(tiny_llama, library.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    for name in peft.MODEL:
+        assert hasattr(prompt, name), name
+    for name in peft.CONFIG:
+        assert hasattr(prompt.active_peft_config, name), name
+    assert peft.is_peft(prompt)
+    assert peft.adds_tokens(prompt)
+    assert not peft.is_peft(tiny_llama)
+    assert not peft.adds_tokens(tiny_llama)
+
+
+@pytest.mark.parametrize("name", ours.MODULE)
+def test_a_module_has(name):
+    assert not getattr(nn.Linear(1, 1), name)
+
+
+def test_hooks_are_seen():
+    layer = nn.Linear(1, 1)
+    assert not ours.has_hooks(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert ours.has_hooks(layer)
+        handle.remove()
+    assert not ours.has_hooks(layer)
+
+
+def test_wrappers_keep_their_model_where_it_is_looked_for():
+    layer = nn.Linear(1, 1)
+    assert dict(nn.DataParallel(layer).named_children())[ours.REPLICATED] is layer
+    assert dict(torch.compile(layer).named_children())[ours.COMPILED] is layer
+
+
+@pytest.mark.parametrize("name", ours.FSDP2)
+def test_a_module_that_fsdp2_shards_has(name):
+    from torch.distributed.fsdp import FSDPModule
+
+    assert callable(getattr(FSDPModule, name))
+    assert not ours.is_sharded_alone(nn.Linear(1, 1))
