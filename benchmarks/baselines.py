@@ -25,6 +25,15 @@ def peers(
     """Other libraries' ways to the same loss, of those that are installed and serve this device."""
     found: dict[str, Callable[[], Tensor]] = {}
     shifted, targets = hidden[:, :-1], labels[:, 1:].contiguous()
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        found["torch, chunked linear_cross_entropy"] = lambda: dpo(
+            -torch.nn.functional.linear_cross_entropy(
+                shifted.flatten(0, 1), weight, targets.flatten(), reduction="none", options=chunked
+            )
+            .view_as(targets)
+            .sum(1)
+        )
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 

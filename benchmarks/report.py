@@ -3,6 +3,7 @@
 python -m benchmarks.report [suite ...]                 # on standard output
 python -m benchmarks.report --wide [suite ...]          # a line for each case: the variants beside ours
 python -m benchmarks.report --into README.md [suite ...]  # between <!-- benchmarks --> and <!-- /benchmarks -->
+python -m benchmarks.report --gpu --into README.md        # between <!-- gpu --> and <!-- /gpu -->: recorded ones alone
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from benchmarks.rows import RESULTS
 
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
+GPU_MARKERS = ("<!-- gpu -->", "<!-- /gpu -->")
 TITLES = {
     "subspace_update": "Norm, perturb and restore of all layers",
     "column_cosine": "Cosine of every neuron with a direction",
@@ -23,14 +25,26 @@ TITLES = {
     "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
     "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
     "linear_sequence_logps_step": "Log-probabilities from hidden states at the size of a preference step",
+    "gpu_updates": "GPU: whole updates",
+    "gpu_subspace_update": "GPU: norm, perturb and restore of all layers",
+    "gpu_delta_forward": "GPU: what delta adds to a forward pass",
+    "gpu_neurons": "GPU: a layer's delta, and the gradient of its neurons",
+    "gpu_sequence_logps": "GPU: log-probabilities of sequences from logits, forward and backward",
+    "gpu_linear_sequence_logps": "GPU: a DPO loss from hidden states and the head's weight, forward and backward",
+    "gpu_column_cosine": "GPU: cosine of every neuron with a direction",
 }
+GPU = tuple(suite for suite in TITLES if suite.startswith("gpu_"))
 # Column -> heading and format; a table has those that its rows have.
 COLUMNS = {
     "p50_ms": ("median ms", "{:.2f}"),
     "p20_ms": ("p20", "{:.2f}"),
     "p80_ms": ("p80", "{:.2f}"),
+    "warm_ms": ("warm ms", "{:.3f}"),
+    "timing": ("timed by", "{}"),
     "gb_per_s": ("GB/s", "{:.1f}"),
     "of_floor": ("of floor", "{:.2f}"),
+    "of_floor_64": ("of 64-byte floor", "{:.2f}"),
+    "percent_of_copy": ("% of the copy", "{:.0f}"),
     "times_ours": ("of ours", "{:.1f}"),
     "ratio_to_plain": ("of plain", "{:.2f}"),
     "max_error": ("error", "{:.1e}"),
@@ -38,6 +52,7 @@ COLUMNS = {
     "extra_of_logits": ("extra, of the logits", "{:.2f}"),
     "of_eager_memory": ("of eager's", "{:.2f}"),
     "of_eager_beyond": ("beyond gradients, of eager's", "{:.3f}"),
+    "peak_gib": ("peak GiB", "{:.1f}"),
 }
 
 OURS = "shapo_kernels"
@@ -53,29 +68,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help="names of files under benchmarks/results; all by default")
     parser.add_argument("--wide", action="store_true", help="a line for each case: the variants beside ours")
+    parser.add_argument("--gpu", action="store_true", help="the suites of the GPU runner that have been recorded")
     parser.add_argument("--into", type=Path, help="a Markdown file with the two markers")
     options = parser.parse_args(arguments)
-    suites = options.suites or sorted(path.stem for path in RESULTS.glob("*.json"))
+    recorded = sorted(path.stem for path in RESULTS.glob("*.json"))
+    default = [suite for suite in GPU if suite in recorded] if options.gpu else recorded
+    suites = options.suites or default
     runs = {suite: json.loads((RESULTS / f"{suite}.json").read_text()) for suite in suites}
     shape = render_wide if options.wide else render
     text = "\n\n".join(shape(suite, run["rows"], run["environment"]) for suite, run in runs.items())
     if options.into is None:
         print(text)
     else:
-        options.into.write_text(between_markers(options.into.read_text(), text))
+        markers = GPU_MARKERS if options.gpu else MARKERS
+        options.into.write_text(between_markers(options.into.read_text(), text, markers))
 
 
-def between_markers(document: str, text: str) -> str:
+def between_markers(document: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
     """The document with ``text`` between its markers.
 
     Raises:
         ValueError: the markers are not there, the first before the second.
     """
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = markers
+    head, begin, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"expected the markers {BEGIN} and {END} in the document")
-    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+        raise ValueError(f"expected the markers {first} and {last} in the document")
+    body = f"\n\n{text}\n\n" if text else "\n"
+    return f"{head}{first}{body}{last}{tail}"
 
 
 def render(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
@@ -105,15 +126,16 @@ def render(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, An
 def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
     """One line for each case: our median, each other variant's time over ours, and the memory of all.
 
-    Suites that compare with something else than ours have their table as it is.
+    Ours is the first variant of that name. Suites that compare with something else have their table as it is.
 
     Raises:
         ValueError: no rows.
     """
-    if not any(row["variant"] == OURS for row in rows):
+    first = next((row["variant"] for row in rows if row["variant"].startswith(OURS)), None)
+    if first is None or any("ratio_to_plain" in row or "times_ours" not in row for row in rows):
         return render(suite, rows, environment)
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    others = [name for name in variants if name != OURS]
+    others = [name for name in variants if name != first]
     memory = [name for name in MEMORY if any(name in row for row in rows)]
     title = {name: name.replace(OURS, "ours") for name in variants}
     floor = any("of_floor" in row for row in rows)
@@ -124,8 +146,9 @@ def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[st
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["variant"]: row for row in rows if row["case"] == case}
         ratio = lambda name, found=found: f"{found[name]['times_ours']:.2f}" if name in found else ""  # noqa: E731
-        ours = found[OURS]
-        cells = [case, f"{ours['p50_ms']:,.1f} ({ours['p20_ms']:,.1f} to {ours['p80_ms']:,.1f})"]
+        ours = found[first]
+        short = ".1f" if ours["p50_ms"] >= 1 or first == OURS else ".3f"
+        cells = [case, f"{ours['p50_ms']:,{short}} ({ours['p20_ms']:,{short}} to {ours['p80_ms']:,{short}})"]
         cells += [f"{ours['of_floor']:.2f}"] if floor else []
         cells += map(ratio, others)
         for column in memory:
@@ -135,10 +158,14 @@ def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[st
 
 
 def _provenance(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
+    hardware = (
+        environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads of {environment['cores']} cores"
+    )
+    versions = f"torch {environment['torch']}" + (f", triton {environment['triton']}" if environment["gpu"] else "")
     sentence = (
-        f"{environment['cpu']}, {environment['threads']} threads of {environment['cores']} cores"
-        f"{', ' + environment['gpu'] if environment['gpu'] else ''}; torch {environment['torch']}, "
-        f"commit {environment['commit']}; {rows[0]['rounds']} rounds, the variants in turn."
+        f"{hardware}; {versions}, commit {environment['commit']}"
+        f"{', ' + environment['date'] if 'date' in environment else ''}; "
+        f"{rows[0]['rounds']} rounds, the variants in turn."
     )
     bandwidths = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]
     if bandwidths:

@@ -6,6 +6,8 @@ A file under ``benchmarks/results/`` is one run, ``{"environment": …, "rows": 
 from __future__ import annotations
 
 import ctypes
+import datetime as dt
+import importlib.metadata
 import json
 import os
 import platform
@@ -86,45 +88,56 @@ def row(suite: str, case: str, variant: str, seconds: list[float], **columns: An
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and hardware."""
+    """Commit, date, versions and hardware."""
     found = {
         "commit": _commit(),
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
     }
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
+    for package in ("triton", "transformers", "liger_kernel", "cut_cross_entropy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
     return found
 
 
-def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write one run's rows to ``<folder>/<name>.json``."""
+def write(
+    name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, measured_in: dict[str, Any] | None = None
+) -> Path:
+    """Write one run's rows to ``<folder>/<name>.json``; ``measured_in`` is another machine's :func:`environment`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": measured_in or environment(), "rows": rows}, indent=1) + "\n")
     return path
 
 
-def add(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+def add(
+    name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, measured_in: dict[str, Any] | None = None
+) -> Path:
     """As :func:`write`, beside the rows of other cases measured on the same machine with the same versions.
 
     For suites whose cases take minutes each and are measured one by one; a case is always one run.
     """
-    path, here, cases = folder / f"{name}.json", environment(), {}
+    path, here, cases = folder / f"{name}.json", measured_in or environment(), {}
     if path.exists():
         earlier = json.loads(path.read_text())
-        if {**earlier["environment"], "commit": None} == {**here, "commit": None}:
+        if _machine(earlier["environment"]) == _machine(here):
             cases = _by_case(earlier["rows"])
     cases |= _by_case(rows)
-    return write(name, [row for case in cases.values() for row in case], folder)
+    return write(name, [row for case in cases.values() for row in case], folder, here)
+
+
+def _machine(environment: dict[str, Any]) -> dict[str, Any]:
+    """What rows must have in common to stand in one table: hardware and versions."""
+    apart = ("commit", "date", "copy_gb_per_s", "bf16_tflop_per_s")
+    return {name: value for name, value in environment.items() if name not in apart}
 
 
 def _by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

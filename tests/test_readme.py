@@ -10,7 +10,13 @@ from benchmarks import report
 README = Path(__file__).parents[1] / "README.md"
 KERNELS = ["subspace_update", "column_cosine", "shapo_update"]
 LOGPS = ["sequence_logps", "linear_sequence_logps", "linear_sequence_logps_step"]
-TABLES = {"README.md": ["--wide", *KERNELS], "docs/measurements.md": KERNELS, "docs/losses.md": ["--wide", *LOGPS]}
+TABLES = [
+    ("README.md", ["--wide", *KERNELS]),
+    ("README.md", ["--gpu", "--wide"]),
+    ("docs/measurements.md", KERNELS),
+    ("docs/measurements.md", ["--gpu"]),
+    ("docs/losses.md", ["--wide", *LOGPS]),
+]
 
 
 def test_the_usage_example_runs_and_trains(capsys):
@@ -28,10 +34,17 @@ def test_every_file_that_the_readme_links_to_exists():
         assert (README.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("document", TABLES)
-def test_tables_are_those_of_the_recorded_rows(document, tmp_path):
+@pytest.mark.parametrize(("document", "arguments"), TABLES)
+def test_tables_are_those_of_the_recorded_rows(document, arguments, tmp_path):
     written = (README.parent / document).read_text()
     copy = tmp_path / "copy.md"
-    copy.write_text(report.between_markers(written, "nothing"))
-    report.main(["--into", str(copy), *TABLES[document]])
+    copy.write_text(
+        report.between_markers(written, "nothing", report.GPU_MARKERS if "--gpu" in arguments else report.MARKERS)
+    )
+    report.main(["--into", str(copy), *arguments])
     assert copy.read_text() == written
+
+
+def test_the_readme_speaks_of_the_gpu_as_the_recorded_rows_allow():
+    recorded = any((report.RESULTS / f"{suite}.json").exists() for suite in report.GPU)
+    assert recorded != ("there is no such row yet" in README.read_text())

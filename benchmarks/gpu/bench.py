@@ -1,112 +1,243 @@
 """Checks, times and records variants of one computation on one device.
 
-Every variant is compared with float64 mathematics first; one that disagrees is recorded as refused and not timed.
-Variants are timed in turn, by CUDA events on a GPU, and a copy between large buffers is one of them: bandwidths and
-floors refer to it. A dry run does the same on the CPU in small shapes, where its numbers mean nothing.
+A variant that disagrees with float64 mathematics is recorded as refused and not timed. The others take turns. On a GPU
+each is captured in a CUDA graph and timed by events. One that cannot be captured is timed by the host's clock, and its
+row says so. ``p50_ms`` is cold: calls go round as many copies of the inputs as it takes to be four times the L2.
+``warm_ms`` calls on one copy again and again, and is left out where one alone is that large. A copy between large
+buffers takes its turn too: floors and shares refer to it. A dry run does the same on the CPU in small shapes, where the
+numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import ratios, row
+from benchmarks.rows import row
 from shapo_kernels import backends
 
-SECTOR = 32
 COPY = "copy"
-Variants = Mapping[str, Callable[[], Any]]
-Rows = list[dict[str, Any]]
+OURS = "shapo_kernels, "
+# What one timing takes at least, so that launching it does not count, and how many calls it may be.
+SHORTEST_S, MOST_CALLS = 2e-3, 64
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case.
+
+    ``bind`` makes the call for one copy of the inputs. ``check`` is given those inputs and the call, and raises where
+    the result is wrong. ``later`` variants (what has to be compiled first, backends other than the first) are timed in
+    the second half of the run. ``host`` variants are not captured. ``rounds`` limits how often it is timed.
+    """
+
+    name: str
+    bind: Callable[[Any], Run]
+    check: Callable[[Any, Run], None]
+    later: bool = False
+    host: bool = False
+    rounds: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(OURS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs and the variants to compute with them.
+
+    ``inputs(n)`` makes the n-th copy. ``held`` is the bytes that one call reads and writes at least once, by which
+    copies are counted. ``columns`` go into every row; ``bytes`` among them is the floor. ``against`` names a variant
+    that the others are multiples of in ``ratio_to_plain``; as ours it is timed in both halves of the run.
+    """
+
+    suite: str
+    name: str
+    inputs: Callable[[int], Any]
+    held: int
+    variants: Sequence[Variant]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    against: str | None = None
 
 
 class Bench:
-    """A device, the backends that are to be timed on it, and the rows so far."""
+    """A device, the backends to be timed on it, and where rows go.
 
-    def __init__(self, device: torch.device, *, small: bool, rounds: int, deadline: float) -> None:
-        self.device, self.small, self.rounds, self.deadline = device, small, rounds, deadline
-        self.backends = [n for n in ("cuda", "triton", "cpu") if n in backends.available() and self._serves(n)]
-        self.rows: Rows = []
-        elements = 2**16 if small else 2**28
-        self._source = torch.ones(elements, device=device)
+    ``half``: "first" leaves out what comes later, "second" the rest but for ours, "both" nothing.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        small: bool,
+        rounds: int,
+        deadline: float = float("inf"),
+        backends: Sequence[str] = (),
+        half: str = "both",
+        record: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self.device, self.small, self.rounds, self.deadline, self.half = device, small, rounds, deadline, half
+        self.backends, self.rows = list(backends), []
+        self._record = record
+        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 14
+        self._source = torch.ones(2**16 if small else 2**28, device=device)
         self._target = torch.empty_like(self._source)
 
-    def _serves(self, name: str) -> bool:
-        return (name == "cpu") == (self.device.type == "cpu")
+    rows: list[dict[str, Any]]
 
-    def compare(
-        self,
-        suite: str,
-        case: str,
-        variants: Mapping[str, tuple[Callable[[], Any], Callable[[], None]]],
-        ours: str,
-        **columns: Any,
-    ) -> None:
-        """Check, time and record variants: name -> (what to time, what raises where its result is wrong)."""
-        usable: dict[str, Callable[[], Any]] = {}
-        for name, (run, check) in variants.items():
-            try:
-                check()
-            except Exception as error:  # a baseline that cannot run here is no reason to time nothing
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.rows.append({"suite": suite, "case": case, "variant": name, "refused": reason, **columns})
-            else:
-                usable[name] = run
-        if ours not in usable or time.monotonic() > self.deadline:
-            return
-        extra = {name: self._extra_bytes(run) for name, run in usable.items()}
-        seconds = self._interleaved({COPY: self._copy, **usable})
-        copies = seconds.pop(COPY)
-        bandwidth = 2 * self._source.nbytes / statistics.median(copies)
-        times_ours = ratios(seconds, ours)
-        for name, times in seconds.items():
-            found = row(suite, case, name, times, **columns, extra_bytes=extra[name], times_ours=times_ours[name])
-            found["copy_gb_per_s"] = bandwidth / 1e9
-            if "bytes" in columns:
-                found["of_floor"] = statistics.median(times) * bandwidth / columns["bytes"]
-                found["percent_of_peak"] = 100 / found["of_floor"]
-            self.rows.append(found)
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def wrong(self) -> list[str]:
+        """Our own variants that were refused."""
+        return [
+            f"{r['variant']}: {r['refused']}" for r in self.rows if "refused" in r and r["variant"].startswith(OURS)
+        ]
+
+    def ours(self, bind: Callable[[Any], Run], check: Callable[[Any, Run], None], suffix: str = "") -> list[Variant]:
+        """A variant for each backend to be timed; those after the first come later."""
+        return [
+            Variant(f"{OURS}{name}{suffix}", _served_by(name, bind), check, later=number > 0)
+            for number, name in enumerate(self.backends)
+        ]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """torch.compile, without its code generator in a dry run, which would spend minutes on it."""
         return torch.compile(function, backend="eager" if self.small else "inductor")
 
-    def _copy(self) -> None:
-        self._target.copy_(self._source)
+    def put(self, found: dict[str, Any]) -> None:
+        self.rows.append(found)
+        self._record(found)
 
-    def _interleaved(self, variants: Variants) -> dict[str, list[float]]:
-        for run in variants.values():
-            for _ in range(3):
-                run()
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(self.rounds):
-            for name, run in variants.items():
-                seconds[name].append(self._time(run))
-            if time.monotonic() > self.deadline:
+    def compare(self, case: Case) -> None:
+        """Check, time and record a case's variants of this half of the run; ours is timed in both."""
+        if self.left() < 0:
+            self.put({"suite": case.suite, "case": case.name, "variant": "", "left_out": "no time was left"})
+            return
+        copies = 1 if case.held >= 4 * self.l2 else min(16, -(-4 * self.l2 // case.held))
+        inputs = [case.inputs(number) for number in range(copies)]
+        ours = next(v for v in case.variants if v.ours)
+        timed: dict[str, _Timed] = {}
+        for variant in case.variants:
+            always = variant is ours or variant.name == case.against
+            if not always and self.half == ("first" if variant.later else "second"):
+                continue
+            try:
+                runs = [variant.bind(one) for one in inputs]
+                variant.check(inputs[0], runs[0])
+                timed[variant.name] = _Timed(self, runs, variant)
+            except Exception as error:  # a baseline that cannot run here is no reason to time nothing
+                reason = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]
+                self.put(
+                    {"suite": case.suite, "case": case.name, "variant": variant.name, "refused": reason, **case.columns}
+                )
+        if ours.name in timed:
+            self._take_turns(case, ours, timed)
+
+    def _take_turns(self, case: Case, ours: Variant, timed: Mapping[str, _Timed]) -> None:
+        copy = _Timed(self, [lambda: self._target.copy_(self._source)], Variant(COPY, lambda _: None, lambda *_: None))
+        everything = {COPY: copy, **timed}
+        cold: dict[str, list[float]] = {name: [] for name in everything}
+        warm: dict[str, list[float]] = {name: [] for name in everything}
+        for number in range(self.rounds):
+            for name, variant in everything.items():
+                if variant.rounds is not None and number >= variant.rounds:
+                    continue
+                cold[name].append(variant.cold())
+                if variant.has_warm:
+                    warm[name].append(variant.warm())
+            if self.left() < 0:
                 break
-        return seconds
+        bandwidth = 2 * self._source.nbytes / statistics.median(cold.pop(COPY))
+        for name, seconds in cold.items():
+            if self.half == "second" and name in (ours.name, case.against):
+                continue  # it has its row
+            found = row(case.suite, case.name, name, seconds, **case.columns)
+            found |= {
+                "timing": timed[name].how,
+                "times_ours": _ratio(seconds, cold[ours.name]),
+                "extra_bytes": timed[name].extra_bytes,
+                "copies": timed[name].copies,
+                "copy_gb_per_s": bandwidth / 1e9,
+            }
+            if case.against in cold:
+                found["ratio_to_plain"] = _ratio(seconds, cold[case.against])
+            if warm[name]:
+                found["warm_ms"] = 1e3 * statistics.median(warm[name])
+            if "bytes" in case.columns:
+                found["of_floor"] = statistics.median(seconds) * bandwidth / case.columns["bytes"]
+                found["percent_of_copy"] = 100 / found["of_floor"]
+            if "bytes_64" in case.columns:
+                found["of_floor_64"] = statistics.median(seconds) * bandwidth / case.columns["bytes_64"]
+            self.put(found)
 
-    def _time(self, run: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+
+class _Timed:
+    """A variant that is ready to be timed: seconds of one call, over the copies (cold) or on one of them (warm)."""
+
+    def __init__(self, bench: Bench, runs: Sequence[Run], variant: Variant) -> None:
+        self.bench, self.rounds, self.copies = bench, variant.rounds, len(runs)
+        self.has_warm = len(runs) > 1 and not variant.host
+        on_gpu = bench.device.type == "cuda"
+        if not variant.host:  # what goes through the host takes seconds
+            for run in runs:
+                run()
+        self.extra_bytes = self._extra_bytes(runs[0]) if on_gpu else 0
+        captured = on_gpu and not variant.host and not _waits(runs[0])
+        rounds = 1
+        if captured:
+            once = self._on_host(runs) / len(runs)
+            rounds = max(1, min(MOST_CALLS, round(SHORTEST_S / once)) // len(runs))
+        self._cold_runs, self._warm_runs = list(runs) * rounds, [runs[0]] * (len(runs) * rounds)
+        self._cold = self._warm = None
+        self.how = "host"
+        if captured:
+            try:
+                self._cold = _graph(self._cold_runs)
+                self._warm = _graph(self._warm_runs) if self.has_warm else None
+                self.how = "graph"
+            except RuntimeError as error:
+                self._cold = None
+                self.how = f"host: {error}".splitlines()[0][:120]
+
+    def cold(self) -> float:
+        return self._time(self._cold, self._cold_runs)
+
+    def warm(self) -> float:
+        self._warm_runs[0]()
+        return self._time(self._warm, self._warm_runs)
+
+    def _time(self, graph: torch.cuda.CUDAGraph | None, runs: Sequence[Run]) -> float:
+        if graph is None:
+            return self._on_host(runs) / len(runs)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The queue is filled first, so that what is timed is the device and not the host that launches.
-        torch.cuda._sleep(2_000_000)
+        # A fifth of a millisecond, in which the host queues all of this.
+        torch.cuda._sleep(400_000)
         begin.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / len(runs)
 
-    def _extra_bytes(self, run: Callable[[], Any]) -> int:
-        if self.device.type != "cuda":
-            return 0
+    def _on_host(self, runs: Sequence[Run]) -> float:
+        wait = torch.cuda.synchronize if self.bench.device.type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        wait()
+        return time.perf_counter() - start
+
+    def _extra_bytes(self, run: Run) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -114,18 +245,75 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
 
-def served_by(backend: str, operator: str, arguments: tuple[Any, ...]) -> Callable[[], Tensor]:
-    with backends.use(backend):
-        function = backends.function(arguments[0].device, operator)
-    return lambda: function(*arguments)
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Round by round, over the rounds that both have."""
+    return statistics.median(mine / other for mine, other in zip(seconds, others, strict=False))
 
 
-def agrees(run: Callable[[], Tensor], truth: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    def check() -> None:
-        error = (run().double() - truth).abs().max() / truth.abs().max()
-        # TF32, where a user has allowed it, has ten bits.
-        bound = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2**-9
-        if not bool(error <= bound):
-            raise AssertionError(f"relative error {error.item():.1e}, {bound:.1e} allowed")
+def _waits(run: Run) -> bool:
+    """Whether a call makes the host wait for the device, which no graph can capture."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _graph(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is made at a first call is made outside of the graph, on a stream like its own
+        for run in dict.fromkeys(runs):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _served_by(backend: str, bind: Callable[[Any], Run]) -> Callable[[Any], Run]:
+    def bound(inputs: Any) -> Run:
+        run = bind(inputs)
+
+        def served() -> Any:
+            with backends.use(backend):
+                return run()
+
+        return served
+
+    return bound
+
+
+def agrees(truth: Callable[[Any], Tensor], room: float) -> Callable[[Any, Run], None]:
+    """A check: the largest error, in shares of the truth's largest element."""
+
+    def check(inputs: Any, run: Run) -> None:
+        expected = truth(inputs)
+        error = (run().double() - expected).abs().max() / expected.abs().max()
+        if not bool(error <= room):
+            raise AssertionError(f"relative error {error.item():.1e}, {room:.1e} allowed")
 
     return check
+
+
+def any_result(inputs: Any, run: Run) -> None:
+    """The check of what is timed for its price alone."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sector_bytes(index: Tensor, itemsize: int, rows: int, sector: int) -> int:
+    """Bytes of the sectors that hold the selected columns of ``rows`` aligned rows."""
+    return rows * torch.unique(index * itemsize // sector).numel() * sector

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, agrees, served_by
+from benchmarks.gpu.bench import Bench, Case, Run, Variant, agrees, name_of
+from shapo_kernels import ops
+
+SHAPE, SMALL = (3072, 8192), (48, 640)
+Pair = tuple[Tensor, Tensor]
+
+
+def _cosine(weight: Tensor, direction: Tensor, axis: int) -> Tensor:
+    return torch.nn.functional.cosine_similarity(weight.float(), direction.unsqueeze(axis), dim=1 - axis)
 
 
 def column_cosine(bench: Bench) -> None:
-    shape = (48, 640) if bench.small else (3072, 8192)
     for dtype in (torch.bfloat16, torch.float32):
         for axis in (1, 0):
-            weight = torch.randn(shape if axis else shape[::-1], device=bench.device).to(dtype)
-            direction = torch.randn(shape[0], device=bench.device)
-            truth = torch.nn.functional.cosine_similarity(
-                weight.double(), direction.double().unsqueeze(axis), dim=1 - axis
-            )
+            _compare(bench, dtype, axis)
 
-            def eager() -> Tensor:
-                return torch.nn.functional.cosine_similarity(weight.float(), direction.unsqueeze(axis), dim=1 - axis)  # noqa: B023
 
-            ways: dict[str, Callable[[], Tensor]] = {
-                f"shapo_kernels, {name}": served_by(name, "column_cosine", (weight, direction, axis))
-                for name in bench.backends
-            }
-            ours = next(iter(ways))
-            ways |= {"eager": eager, "compiled": bench.compile(eager)}
-            kind = str(dtype).removeprefix("torch.")
-            bench.compare(
-                "gpu_column_cosine",
-                f"{weight.shape[0]} x {weight.shape[1]} {kind}, axis {axis}",
-                {name: (run, agrees(run, truth, torch.float16)) for name, run in ways.items()},
-                ours,
-                bytes=weight.nbytes,
-                dtype=kind,
-                shape=list(weight.shape),
-            )
+def _compare(bench: Bench, dtype: torch.dtype, axis: int) -> None:
+    hidden, intermediate = SMALL if bench.small else SHAPE
+    shape = (hidden, intermediate) if axis else (intermediate, hidden)
+
+    def inputs(number: int) -> Pair:
+        generator = torch.Generator(bench.device).manual_seed(number)
+        weight = torch.randn(shape, generator=generator, device=bench.device).to(dtype)
+        return weight, torch.randn(hidden, generator=generator, device=bench.device)
+
+    def truth(pair: Pair) -> Tensor:
+        return torch.nn.functional.cosine_similarity(pair[0].double(), pair[1].double().unsqueeze(axis), dim=1 - axis)
+
+    def ours(pair: Pair) -> Run:
+        return lambda: ops.column_cosine(*pair, axis=axis)
+
+    compiled = bench.compile(_cosine)
+    check = agrees(truth, 2 * torch.finfo(torch.float16).eps)
+    size = dtype.itemsize * hidden * intermediate
+    bench.compare(
+        Case(
+            "gpu_column_cosine",
+            f"{shape[0]} x {shape[1]} {name_of(dtype)}, axis {axis}",
+            inputs,
+            size,
+            [
+                *bench.ours(ours, check),
+                Variant("eager", lambda pair: lambda: _cosine(*pair, axis), check),
+                Variant("compiled", lambda pair: lambda: compiled(*pair, axis), check, later=True),
+            ],
+            {"dtype": name_of(dtype), "shape": list(shape), "bytes": size},
+        )
+    )

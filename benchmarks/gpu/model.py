@@ -6,14 +6,13 @@ The head is left out: with its product in the denominator the share would be sma
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import shapo_kernels as sk
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Case, Run, Variant, any_result
 from shapo_kernels import backends
 
 PLAIN = "plain"
@@ -22,11 +21,8 @@ RELATIVE_RHO = 1.0
 
 
 def delta_forward(bench: Bench) -> None:
-    try:
-        from transformers import LlamaConfig, LlamaModel
-    except ImportError:
-        bench.rows.append({"suite": "gpu_delta_forward", "case": "", "variant": PLAIN, "refused": "no transformers"})
-        return
+    from transformers import LlamaConfig, LlamaModel
+
     size = (
         {"hidden_size": 48, "intermediate_size": 640, "num_hidden_layers": 2, "num_attention_heads": 4}
         if bench.small
@@ -34,36 +30,52 @@ def delta_forward(bench: Bench) -> None:
     )
     config = LlamaConfig(vocab_size=1024, num_key_value_heads=size["num_attention_heads"] // 3 or 1, **size)
     rows, length = (2, 16) if bench.small else (2, 2048)
-    dtype = torch.bfloat16
     torch.manual_seed(0)
     with torch.device(bench.device):
-        plain = LlamaModel(config).to(dtype).eval()
-    tokens = torch.randint(0, config.vocab_size, (rows, length), device=bench.device)
-
-    def forward(model: nn.Module) -> Callable[[], Tensor]:
-        @torch.no_grad()
-        def run() -> Tensor:
-            return model(tokens, use_cache=False).last_hidden_state
-
-        return run
-
-    before = forward(plain)()
+        plain = LlamaModel(config).bfloat16().eval()
+        tokens = torch.randint(0, config.vocab_size, (rows, length))
+    before = _forward(plain, tokens)()
     moved = _perturbed(plain, tokens, "in_place", bench.backends[0])
-    expected = forward(moved)() - before
+    expected = _forward(moved, tokens)() - before
     del moved
-    ways: dict[str, tuple[Callable[[], Any], Callable[[], None]]] = {PLAIN: (forward(plain), lambda: None)}
-    for backend in [*bench.backends, "reference"]:
-        run = _served_by(backend, forward(_perturbed(plain, tokens, "delta", backend)))
-        ways[f"delta, {backend}"] = (run, _moves_as(run, before, expected))
+
+    def check(inputs: Any, run: Run) -> None:
+        moves_as(run, before, expected)
+
+    def delta(backend: str) -> Run:
+        run = _forward(_perturbed(plain, tokens, "delta", backend), tokens)
+
+        def served() -> Tensor:
+            with backends.use(backend):
+                return run()
+
+        return served
+
+    names = [*bench.backends, *(["reference"] if "reference" not in bench.backends else [])]
+    deltas = [
+        Variant(f"shapo_kernels, delta, {name}", lambda _, name=name: delta(name), check, later=number > 0)
+        for number, name in enumerate(names)
+    ]
     layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     bench.compare(
-        "gpu_delta_forward",
-        f"{rows * length} tokens through {layers} blocks of {hidden} x {width}, bfloat16, 1 % of neurons",
-        ways,
-        PLAIN,
-        dtype="bfloat16",
-        shape=[rows * length, hidden, width, layers],
+        Case(
+            "gpu_delta_forward",
+            f"{rows * length} tokens through {layers} blocks of {hidden} x {width}, bfloat16, 1 % of neurons",
+            lambda number: None,
+            sum(p.nbytes for p in plain.parameters()) if not bench.small else 1 << 20,
+            [*deltas[:1], Variant(PLAIN, lambda _: _forward(plain, tokens), any_result), *deltas[1:]],
+            {"dtype": "bfloat16", "shape": [rows * length, hidden, width, layers]},
+            against=PLAIN,
+        )
     )
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> Run:
+    @torch.no_grad()
+    def run() -> Tensor:
+        return model(tokens, use_cache=False).last_hidden_state
+
+    return run
 
 
 def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str) -> nn.Module:
@@ -77,7 +89,7 @@ def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str
         rho=RELATIVE_RHO, relative=True, perturbation=perturbation,
     )  # fmt: skip
     few = tokens[:, : min(64, tokens.shape[1])]
-    with backends.use(backend), torch.enable_grad():  # the runner times without
+    with backends.use(backend), torch.enable_grad():  # suites run without
         with opt.ascent():
             opt.ascend(model(few, use_cache=False).last_hidden_state.float().square()[..., 0].mean())
         opt.perturb()
@@ -85,22 +97,10 @@ def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str
     return model
 
 
-def _served_by(backend: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def served() -> Tensor:
-        with backends.use(backend):
-            return run()
-
-    return served
-
-
-def _moves_as(run: Callable[[], Tensor], before: Tensor, expected: Tensor) -> Callable[[], None]:
+def moves_as(run: Run, before: Tensor, expected: Tensor) -> None:
     """Delta moves the outputs in the direction that moving the weights does; the two round at different places."""
-
-    def check() -> None:
-        change, wanted = (run() - before).double().flatten(), expected.double().flatten()
-        cosine = change @ wanted / (change.norm() * wanted.norm())
-        length = change.norm() / wanted.norm()
-        if not (bool(cosine > 0.98) and bool((length - 1).abs() < 0.05)):
-            raise AssertionError(f"outputs move with cosine {cosine:.3f} and {length:.3f} of the length")
-
-    return check
+    change, wanted = (run() - before).double().flatten(), expected.double().flatten()
+    cosine = change @ wanted / (change.norm() * wanted.norm())
+    length = change.norm() / wanted.norm()
+    if not (bool(cosine > 0.98) and bool((length - 1).abs() < 0.05)):
+        raise AssertionError(f"outputs move with cosine {cosine:.3f} and {length:.3f} of the length")

@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.bench import SECTOR, Bench
-from shapo_kernels import backends, ops
+from benchmarks.gpu.bench import Bench, Case, Run, Variant, name_of, sector_bytes
+from shapo_kernels import ops
 
 RHO = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """Down-projections ``[hidden, intermediate]`` of a model, and the percentage of columns that is selected."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    percent: float
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.layers} x {self.hidden} x {self.intermediate}"
+        return f"{shape} {name_of(self.dtype)}, {self.percent:g} % of columns"
+
+
+SIZES = (
+    Size(28, 3072, 8192, 1, torch.bfloat16),
+    Size(28, 3072, 8192, 1, torch.float32),
+    Size(28, 3072, 8192, 10, torch.bfloat16),
+    Size(32, 4096, 14336, 100, torch.bfloat16),
+)
+SMALL = (Size(2, 24, 640, 1, torch.bfloat16), Size(2, 24, 640, 1, torch.float32), Size(2, 24, 64, 100, torch.bfloat16))
 
 
 class Update:
     """Gradients and weights of down-projections, and the ways to perturb some of their neurons and to restore them."""
 
-    def __init__(self, bench: Bench, dtype: torch.dtype) -> None:
-        self.layers, hidden, intermediate = (2, 24, 640) if bench.small else (28, 3072, 8192)
-        self.bench, self.device, self.dtype = bench, bench.device, dtype
-        generator = torch.Generator(bench.device).manual_seed(0)
-        make = lambda: torch.randn(hidden, intermediate, generator=generator, device=bench.device)  # noqa: E731
-        self.weights = [make().mul_(0.02).to(dtype) for _ in range(self.layers)]
-        self.gradients = [make().to(dtype) for _ in range(self.layers)]
-        count = max(1, intermediate // 100)
-        order = [torch.randperm(intermediate, generator=generator, device=bench.device) for _ in self.weights]
+    def __init__(self, bench: Bench, size: Size, seed: int = 0) -> None:
+        self.bench, self.device, self.dtype, self.size = bench, bench.device, size.dtype, size
+        generator = torch.Generator(bench.device).manual_seed(seed)
+        shape, layers = (size.hidden, size.intermediate), range(size.layers)
+        make = lambda: torch.randn(shape, generator=generator, device=bench.device)  # noqa: E731
+        self.weights = [make().mul_(0.02).to(self.dtype) for _ in layers]
+        self.gradients = [make().to(self.dtype) for _ in layers]
+        count = max(1, round(size.intermediate * size.percent / 100))
+        order = [torch.randperm(size.intermediate, generator=generator, device=bench.device) for _ in layers]
         self.indices = [o[:count].sort().values for o in order]
-        self.axes = [1] * self.layers
-        self.rho = torch.full((self.layers,), RHO, dtype=torch.float64, device=bench.device)
-        self.masks = [torch.zeros(intermediate, dtype=dtype, device=bench.device) for _ in self.weights]
+        self.axes = [1] * size.layers
+        self.rho = torch.full((size.layers,), RHO, dtype=torch.float64, device=bench.device)
+        self.masks = [torch.zeros(size.intermediate, dtype=self.dtype, device=bench.device) for _ in layers]
         for mask, index in zip(self.masks, self.indices, strict=True):
             mask[index] = 1
         self.original = [w.clone() for w in self.weights]
+        self.keep = False
 
-    def sector_bytes(self) -> int:
+    def floor(self, sector: int) -> int:
         """The gradient's sectors are read, the weights' read and written by perturbing and by restoring: five times."""
-        size = torch.tensor([], dtype=self.dtype).element_size()
-        sectors = sum(torch.unique(i * size // SECTOR).numel() for i in self.indices)
-        return 5 * SECTOR * sectors * self.weights[0].shape[0]
+        rows, itemsize = self.size.hidden, self.dtype.itemsize
+        return 5 * sum(sector_bytes(index, itemsize, rows, sector) for index in self.indices)
 
-    def kernels(self, backend: str) -> Callable[[], None]:
+    def kernels(self) -> Run:
         def perturb() -> None:
             values, squares = ops.gather(self.gradients, self.indices, self.axes)
             scale = ops.perturbation_scale(squares, self.rho)
@@ -49,9 +75,9 @@ class Update:
         def restore() -> None:
             ops.restore_(self.weights, self.indices, self.axes, self.backups)
 
-        return self._both(perturb, restore, backend)
+        return self._both(perturb, restore)
 
-    def indexed(self) -> Callable[[], None]:
+    def indexed(self) -> Run:
         def perturb() -> None:
             values = [g.index_select(1, i).float() for g, i in zip(self.gradients, self.indices, strict=True)]
             scale = RHO / torch.stack([v.norm() for v in values]).norm()
@@ -65,10 +91,10 @@ class Update:
 
         return self._both(perturb, restore)
 
-    def dense(self) -> Callable[[], None]:
+    def dense(self) -> Run:
         return self._both(self._dense_perturb, self._dense_restore)
 
-    def dense_compiled(self) -> Callable[[], None]:
+    def dense_compiled(self) -> Run:
         return self._both(self.bench.compile(self._dense_perturb), self.bench.compile(self._dense_restore))
 
     def _dense_perturb(self) -> None:
@@ -81,7 +107,7 @@ class Update:
         for weight, eps in zip(self.weights, self.eps, strict=True):
             weight.sub_(eps)
 
-    def foreach(self) -> Callable[[], None]:
+    def foreach(self) -> Run:
         def perturb() -> None:
             self.eps = list(torch._foreach_mul(self.gradients, self.masks))
             norm = torch.stack(torch._foreach_norm(self.eps, dtype=torch.float32)).norm()
@@ -90,7 +116,7 @@ class Update:
 
         return self._both(perturb, lambda: torch._foreach_sub_(self.weights, self.eps))
 
-    def through_the_host(self) -> Callable[[], None]:
+    def through_the_host(self) -> Run:
         """What the published code does: masked float32 gradients go to host memory layer by layer, and come back."""
 
         def perturb() -> None:
@@ -106,65 +132,75 @@ class Update:
 
         return self._both(perturb, restore)
 
-    def _both(
-        self, perturb: Callable[[], Any], restore: Callable[[], Any], backend: str | None = None
-    ) -> Callable[[], None]:
+    def _both(self, perturb: Callable[[], Any], restore: Callable[[], Any]) -> Run:
         def update() -> None:
-            with backends.use(backend or "reference"):
-                perturb()
-                self.perturbed = [w[:, i] for w, i in zip(self.weights, self.indices, strict=True)] if self.keep else []
-                restore()
+            perturb()
+            self.perturbed = [w[:, i] for w, i in zip(self.weights, self.indices, strict=True)] if self.keep else []
+            restore()
 
         return update
 
-    keep = False
-
-    def check(self, update: Callable[[], None], *, exact: bool) -> Callable[[], None]:
+    def check(self, update: Run, *, exact: bool) -> None:
         """The perturbed weights are float64's to the dtype's precision, the restored ones the old ones if ``exact``."""
+        self.keep = True
+        try:
+            update()
+        finally:
+            self.keep = False
+        chosen = [g[:, i].double() for g, i in zip(self.gradients, self.indices, strict=True)]
+        scale = RHO / torch.stack([c.norm() for c in chosen]).norm()
+        unit = torch.finfo(self.dtype).eps
+        for number, got in enumerate(self.perturbed):
+            old = self.original[number][:, self.indices[number]].double()
+            truth = old + scale * chosen[number]
+            bound = unit * (truth.abs() + (scale * chosen[number]).abs() * 4)
+            if not bool(((got.double() - truth).abs() <= bound).all()):
+                raise AssertionError(f"layer {number} is not at theta + eps")
+        self.perturbed = []
+        for weight, old in zip(self.weights, self.original, strict=True):
+            if exact and not torch.equal(weight, old):
+                raise AssertionError("the weights were not restored to the bit")
+            weight.copy_(old)
 
-        def check() -> None:
-            self.keep = True
-            try:
-                update()
-            finally:
-                self.keep = False
-            chosen = [g[:, i].double() for g, i in zip(self.gradients, self.indices, strict=True)]
-            scale = RHO / torch.stack([c.norm() for c in chosen]).norm()
-            unit = torch.finfo(self.dtype).eps
-            for number, got in enumerate(self.perturbed):
-                old = self.original[number][:, self.indices[number]].double()
-                truth = old + scale * chosen[number]
-                bound = unit * (truth.abs() + (scale * chosen[number]).abs() * 4)
-                if not bool(((got.double() - truth).abs() <= bound).all()):
-                    raise AssertionError(f"layer {number} is not at theta + eps")
-            for weight, old in zip(self.weights, self.original, strict=True):
-                if exact and not torch.equal(weight, old):
-                    raise AssertionError("the weights were not restored to the bit")
-                weight.copy_(old)
 
-        return check
+def exact(problem: Update, run: Run) -> None:
+    problem.check(run, exact=True)
+
+
+def rounded(problem: Update, run: Run) -> None:
+    problem.check(run, exact=False)
 
 
 def subspace_update(bench: Bench) -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        problem = Update(bench, dtype)
-        ways = {f"shapo_kernels, {name}": (problem.kernels(name), True) for name in bench.backends}
-        ours = next(iter(ways))
-        ways |= {
-            "index_select": (problem.indexed(), True),
-            "dense": (problem.dense(), False),
-            "dense, foreach": (problem.foreach(), False),
-            "dense, compiled": (problem.dense_compiled(), False),
-            "through the host": (problem.through_the_host(), False),
-        }
-        shape = [problem.layers, *problem.weights[0].shape]
-        bench.compare(
-            "gpu_subspace_update",
-            f"{' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}, 1 % of columns",
-            {name: (update, problem.check(update, exact=exact)) for name, (update, exact) in ways.items()},
-            ours,
-            dtype=str(dtype).removeprefix("torch."),
-            shape=shape,
-            bytes=problem.sector_bytes(),
-        )
+    for size in SMALL if bench.small else SIZES:
+        problem = Update(bench, size)
+        variants = [
+            *bench.ours(Update.kernels, exact),
+            Variant("index_select", Update.indexed, exact),
+            Variant("dense, foreach", Update.foreach, rounded),
+            Variant("dense", Update.dense, rounded),
+        ]
+        if size.percent < 100:
+            variants.append(Variant("dense, compiled", Update.dense_compiled, rounded, later=True))
+        bench.compare(_case(problem, variants))
         del problem
+
+
+def through_the_host(bench: Bench) -> None:
+    """Alone and twice: a round of it takes as long as everything else of its case."""
+    size = (SMALL if bench.small else SIZES)[0]
+    ours = bench.ours(Update.kernels, exact)[:1]
+    way = Variant("through the host", Update.through_the_host, rounded, later=True, host=True, rounds=2)
+    bench.compare(_case(Update(bench, size), [*ours, way]))
+
+
+def _case(problem: Update, variants: list[Variant]) -> Case:
+    size, floor = problem.size, problem.floor(32)
+    columns = {
+        "dtype": name_of(size.dtype),
+        "shape": [size.layers, size.hidden, size.intermediate],
+        "bytes": floor,
+        "bytes_64": problem.floor(64),
+    }
+    another = lambda number: problem if number == 0 else Update(problem.bench, size, seed=number)  # noqa: E731
+    return Case("gpu_subspace_update", size.name, another, floor, variants, columns)

@@ -1,9 +1,10 @@
-"""The checks of benchmarks/gpu/checks.py on a CUDA device, for every backend; what holds anywhere on the CPU too."""
+"""The checks of benchmarks/gpu on a CUDA device, for every backend; what holds anywhere on the CPU too."""
 
 import pytest
 import torch
 
-from benchmarks.gpu import checks
+from benchmarks.gpu.checks import SkipCheckError
+from benchmarks.gpu.families import ANYWHERE, FAMILIES
 from shapo_kernels import backends
 
 
@@ -14,19 +15,21 @@ def run(check, backend, device):
     with backends.use(backend):
         try:
             check(torch.device(device))
-        except checks.SkipCheckError as reason:
+        except SkipCheckError as reason:
             pytest.skip(str(reason))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("check", [*checks.ANYWHERE, *checks.ON_GPU], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check", [check for family in FAMILIES.values() for check in family], ids=lambda check: check.__name__
+)
 def test_on_the_gpu(check, backend):
     run(check, backend, "cuda")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("check", checks.ANYWHERE, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", ANYWHERE, ids=lambda check: check.__name__)
 def test_on_the_cpu(check, backend):
     run(check, backend, "cpu")
