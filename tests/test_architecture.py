@@ -47,6 +47,13 @@ def test_every_module_says_what_it_is_for():
     assert not silent
 
 
+def test_every_test_that_a_page_names_exists():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {path for page in pages for path in re.findall(r"tests/[\w/]*test_\w+\.py", page.read_text())}
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def test_every_file_that_the_page_names_exists():
     files = [p.relative_to(ROOT).as_posix() for package in (*PACKAGES, "tests") for p in (ROOT / package).rglob("*.py")]
     page = PAGE.read_text()
