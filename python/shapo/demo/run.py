@@ -42,6 +42,7 @@ from shapo.demo.settings import (
 )
 from shapo.demo.workers import Spread, threads, workers
 from shapo.evaluation import preference_metrics
+from shapo.models import loading
 from shapo.models.loading import quiet_transformers, save_model
 from shapo.plots import plot_probe, plot_sharpness, plot_training
 from shapo.probe import extract_features, probe_examples, train_probe
@@ -318,11 +319,7 @@ def _encoder(tokenizer: Any) -> PairEncoder:
 
 def load_model(folder: Path, task: Task) -> tuple[Any, PairEncoder]:
     """A saved model in eval mode, and the encoder that goes with it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_transformers()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    return model.to(task.device).eval(), _encoder(AutoTokenizer.from_pretrained(folder))
+    return loading.load_model(str(folder), device=task.device), _encoder(loading.load_tokenizer(str(folder)))
 
 
 def split_pairs(output: Path, split: str) -> list[PreferencePair]:

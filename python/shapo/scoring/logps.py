@@ -134,7 +134,11 @@ def compute_logps(
     progress: bool = True,
     description: str = "log-probabilities",
 ) -> PairLogps:
-    """Log-probabilities of every pair in eval mode, without gradients, on the CPU in the order of `data`."""
+    """Log-probabilities of every pair in eval mode, without gradients, on the CPU in the order of `data`.
+
+    Raises:
+        UserError: One is NaN or infinite: the model's doing, as tokens are numbers by now.
+    """
     device = next(model.parameters()).device
     head = find_fused_head(model, fused_head)
     # Neighbours in length share a batch, so that little is spent on padding.
@@ -153,7 +157,14 @@ def compute_logps(
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     joined = [torch.cat(column) for column in zip(*(part.tensors().values() for part in parts), strict=True)]
-    return PairLogps(*joined)[back]
+    found = PairLogps(*joined)[back]
+    broken = (~(found.chosen.isfinite() & found.rejected.isfinite())).nonzero()[:, 0]
+    if len(broken):
+        raise UserError(
+            f"the model's log-probabilities of {len(broken)} of {len(data)} pairs are NaN or infinite, first of pair "
+            f"{int(broken[0]) + 1}; it has diverged, or computes in too few bits"
+        )
+    return found
 
 
 def cached_logps(

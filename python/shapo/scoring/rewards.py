@@ -20,6 +20,7 @@ from tqdm import tqdm
 from shapo.data.chat import ChatTemplate
 from shapo.data.pairs import PreferencePair, parse_transcript
 from shapo.errors import UserError
+from shapo.models.loading import load_model, load_tokenizer
 from shapo.models.modes import evaluating
 from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_model, digest_rows
@@ -170,14 +171,8 @@ def load_reward_scorer(
     Raises:
         UserError: The model or its tokenizer cannot be loaded, or it is no reward model.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the reward model {name}: {str(error).strip().splitlines()[0]}") from error
-    return RewardScorer(model.to(device), tokenizer, sign=sign, **options)
+    model = load_model(name, device=str(device), kind="AutoModelForSequenceClassification", what="reward model")
+    return RewardScorer(model, load_tokenizer(name), sign=sign, **options)
 
 
 def train_reward_model(
