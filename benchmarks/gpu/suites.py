@@ -33,7 +33,7 @@ class Suite:
 _MODEL = ("subspace", "neurons", "logps", "updates")
 SUITES = (
     Suite("subspace", "subspace_update", ("subspace",)),
-    Suite("updates", "whole_updates", (*_MODEL, "head"), limit=75, least=20, later=False),
+    Suite("updates", "whole_updates", (*_MODEL, "head"), limit=110, least=20, later=False),
     Suite("neurons", "neuron_operators", ("neurons",)),
     Suite("logps", "linear_sequence_logps", ("logps", "head")),
     Suite("logps", "sequence_logps", ("logps",)),
