@@ -12,7 +12,21 @@ from typing import NoReturn
 from shapo import options
 from shapo.errors import UserError
 
-COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "judge", "attack", "bench")
+COMMANDS = (
+    "demo",
+    "sft",
+    "probe",
+    "select",
+    "train",
+    "sharpness",
+    "evaluate",
+    "judge",
+    "attack",
+    "import-gguf",
+    "safety-pairs",
+    "study",
+    "bench",
+)
 
 _DESCRIPTION = """\
 ShaPO: robust preference optimisation with sharpness-aware updates in an alignment-critical subspace (arXiv:2602.07340).
@@ -32,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     try:
         parsed = build_parser().parse_args(arguments)
-        importlib.import_module(f"shapo.commands.{parsed.command}").run(parsed)
+        importlib.import_module(_module(parsed.command)).run(parsed)
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt as interrupt:
@@ -51,13 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from shapo import commands
-
     parser = _Parser(prog="shapo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"shapo {_version()}")
     added = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"{commands.__name__}.{name}")
+        module = importlib.import_module(_module(name))
         # Without abbreviations: a mistyped option is no other one, and a new one changes no old command line.
         command = added.add_parser(
             name,
@@ -68,6 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         options.add(command, module.OPTIONS)
     return parser
+
+
+def _module(command: str) -> str:
+    return f"shapo.commands.{command.replace('-', '_')}"
 
 
 def _complain(message: str) -> int:

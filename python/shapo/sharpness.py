@@ -119,15 +119,19 @@ class PairLoss:
 
     def value(self) -> float:
         """L(theta), without gradients."""
+        return self.per_item().mean().item()
+
+    def per_item(self) -> Tensor:
+        """The loss of every pair `[N]` fp64 on the CPU, without gradients."""
         with torch.no_grad():
-            return sum(part.item() for part in self._parts())
+            return torch.cat([part.double().cpu() for part in self._parts()])
 
     def gradient(self) -> dict[str, Tensor]:
         """dL/dtheta of every parameter that takes part, by name, summed in fp32 at least; `.grad` stays untouched."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         total: dict[str, Tensor] = {}
         for part in self._parts():
-            gradients = torch.autograd.grad(part, list(named.values()), allow_unused=True)
+            gradients = torch.autograd.grad(part.sum() / len(self), list(named.values()), allow_unused=True)
             for name, gradient in zip(named, gradients, strict=True):
                 if gradient is not None:
                     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -139,8 +143,7 @@ class PairLoss:
             indices = list(range(start, min(start + self._batch_size, len(self._data))))
             policy = batch_logps(self.model, self._data.batch(indices, self._device), bf16=self.bf16, head=self._head)
             reference = self._reference[indices].to(self._device)
-            per_pair = losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self._beta)
-            yield per_pair.sum() / len(self._data)
+            yield losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self._beta)
 
 
 def measure(

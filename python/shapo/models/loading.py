@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shapo.errors import UserError, first_line
+from shapo.models.memory import keep_freed_memory
 from shapo.notes import note
 from shapo.storage.files import atomic_folder
 
@@ -52,6 +53,8 @@ def load_model(
     """
     quiet_transformers()
     where = device_of(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     _require_model_folder(name, what)
     adapter = (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
     model = _merged(name, dtype, kind, what) if adapter else _complete(name, dtype, kind, what)

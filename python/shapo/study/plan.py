@@ -1,0 +1,204 @@
+"""What a study does, in the order of what decides most: settings and the list of jobs.  No work is done here.
+
+The names of subspaces say what they are:
+
+    all, neurons                every parameter; every neuron
+    gradient-P, probe-P         the share P (%) with the largest gradient of the preference loss; the published choice
+    opposite-P                  the other end of the probe's ranking
+    benign-P                    the largest gradient of a language-modelling loss on answers to harmless prompts
+    random-P-S                  drawn over all layers with the seed S
+    like-NAME-S                 as many of each layer as the subspace NAME has
+    outliers                    the `OUTLIERS` neurons with the largest gradient of the preference loss
+    gradient-P-rest             gradient-P without them
+    layers-A-B                  all neurons of the layers A to B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shapo.study.queue import Job
+
+__all__ = ["OUTLIERS", "PLANS", "Plan", "study_jobs"]
+
+OUTLIERS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and grids.
+
+    Attributes:
+        max_length, max_prompt_length: Tokens, of prompt and response and of the prompt.
+        figure_pairs: Pairs of each of the two tests in domain and unseen, for Figure 1.
+        match_pairs: Selection pairs at which radii are matched and the common yardstick is measured.
+        watch_pairs: Selection pairs watched in training, for the choice of learning rate and stop.
+        test_pairs: Of each test.
+        train_pairs: Drawn anew by each seed.
+        benign_texts: Answers to harmless prompts, half to select by and half to measure on.
+        layers: Of the model, for the thirds of `figure_spaces`.
+        figure_spaces, figure_rhos: Figure 1; the first spaces matter most.
+        steps: Ascent steps of the adversary of several steps.
+        targets: Loss increases (nats) that radii are matched at; the first one matters most.
+        watch_every: Updates.
+        yardstick: Radius in all parameters for the final models.
+    """
+
+    max_length: int = 80
+    max_prompt_length: int = 58
+    figure_pairs: int = 12
+    match_pairs: int = 8
+    watch_pairs: int = 24
+    test_pairs: int = 24
+    train_pairs: int = 40
+    benign_texts: int = 64
+    layers: int = 30
+    percent: float = 1.0
+    figure_rhos: tuple[float, ...] = (0.03, 0.1, 0.3)
+    steps: int = 3
+    targets: tuple[float, ...] = (0.2, 0.05)
+    batch_size: int = 8
+    updates: int = 16
+    watch_every: int = 8
+    warmup: int = 4
+    lrs: tuple[float, ...] = (1e-4, 3e-5)
+    noises: tuple[float, ...] = (0.4, 0.2, 0.0)
+    seeds: int = 5
+    beta: float = 0.1
+    yardstick: float = 0.01
+    bf16: bool = True
+    short: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """The plan of which `as_dict` gave the values."""
+        tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**tuples)
+
+
+PLANS = {"study": Plan(), "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True)}
+
+
+def study_jobs(plan: Plan) -> list[Job]:
+    """All jobs, in the order of what decides most."""
+    p = f"{plan.percent:g}"
+    critical = [f"gradient-{p}", f"probe-{p}", f"random-{p}-0"]
+    scores = [Job("probe", "probe"), Job("gradient", "gradient")]
+    benign = [Job("benign", "benign"), Job("shares", "shares", needs=("probe", "gradient", "benign"))]
+    first = ["all", "neurons", *critical]
+    if plan.short:
+        spaces = [*first, f"opposite-{p}", f"like-gradient-{p}-0"]
+        return [
+            *scores,
+            *_figure(plan, spaces),
+            *_match(plan, critical[:1]),
+            *_tuning(plan),
+            *_training(plan, plan.noises[0], 0, critical[:1]),
+        ]
+    third = plan.layers // 3
+    second = ["outliers", f"gradient-{p}-rest", f"like-gradient-{p}-0"]
+    more = [f"like-probe-{p}-0", f"opposite-{p}", "gradient-0.5"]
+    rest = [f"benign-{p}", "gradient-0.1", "gradient-0.01", "gradient-5", f"random-{p}-1", f"random-{p}-2"]
+    rest += [f"layers-{a}-{a + third - 1}" for a in range(0, 3 * third, third)]
+    first_matched = ("all", f"gradient-{p}", f"random-{p}-0")
+    return [
+        *scores,
+        *_figure(plan, [*first, *second]),
+        *_match(plan, first_matched),
+        *_tuning(plan),
+        *_training(plan, plan.noises[0], 0, first_matched),
+        *_figure(plan, more),
+        *benign,
+        *_benign_figure(plan, ["all", f"benign-{p}", f"gradient-{p}", f"random-{p}-0", f"gradient-{p}-rest"]),
+        *_match(plan, (f"probe-{p}", f"gradient-{p}-rest")),
+        *_training(plan, plan.noises[0], 0, (f"probe-{p}", f"gradient-{p}-rest")),
+        *_figure(plan, rest),
+        *_steps(plan, ["all", f"gradient-{p}", f"random-{p}-0"]),
+        *_baselines(plan, plan.noises[0], 0),
+        *(job for seed in range(1, plan.seeds) for job in _all_methods(plan, plan.noises[0], seed)),
+        *(job for seed in range(plan.seeds) for noise in plan.noises[1:] for job in _all_methods(plan, noise, seed)),
+    ]
+
+
+def _scored(space: str) -> tuple[str, ...]:
+    """The jobs whose scores a subspace is made of."""
+    method = space.removeprefix("like-").split("-")[0]
+    return {"gradient": ("gradient",), "outliers": ("gradient",), "probe": ("probe",), "opposite": ("probe",)}.get(
+        method, ("benign",) if method == "benign" else ()
+    )
+
+
+def _figure(plan: Plan, spaces: list[str]) -> list[Job]:
+    return [
+        Job(f"figure1-{s}", "figure", {"space": s, "rhos": list(plan.figure_rhos), "loss": "preference"}, _scored(s))
+        for s in spaces
+    ]
+
+
+def _benign_figure(plan: Plan, spaces: list[str]) -> list[Job]:
+    return [
+        Job(f"benign-{s}", "figure", {"space": s, "rhos": list(plan.figure_rhos), "loss": "benign"}, _scored(s))
+        for s in spaces
+    ]
+
+
+def _steps(plan: Plan, spaces: list[str]) -> list[Job]:
+    return [
+        Job(f"steps-{s}", "steps", {"space": s, "rho": plan.figure_rhos[1], "steps": plan.steps}, _scored(s))
+        for s in spaces
+    ]
+
+
+def _match(plan: Plan, spaces: Sequence[str]) -> list[Job]:
+    return [
+        Job(f"match-{t:g}-{s}", "match", {"space": s, "target": t}, _scored(s)) for t in plan.targets for s in spaces
+    ]
+
+
+def _tuning(plan: Plan) -> list[Job]:
+    """DPO at every learning rate; the one that the selection split chooses is the baseline of this noise and seed."""
+    noise, seed = plan.noises[0], 0
+    tuning = [
+        Job(
+            f"dpo-lr{lr:g}-{_end(noise, seed)}",
+            "train",
+            {"method": "plain", "lr": lr, "noise": noise, "seed": seed, "watch": True},
+        )
+        for lr in plan.lrs
+    ]
+    return [*tuning, Job("choice", "choice", {}, tuple(job.name for job in tuning))]
+
+
+def _training(plan: Plan, noise: float, seed: int, spaces: Sequence[str]) -> list[Job]:
+    jobs = []
+    for space in spaces:
+        matched = f"match-{plan.targets[0]:g}-{space}"
+        settings = {"method": space, "match": matched, "noise": noise, "seed": seed}
+        needs = ("choice", matched, *_scored(space))
+        jobs.append(Job(f"shapo-{space}-{_end(noise, seed)}", "train", settings, needs))
+    return jobs
+
+
+def _baselines(plan: Plan, noise: float, seed: int) -> list[Job]:
+    same = {"method": "plain", "noise": noise, "seed": seed}
+    jobs = [Job(f"dpo-early-{_end(noise, seed)}", "train", {**same, "early": True}, ("choice",))]
+    return jobs + [
+        Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",))
+        for loss in ("rdpo", "cdpo", "drdpo")
+    ]
+
+
+def _all_methods(plan: Plan, noise: float, seed: int) -> list[Job]:
+    p = f"{plan.percent:g}"
+    spaces = (f"gradient-{p}", f"random-{p}-0", "all", f"probe-{p}", f"gradient-{p}-rest")
+    dpo = Job(f"dpo-{_end(noise, seed)}", "train", {"method": "plain", "noise": noise, "seed": seed}, ("choice",))
+    return [dpo, *_training(plan, noise, seed, spaces), *_baselines(plan, noise, seed)]
+
+
+def _end(noise: float, seed: int) -> str:
+    return f"noise{noise:g}-seed{seed}"

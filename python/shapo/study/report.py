@@ -1,0 +1,328 @@
+"""A study's rows as tables with intervals.  No model is asked here, and jobs without a row are listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shapo.errors import UserError
+from shapo.storage.files import write_json, write_text
+from shapo.study.intervals import Interval, clustered
+from shapo.study.plan import Plan, study_jobs
+from shapo.study.queue import Row, read_rows
+
+TESTS = ("test", "test_unseen", "test_attacks")
+_TITLES = {"test": "in domain", "test_unseen": "unseen categories", "test_attacks": "under attack"}
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.md and report.json from the rows in `folder`; returns the former's path.
+
+    Raises:
+        UserError: The folder holds no study.
+    """
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} holds no study: {error.strerror}") from error
+    rows = read_rows(folder)
+    plan = Plan.from_dict(settings["plan"])
+    done = {name: row for name, row in rows.items() if "error" not in row}
+    tables = {
+        "figure1": figure_table(done, "figure1"),
+        "benign": figure_table(done, "benign"),
+        "methods": method_table(done, plan.beta),
+        "comparisons": comparison_table(done, plan.beta),
+    }
+    write_json(folder / "report.json", {"settings": settings, **tables})
+    write_text(folder / "report.md", _render(plan, rows, done, tables))
+    return folder / "report.md"
+
+
+def figure_table(rows: Mapping[str, Row], family: str) -> list[dict[str, Any]]:
+    """Each subspace's rise of the loss at each radius, and its shares of the rises in all parameters and neurons."""
+    found = _of(rows, family)
+    table = []
+    for space, row in found.items():
+        for number, point in enumerate(row["points"]):
+            entry: dict[str, Any] = {
+                "space": space,
+                "neurons": row["neurons"],
+                "rho": point["rho"],
+                "ratio": point["rho"] / row["weight_norm"] if row["weight_norm"] else None,
+                "gradient_share": row["gradient_share"],
+                "rise": clustered([point["rise"]], row["groups"], lambda mean: mean),
+            }
+            for whole in ("all", "neurons"):
+                if whole in found and space != "all":
+                    other = found[whole]["points"][number]["rise"]
+                    entry[f"of_{whole}"] = clustered([point["rise"], other], row["groups"], lambda a, b: a / b)
+            table.append(entry)
+    return table
+
+
+def method_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
+    """Each method at each noise rate: means over its seeds."""
+    table = []
+    for (method, noise), runs in _runs(rows).items():
+        entry: dict[str, Any] = {
+            "method": method,
+            "noise": noise,
+            "seeds": sorted(runs),
+            "lr": sorted({run["lr"] for run in runs.values()}),
+            "rho": _mean(run["rho"] for run in runs.values()),
+            "ratio": _mean(run["ratio"] for run in runs.values()),
+            "flips_fitted": _mean(run["flips_fitted"] for run in runs.values()),
+            "yardstick": _mean(run["yardstick"]["rise"] for run in runs.values()),
+            "seconds_per_update": _mean(run["seconds_per_update"] for run in runs.values()),
+        }
+        for split in TESTS:
+            h = np.array([run[split]["h"] for run in runs.values()])
+            entry[split] = {
+                "accuracy": float(((h > 0) + 0.5 * (h == 0)).mean()),
+                "margin": float(beta * h.mean()),
+                "loss": float(_loss(h, beta).mean()),
+            }
+        table.append(entry)
+    return table
+
+
+def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
+    """The clean test loss of every method minus that of each baseline, pair by pair, over the seeds that both have."""
+    runs = _runs(rows)
+    table = []
+    for (method, noise), own in runs.items():
+        for baseline in ("dpo", "dpo-early", "shapo-all"):
+            other = runs.get((baseline, noise), {})
+            seeds = sorted(set(own) & set(other))
+            if method == baseline or not seeds:
+                continue
+            for split in TESTS:
+                difference = np.mean(
+                    [_loss(own[s][split]["h"], beta) - _loss(other[s][split]["h"], beta) for s in seeds], axis=0
+                )
+                groups = own[seeds[0]][split]["groups"]
+                interval = clustered([difference], groups, lambda mean: mean)
+                table.append(
+                    {
+                        "method": method,
+                        "baseline": baseline,
+                        "noise": noise,
+                        "split": split,
+                        "seeds": seeds,
+                        "loss": interval,
+                    }
+                )
+    return table
+
+
+def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:
+    """(method, noise) -> seed -> row, of runs that were measured on the tests."""
+    runs: dict[tuple[str, float], dict[int, Row]] = {}
+    chosen = rows["choice"]["end"]["lr"] if "choice" in rows else None
+    for name, row in rows.items():
+        if row["kind"] == "train":
+            settings, method = row["settings"], name.split("-noise")[0]
+            # The run of the tuning that the selection split chose is DPO at this noise and seed.
+            method = "dpo" if settings.get("lr") is not None and settings["lr"] == chosen else method
+            runs.setdefault((method, settings["noise"]), {})[settings["seed"]] = row
+    return runs
+
+
+def _of(rows: Mapping[str, Row], family: str) -> dict[str, Row]:
+    kinds = {"figure1": "figure", "benign": "figure", "steps": "steps"}
+    return {
+        name.removeprefix(f"{family}-"): row
+        for name, row in rows.items()
+        if name.startswith(f"{family}-") and row["kind"] == kinds[family]
+    }
+
+
+def _render(plan: Plan, rows: Mapping[str, Row], done: Mapping[str, Row], tables: Mapping[str, Any]) -> str:
+    wanted = [job.name for job in study_jobs(plan)]
+    missing = [name for name in wanted if name not in done]
+    seconds = sum(row["seconds"] for row in rows.values())
+    parts = [
+        "# A study of the method on a real model",
+        "",
+        f"{len(done)} of {len(wanted)} jobs done, {seconds / 60:.0f} minutes of one worker. "
+        "Intervals are 95 % bootstrap intervals that draw prompts.",
+        "",
+        "## Figure 1: rise of the preference loss at a distance rho along its gradient inside a subspace",
+        "",
+        _figure_markdown(tables["figure1"]),
+        "",
+        *_section(
+            "## The same for the language-modelling loss of harmless answers", _figure_markdown(tables["benign"])
+        ),
+        *_section("## Several ascent steps", _steps_markdown(done)),
+        *_section("## Shares of the squared gradient, and overlaps", _shares_markdown(done)),
+        *_section("## Radii at matched loss increase", _match_markdown(done)),
+        *_section("## Choice of the learning rate on the selection split", _tuning_markdown(done)),
+        *_section("## Methods", _methods_markdown(tables["methods"])),
+        *_section("## Clean test loss against a baseline, pair by pair", _comparisons_markdown(tables["comparisons"])),
+        "## Not run",
+        "",
+        ", ".join(f"`{name}`" for name in missing) or "Everything was run.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _section(title: str, body: str) -> list[str]:
+    return [title, "", body, ""] if body else []
+
+
+def _figure_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    if not table:
+        return ""
+    lines = [
+        (
+            e["space"],
+            str(e["neurons"]),
+            f"{e['rho']:g}",
+            "-" if e["ratio"] is None else f"{e['ratio']:.2g}",
+            f"{100 * e['gradient_share']:.2f}",
+            _interval(e["rise"], "+.4f"),
+            _interval(e.get("of_all"), ".1f", 100),
+            _interval(e.get("of_neurons"), ".1f", 100),
+        )
+        for e in table
+    ]
+    header = (
+        "subspace",
+        "neurons or rows",
+        "rho",
+        "rho/‖W_S‖",
+        "squared gradient %",
+        "rise",
+        "of all parameters %",
+        "of all neurons %",
+    )
+    return _markdown(header, lines)
+
+
+def _steps_markdown(rows: Mapping[str, Row]) -> str:
+    lines = []
+    for space, row in _of(rows, "steps").items():
+        for steps, rises in row["rises"].items():
+            found = clustered([rises], row["groups"], lambda mean: mean)
+            lines.append((space, f"{row['settings']['rho']:g}", steps, _interval(found, "+.4f")))
+    return _markdown(("subspace", "rho", "steps", "rise"), lines) if lines else ""
+
+
+def _shares_markdown(rows: Mapping[str, Row]) -> str:
+    if "shares" not in rows:
+        return ""
+    row = rows["shares"]
+    shares = [
+        (name, f"{100 * s['of_all']:.3f}", f"{100 * s['of_neurons']:.3f}", f"{100 * np.sqrt(s['of_neurons']):.1f}")
+        for name, s in row["shares"].items()
+    ]
+    overlaps = [
+        (f"{percent} %", str(o["neurons"]), str(o["common"]), str(o["common_with_probe"]), f"{o['by_chance']:.1f}")
+        for percent, o in row["overlaps"].items()
+    ]
+    return "\n\n".join(
+        [
+            _markdown(
+                ("subspace", "of all parameters' %", "of all neurons' %", "its square root %"),
+                shares,
+            ),
+            _markdown(("gradient's", "neurons", "also the benign loss's", "also the probe's", "by chance"), overlaps),
+        ]
+    )
+
+
+def _match_markdown(rows: Mapping[str, Row]) -> str:
+    lines = [
+        (
+            row["settings"]["space"],
+            f"{row['settings']['target']:g}",
+            f"{row['rise']:.3f}",
+            f"{row['rho']:.4g}",
+            f"{row['ratio']:.3g}",
+        )
+        for row in rows.values()
+        if row["kind"] == "match"
+    ]
+    return _markdown(("subspace", "wanted rise", "rise", "rho", "rho/‖W_S‖"), lines) if lines else ""
+
+
+def _tuning_markdown(rows: Mapping[str, Row]) -> str:
+    lines = [
+        (
+            f"{row['lr']:g}",
+            str(w["update"]),
+            f"{w['loss']:.4f}",
+            f"{100 * w['accuracy']:.1f}",
+            _percent(w["flips_fitted"]),
+        )
+        for row in rows.values()
+        if "watched" in row
+        for w in row["watched"]
+        if w["update"]
+    ]
+    return _markdown(("lr", "updates", "clean selection loss", "accuracy %", "flips fitted %"), lines) if lines else ""
+
+
+def _methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    if not table:
+        return ""
+    header = ["method", "noise", "seeds", "lr", "rho/‖W_S‖", "flips fitted %", "rise at the yardstick", "s/update"]
+    header += [f"{what} {_TITLES[split]}" for split in TESTS for what in ("accuracy %", "loss")]
+    lines = [
+        (
+            e["method"],
+            f"{e['noise']:g}",
+            str(len(e["seeds"])),
+            ", ".join(f"{lr:g}" for lr in e["lr"]),
+            "-" if e["ratio"] is None else f"{e['ratio']:.2g}",
+            _percent(e["flips_fitted"]),
+            f"{e['yardstick']:+.3f}",
+            f"{e['seconds_per_update']:.1f}",
+            *(text for split in TESTS for text in (_percent(e[split]["accuracy"]), f"{e[split]['loss']:.4f}")),
+        )
+        for e in table
+    ]
+    return _markdown(header, lines)
+
+
+def _comparisons_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    grouped: dict[tuple[str, str, float, int], dict[str, Interval]] = {}
+    for e in table:
+        grouped.setdefault((e["method"], e["baseline"], e["noise"], len(e["seeds"])), {})[e["split"]] = e["loss"]
+    lines = [
+        (method, baseline, f"{noise:g}", str(seeds), *(_interval(found[split], "+.4f") for split in TESTS))
+        for (method, baseline, noise, seeds), found in grouped.items()
+    ]
+    return _markdown(("method", "minus", "noise", "seeds", *_TITLES.values()), lines) if lines else ""
+
+
+def _loss(h: Any, beta: float) -> Any:
+    return np.logaddexp(0.0, -beta * np.asarray(h, dtype=np.float64))
+
+
+def _mean(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _interval(found: Interval | None, form: str, scale: float = 1.0) -> str:
+    if found is None:
+        return "-"
+    value, low, high = (format(scale * number, form) for number in found)
+    return f"{value} ({low} to {high})"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))

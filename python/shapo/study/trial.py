@@ -1,0 +1,481 @@
+"""The work of each kind of job: one model held in memory, put back to its initial weights after each training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shapo import selection
+from shapo.config import LoopConfig, LossConfig, ShaPOConfig
+from shapo.data.formats import load_pairs
+from shapo.data.noise import flip_labels
+from shapo.data.pairs import PreferencePair
+from shapo.data.tokens import PairEncoder
+from shapo.errors import UserError
+from shapo.evaluation import log_ratios
+from shapo.models.loading import load_model, load_tokenizer
+from shapo.models.modes import evaluating
+from shapo.probe import extract_features, probe_examples, train_probe
+from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
+from shapo.sharpness import PairLoss
+from shapo.storage.files import atomic_file, write_json
+from shapo.storage.fingerprint import digest_model
+from shapo.study.losses import LanguageLoss, Loss, climb, moved
+from shapo.study.plan import OUTLIERS, Plan
+from shapo.study.queue import Job, Row
+from shapo.training.loop import METRICS
+from shapo.training.metrics import read_metrics
+from shapo.training.preference import train_preferences
+from shapo.versions import versions
+from shapo_kernels import Subspace
+
+TESTS = ("test", "test_unseen", "test_attacks")
+
+_Start = tuple[Loss, Mapping[str, Tensor], Tensor]
+
+
+class Trial:
+    """Does jobs; see `plan` for what their settings mean.
+
+    Args:
+        model: Folder or hub name of an aligned model.
+        pairs: Folder of `shapo safety-pairs`.
+        folder: Of the study: scores and temporary files.
+        plan: Sizes.
+        device: As the commands take it.
+    """
+
+    def __init__(self, model: str, pairs: Path, folder: Path, plan: Plan, *, device: str = "auto") -> None:
+        self.model = load_model(model, device=device)
+        self.plan = replace(plan, layers=len(selection.value_vectors(self.model).names))
+        self.pairs, self.folder = pairs, folder
+        self._require_settings(model)
+        self.encoder = PairEncoder(
+            load_tokenizer(model),
+            max_length=plan.max_length,
+            max_prompt_length=plan.max_prompt_length,
+            chat_template=bool(load_tokenizer(model).chat_template),
+        )
+        self._initial = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self._references: dict[str, PairLogps] = {}
+        self._start: tuple[str, _Start] | None = None
+
+    def __call__(self, job: Job, needs: Mapping[str, Row]) -> Row:
+        kinds: dict[str, Callable[[Mapping[str, Any], Mapping[str, Row]], Row]] = {
+            "probe": self._probe,
+            "gradient": self._gradient,
+            "benign": self._benign,
+            "shares": self._shares,
+            "figure": self._figure,
+            "steps": self._steps,
+            "match": self._match,
+            "train": self._train,
+            "choice": self._choice,
+        }
+        return kinds[job.kind](job.settings, needs)
+
+    def _require_settings(self, model: str) -> None:
+        """Writes what the rows depend on, or compares it with what an earlier call wrote."""
+        files = {
+            path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(self.pairs.glob("*.jsonl"))
+        }
+        if missing := {"train", "selection", *TESTS, "benign"} - set(files):
+            raise UserError(f"{self.pairs} has no {sorted(missing)[0]}.jsonl; make it by `shapo safety-pairs`")
+        made_from = {"plan": self.plan.as_dict(), "model": digest_model(self.model), "pairs": files}
+        path = self.folder / "settings.json"
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if different := [key for key, value in made_from.items() if earlier[key] != value]:
+                raise UserError(
+                    f"{self.folder} holds rows of another {' and '.join(different)}; choose another --output"
+                )
+            return
+        write_json(path, {**made_from, "model_name": model, "versions": versions()})
+
+    # -- scores and subspaces
+
+    def _probe(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        examples = probe_examples(self._read("selection"))
+        features = extract_features(self.model, self.encoder, examples, progress=False)
+        labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
+        probe = train_probe(features, labels, groups, lr=0.05, epochs=60, progress=False)
+        self._save("probe", selection.probe_scores(self.model, probe.direction))
+        return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
+
+    def _gradient(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        pairs = self._read("selection")
+        found = selection.gradient_scores(
+            self.model, self.encoder, pairs, beta=self.plan.beta, batch_size=16, progress=False
+        )
+        self._save("gradient", found)
+        return {"pairs": len(pairs), "largest": self._largest(found, 5), "by_layer": _by_layer(found)}
+
+    def _benign(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        loss = self._language_loss("selection")
+        gradient = self._with_evaluation(loss.gradient)
+        vectors = selection.value_vectors(self.model)
+        found = {
+            name: torch.linalg.vector_norm(gradient[name].double(), dim=1 - vectors.axis).cpu()
+            for name in vectors.names
+        }
+        self._save("benign", found)
+        return {"texts": len(loss), "largest": self._largest(found, 5), "by_layer": _by_layer(found)}
+
+    def _shares(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """The share of the squared gradient by selection and percentage, and how far selections overlap."""
+        gradient = self._climbed("preference")[1]
+        total = sum(float(value.double().square().sum()) for value in gradient.values())
+        vectors = selection.value_vectors(self.model)
+        own = {n: gradient[n].double().square().sum(dim=1 - vectors.axis).cpu() for n in vectors.names}
+        neurons = sum(float(value.sum()) for value in own.values())
+        shares = {}
+        for method in ("gradient", "probe", "opposite", "benign"):
+            for percent in (0.01, 0.05, 0.1, 0.5, 1, 2, 5):
+                space = self.space(f"{method}-{percent:g}")
+                held = sum(float(own[name][space[name]].sum()) for name in space.names)
+                shares[f"{method}-{percent:g}"] = {"of_all": held / total, "of_neurons": held / neurons}
+        overlaps = {}
+        for percent in (0.01, 0.1, 1, 5):
+            a, b = self.space(f"gradient-{percent:g}"), self.space(f"benign-{percent:g}")
+            overlaps[f"{percent:g}"] = {
+                "neurons": a.count,
+                "common": _common(a, b),
+                "by_chance": a.count * percent / 100,
+            }
+            a, b = self.space(f"gradient-{percent:g}"), self.space(f"probe-{percent:g}")
+            overlaps[f"{percent:g}"]["common_with_probe"] = _common(a, b)
+        return {
+            "neurons_of_all": neurons / total,
+            "shares": shares,
+            "overlaps": overlaps,
+            "by_layer": _by_layer({name: value.sqrt() for name, value in own.items()}),
+        }
+
+    def space(self, name: str) -> Subspace:
+        """A subspace by its name; see `plan`."""
+        method, *rest = name.split("-")
+        vectors = selection.value_vectors(self.model)
+        if method == "all":
+            return Subspace.full(self.model)
+        if method == "neurons":
+            return selection.full_neurons(self.model)
+        if method == "random":
+            return selection.random_subspace(self.model, float(rest[0]), seed=int(rest[1]))
+        if method == "like":
+            return selection.random_like(self.model, self.space("-".join(rest[:-1])), seed=int(rest[-1]))
+        if method == "layers":
+            chosen = vectors.names[int(rest[0]) : int(rest[1]) + 1]
+            return Subspace({n: torch.arange(vectors.sizes[n]) for n in chosen}, vectors.axis)
+        if method == "outliers":
+            return Subspace.top(self._scores("gradient"), 100 * OUTLIERS / sum(vectors.sizes.values()), largest=True)
+        scores = self._scores("probe" if method == "opposite" else method)
+        chosen_space = Subspace.top(scores, float(rest[0]), largest=method != "probe", axis=vectors.axis)
+        return _without(chosen_space, self.space("outliers")) if rest[1:] == ["rest"] else chosen_space
+
+    # -- Figure 1
+
+    def _figure(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        loss, gradient, base = self._climbed(settings["loss"])
+        space = self.space(settings["space"])
+        points = []
+        with evaluating(self.model):
+            for rho in settings["rhos"]:
+                with moved(self.model, space, gradient, rho):
+                    points.append({"rho": rho, "rise": _rounded(loss.per_item() - base)})
+        return {
+            **self._described(space, gradient),
+            "loss_at_theta": base.mean().item(),
+            "points": points,
+            "groups": self._groups(settings["loss"]),
+        }
+
+    def _steps(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        loss, gradient, base = self._climbed("preference")
+        space = self.space(settings["space"])
+        rises = {
+            str(steps): _rounded(climb(loss, space, settings["rho"], steps=steps, first=gradient) - base)
+            for steps in (1, settings["steps"])
+        }
+        return {"rises": rises, "groups": self._groups("preference")}
+
+    def _match(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        loss, gradient, base = self._climbed("matching")
+        space, start = self.space(settings["space"]), base.mean().item()
+
+        def rise(rho: float) -> float:
+            with evaluating(self.model), moved(self.model, space, gradient, rho):
+                return loss.per_item().mean().item() - start
+
+        rho, reached, tried = match_radius(rise, settings["target"])
+        norm = self._described(space, gradient)["weight_norm"]
+        return {"rho": rho, "rise": reached, "ratio": rho / norm, "tried": tried}
+
+    def _described(self, space: Subspace, gradient: Mapping[str, Tensor]) -> Row:
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        with moved(self.model, space, weights) as weight_norm:
+            pass
+        with moved(self.model, space, gradient) as own:
+            pass
+        total = math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values()))
+        return {"neurons": space.count, "weight_norm": weight_norm, "gradient_share": (own / total) ** 2}
+
+    # -- training
+
+    def _train(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        plan, choice = self.plan, needs.get("choice", {})
+        early = bool(settings.get("early"))
+        lr = settings.get("lr") or choice["early" if early else "end"]["lr"]
+        updates = choice["early"]["updates"] if early else plan.updates
+        method = settings["method"]
+        plain = method == "plain"
+        pairs = _draw(self._read("train"), plan.train_pairs, settings["seed"])
+        data = TokenizedPairs(flip_labels(pairs, settings["noise"], seed=settings["seed"]), self.encoder)
+        watched = (
+            TokenizedPairs(self._some("selection", plan.watch_pairs), self.encoder) if settings.get("watch") else None
+        )
+        folder = self.folder / "work" / f"train-{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        torch.manual_seed(settings["seed"])
+        self._start = None
+        self.model.train()
+        try:
+            summary = train_preferences(
+                self.model,
+                data,
+                loss=_loss(settings.get("loss", "dpo"), settings["noise"], plan.beta),
+                loop=LoopConfig(
+                    updates=updates,
+                    batch_size=plan.batch_size,
+                    lr=lr,
+                    warmup=plan.warmup,
+                    bf16=plan.bf16,
+                    seed=settings["seed"],
+                    eval_every=plan.watch_every if settings.get("watch") else 0,
+                ),
+                shapo=None if plain else ShaPOConfig(rho=needs[settings["match"]]["rho"]),
+                subspace=None if plain else self.space(method),
+                evaluation=watched,
+                output=folder,
+                progress=False,
+            )
+            evaluations = read_metrics(folder / METRICS, "evaluation")
+            result = {
+                "lr": lr,
+                "updates": summary["updates"],
+                "seconds_per_update": summary["seconds_per_update"],
+                "ratio": summary["rho_over_weight_norm"],
+                "rho": None if plain else needs[settings["match"]]["rho"],
+                "flips_fitted": summary["final"].get("flips_fitted"),
+                "flipped": summary["flipped"],
+            }
+            if settings.get("watch"):
+                result["watched"] = [_watched(row) for row in evaluations]
+            return {**result, **self._measured()}
+        finally:
+            self.model.load_state_dict(self._initial)
+            self.model.zero_grad(set_to_none=True)
+            self.model.eval()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _measured(self) -> Row:
+        """h of every test pair, and the rise of the loss at the yardstick's radius in all parameters."""
+        found: Row = {}
+        for split in TESTS:
+            pairs = self._some(split, self.plan.test_pairs)
+            policy = self._logps(TokenizedPairs(pairs, self.encoder))
+            found[split] = {"h": _rounded(log_ratios(policy, self._reference(split))), "groups": _groups(pairs)}
+        data = TokenizedPairs(self._some("selection", self.plan.match_pairs), self.encoder)
+        loss = PairLoss(self.model, data, self._reference("matching"), beta=self.plan.beta, batch_size=16)
+        with evaluating(self.model):
+            base, gradient = loss.value(), loss.gradient()
+            with moved(self.model, Subspace.full(self.model), gradient, self.plan.yardstick):
+                found["yardstick"] = {"loss": base, "rise": loss.value() - base}
+        return found
+
+    def _choice(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """The learning rate with the lowest clean selection loss at the end, and that with the lowest at any time."""
+        watched = [(row["lr"], w) for row in needs.values() for w in row["watched"] if w["update"] > 0]
+        last = [(lr, w) for lr, w in watched if w["update"] == self.plan.updates]
+        end, early = (min(rows, key=lambda found: found[1]["loss"]) for rows in (last, watched))
+        return {
+            "end": {"lr": end[0], "loss": end[1]["loss"]},
+            "early": {"lr": early[0], "updates": early[1]["update"], "loss": early[1]["loss"]},
+        }
+
+    # -- data
+
+    def _read(self, split: str) -> list[PreferencePair]:
+        return load_pairs(self.pairs / f"{split}.jsonl").pairs
+
+    def _some(self, split: str, count: int) -> list[PreferencePair]:
+        """The first pairs of a split, whose file is in random order."""
+        return self._read(split)[:count]
+
+    def _benign_texts(self, half: str) -> list[tuple[str, str]]:
+        lines = (self.pairs / "benign.jsonl").read_text(encoding="utf-8").splitlines()
+        by_prompt = {row["prompt"]: row for row in map(json.loads, reversed(lines))}
+        rows = list(by_prompt.values())[::-1][: self.plan.benign_texts]
+        middle = len(rows) // 2
+        return [(row["prompt"], row["response"]) for row in (rows[:middle] if half == "selection" else rows[middle:])]
+
+    def _language_loss(self, half: str) -> LanguageLoss:
+        return LanguageLoss(self.model, self.encoder, self._benign_texts(half))
+
+    def _figure_pairs(self) -> list[PreferencePair]:
+        return [pair for split in TESTS[:2] for pair in self._some(split, self.plan.figure_pairs)]
+
+    def _groups(self, loss: str) -> list[int]:
+        if loss == "benign":
+            return list(range(len(self._benign_texts("test"))))
+        return _groups(self._figure_pairs())
+
+    def _climbed(self, name: str) -> _Start:
+        """A loss at the initial weights, its gradient in all parameters, and its value of every item."""
+        if self._start is None or self._start[0] != name:
+            loss: Loss
+            if name == "benign":
+                loss = self._language_loss("test")
+            else:
+                few = self._figure_pairs() if name == "preference" else self._some("selection", self.plan.match_pairs)
+                data = TokenizedPairs(few, self.encoder)
+                reference = compute_logps(self.model, data, batch_size=16, progress=False)
+                loss = PairLoss(self.model, data, reference, beta=self.plan.beta, batch_size=16)
+            self._start = (name, (loss, self._with_evaluation(loss.gradient), self._with_evaluation(loss.per_item)))
+        return self._start[1]
+
+    def _with_evaluation(self, function: Callable[[], Any]) -> Any:
+        with evaluating(self.model):
+            return function()
+
+    def _reference(self, split: str) -> PairLogps:
+        """Log-probabilities at the initial weights, asked once."""
+        if split not in self._references:
+            kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.model.load_state_dict(self._initial)
+            if split == "matching":
+                data = TokenizedPairs(self._some("selection", self.plan.match_pairs), self.encoder)
+                self._references[split] = compute_logps(self.model, data, batch_size=16, progress=False)
+            else:
+                self._references[split] = self._logps(
+                    TokenizedPairs(self._some(split, self.plan.test_pairs), self.encoder)
+                )
+            self.model.load_state_dict(kept)
+        return self._references[split]
+
+    def _logps(self, data: TokenizedPairs) -> PairLogps:
+        return compute_logps(self.model, data, batch_size=16, bf16=self.plan.bf16, progress=False)
+
+    def _scores(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "scores" / f"{name}.safetensors")
+
+    def _save(self, name: str, scores: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with atomic_file(self.folder / "scores" / f"{name}.safetensors") as temporary:
+            save_file({key: value.contiguous().cpu() for key, value in scores.items()}, temporary)
+
+    def _largest(self, scores: Mapping[str, Tensor], count: int) -> list[Row]:
+        """The neurons with the largest scores, and their shares of the sum of squares."""
+        names, joined = list(scores), torch.cat([value.double() for value in scores.values()])
+        total, position, found = float(joined.square().sum()), 0, []
+        offsets = {}
+        for name in names:
+            offsets[name] = position
+            position += scores[name].numel()
+        for index in joined.topk(min(count, joined.numel())).indices.tolist():
+            name = next(n for n in reversed(names) if offsets[n] <= index)
+            found.append({"weight": name, "neuron": index - offsets[name], "share": float(joined[index] ** 2) / total})
+        return found
+
+
+def match_radius(rise: Callable[[float], float], target: float, *, start: float = 0.05) -> tuple[float, float, int]:
+    """A radius at which `rise` is `target`, to within a tenth: bracketed by factors of 4, then log-linear.
+
+    Returns:
+        The radius, the rise there, and how often `rise` was asked.
+
+    Raises:
+        UserError: No radius up to 1000 reaches it.
+    """
+    low, high, tried = (0.0, 0.0), (math.inf, math.inf), 0
+    rho = start
+    while tried < 16:
+        found = rise(rho)
+        tried += 1
+        if abs(found - target) <= 0.1 * target:
+            return rho, found, tried
+        if math.isfinite(found) and found < target:
+            low = (rho, found)
+        else:
+            high = (rho, found)
+        if math.isinf(high[0]):
+            rho *= 4
+        elif low[1] <= 0:
+            rho = high[0] / 4 if low[0] == 0 else math.sqrt(low[0] * high[0])
+        else:
+            part = (math.log(target) - math.log(low[1])) / (math.log(high[1]) - math.log(low[1]))
+            rho = low[0] * (high[0] / low[0]) ** min(max(part, 0.1), 0.9)
+        if rho > 1000:
+            break
+    raise UserError(f"no radius up to {rho:g} was found at which the loss rises by {target:g}")
+
+
+def _loss(name: str, noise: float, beta: float) -> LossConfig:
+    if name == "drdpo":
+        return LossConfig("dpo", beta=beta, aggregation="drdpo")
+    if name in ("rdpo", "cdpo"):
+        return LossConfig(name, beta=beta, epsilon=noise)
+    return LossConfig(name, beta=beta)
+
+
+def _draw(pairs: Sequence[PreferencePair], count: int, seed: int) -> list[PreferencePair]:
+    ranks = {i: hashlib.sha256(f"{seed}:pair:{i}".encode()).digest() for i in range(len(pairs))}
+    return [pairs[i] for i in sorted(sorted(ranks, key=lambda i: ranks[i])[:count])]
+
+
+def _groups(pairs: Sequence[PreferencePair]) -> list[int]:
+    """The number of each pair's prompt: pairs of one prompt are drawn together by the bootstrap."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(pair.prompt, len(numbers)) for pair in pairs]
+
+
+def _watched(row: Mapping[str, Any]) -> Row:
+    return {
+        "update": row["update"],
+        "loss": row["loss"],
+        "accuracy": row["accuracy"]["value"],
+        "flips_fitted": row["flips_fitted"]["value"] if row.get("flips_fitted") else None,
+    }
+
+
+def _by_layer(scores: Mapping[str, Tensor]) -> list[float]:
+    squares = [float(value.double().square().sum()) for value in scores.values()]
+    return [value / sum(squares) for value in squares]
+
+
+def _common(a: Subspace, b: Subspace) -> int:
+    return sum(len(set(a[name].tolist()) & set(b[name].tolist())) for name in a.names if name in b.names)
+
+
+def _without(space: Subspace, left_out: Subspace) -> Subspace:
+    kept = {
+        name: [i for i in space[name].tolist() if name not in left_out.names or i not in left_out[name].tolist()]
+        for name in space.names
+    }
+    return Subspace(kept, space.axis(space.names[0]))
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(value), 6) for value in values]
