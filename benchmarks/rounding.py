@@ -10,7 +10,7 @@ whose elements have standard deviation 1e-3, 1e-1 and 1. No timing; one seed.
 
 import torch
 
-from shapo_kernels.stochastic_rounding import round_stochastically
+from shapo_kernels.reference.rounding import round_stochastically
 
 ELEMENTS = 2_000_000
 WEIGHT_STD = 0.02

@@ -70,14 +70,16 @@ inline void check_same_device(const char* name, size_t position, const Tensor& t
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
                       tensor.get_device_index() == like.get_device_index(),
                   name, "[", position,
-                  "] lies on another device than the first layer: expected all tensors on one device");
+                  "] is on another device than the first layer: expected all tensors on one device");
 }
 
-inline void check_float64_vector(const char* name, const Tensor& tensor, size_t layers) {
+// `like` is a tensor of the device that `tensor` has to be on.
+inline void check_float64_vector(const char* name, const Tensor& tensor, size_t layers, const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
                       tensor.size(0) == static_cast<int64_t>(layers) && tensor.is_contiguous(),
                   name, " is ", tensor.scalar_type(), " ", describe_shape(tensor), ": expected a contiguous float64 [",
                   layers, "], one for each layer");
+  check_same_device(name, 0, tensor, like);
 }
 
 inline std::vector<Layer> describe_layers(const char* name, const std::vector<Tensor>& tensors,

@@ -1,7 +1,5 @@
-// The schema of every operator, once. A backend adds implementations in a library of its own and edits nothing here.
-//
-// What each operator computes is documented at its public function in shapo_kernels/ops. Lists hold one entry for each
-// layer, so that a step is one call whatever the number of layers.
+// The schemas of the compiled operators, as shapo_kernels/ops/_schemas.py lists them; a test compares the two. A
+// backend adds implementations in a library of its own and edits nothing here.
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,15 +13,10 @@ STABLE_TORCH_LIBRARY(shapo_kernels, m) {
       "perturbation_scale(Tensor squared_norms, Tensor rho, Tensor? weight_squared_norms, str norm, float eta) "
       "-> Tensor");
   m.def(
-      "norms_and_scale(Tensor[] values, Tensor rho, Tensor? weight_squared_norms, str norm, float eta) "
-      "-> (Tensor, Tensor)");
-  m.def(
       "perturb_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] directions, Tensor scale, "
       "Tensor(b!)[] backups, ScalarType? compute_dtype) -> Tensor");
   m.def("restore_(Tensor(a!)[] weights, Tensor[] indices, int[] axes, Tensor[] backups) -> ()");
   m.def("column_cosine(Tensor weight, Tensor direction, int axis) -> Tensor");
-  m.def("neuron_update(Tensor output, Tensor input, Tensor direction, Tensor? index) -> Tensor");
-  m.def("neuron_gradient(Tensor grad_output, Tensor input, Tensor? index) -> Tensor");
   m.def(
       "token_logps(Tensor logits, Tensor labels, int ignore_index, int shift, int first, int vocabulary, bool entropy) "
       "-> (Tensor, Tensor, Tensor)");

@@ -1,18 +1,12 @@
 // What the operators on token log-probabilities are given, and the checks that every backend owes its callers.
 //
-// Shared by cpu/ and cuda/. Nothing here reads device memory; label values are checked by the backends.
+// Nothing here reads device memory; label values are checked by the backends.
 
 #pragma once
 
 #include <tuple>
 
 #include "layers.h"
-
-#ifdef __CUDACC__
-#define SHAPO_ANYWHERE __host__ __device__
-#else
-#define SHAPO_ANYWHERE
-#endif
 
 namespace shapo {
 
@@ -27,19 +21,19 @@ struct Tokens {
   int64_t label_row_stride, label_stride;
   int64_t ignore_index, shift, first;
 
-  SHAPO_ANYWHERE int64_t count() const { return rows * length; }
-  SHAPO_ANYWHERE char* at(int64_t token) const {
+  int64_t count() const { return rows * length; }
+  char* at(int64_t token) const {
     return logits + (token / length * row_stride + token % length * token_stride) * element_bytes;
   }
   // The label's position among these logits; a token without a label has none.
-  SHAPO_ANYWHERE bool labelled(int64_t token, int64_t* label) const {
+  bool labelled(int64_t token, int64_t* label) const {
     const int64_t position = token % length + shift;
     if (position >= length) return false;
     const int64_t value = labels[token / length * label_row_stride + position * label_stride];
     *label = value - first;
     return value != ignore_index;
   }
-  SHAPO_ANYWHERE bool holds(int64_t label) const { return label >= 0 && label < vocabulary; }
+  bool holds(int64_t label) const { return label >= 0 && label < vocabulary; }
 };
 
 inline Tokens describe_tokens(const Tensor& logits, const Tensor& labels, int64_t ignore_index, int64_t shift,

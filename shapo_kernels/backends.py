@@ -1,10 +1,11 @@
-"""Who serves which device: the choice between the reference, the C++ CPU kernels, Triton and CUDA C++.
+"""The choice between backends: the reference, the C++ CPU kernels, Triton and CUDA C++.
 
-A backend is a namespace of functions with the names and positional arguments of the schemas in ``csrc/register.cpp``.
-``reference`` (plain PyTorch) serves every device; ``cpu`` and ``cuda`` are the compiled libraries; ``triton`` is
-compiled at run time. By default CPU tensors go to ``cpu`` and CUDA tensors to ``cuda``, else ``triton``, else
-``reference``. ``SHAPO_BACKEND`` or :func:`use` name one instead; a backend that cannot serve a tensor's device is then
-an error, never a silent substitute.
+A backend is a namespace of functions with the names and positional arguments of the schemas in ``ops/_schemas.py``.
+``reference`` (plain PyTorch) serves every device and has every operator; ``cpu`` and ``cuda`` are the compiled
+libraries; ``triton`` is compiled at run time. By default an operator on CPU tensors is served by ``cpu``, on CUDA
+tensors by ``cuda``, else by ``triton``: by the first that is available and has it, else by ``reference``.
+``SHAPO_BACKEND`` or :func:`use` name one backend instead. If it cannot serve a tensor's device that is an error; an
+operator that it does not have is served by the reference.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"
 
 native.load()
 
-# Filled before anything runs: torch.compile traces the lookup, and can trace neither an import nor a cache being
-# filled.
+# The operators that each backend has. Filled before anything runs: torch.compile traces the lookup, and can trace
+# neither an import nor a cache being filled.
 _functions: dict[str, dict[str, Callable[..., Any]]] = {}
 
-# A plain global and no context variable: autograd runs CUDA backward passes on threads of its own, which must see it
+# A plain global and not a context variable: autograd runs CUDA backward passes on its own threads, which must see it
 # too.
 _override: str | None = None
 
 
 def available() -> tuple[str, ...]:
     """Names of the backends that can run here, in the order of ``NAMES``."""
-    return tuple(name for name in NAMES if _unavailable(name) is None)
+    return tuple(name for name in NAMES if why_not_available(name) is None)
 
 
 def serving(device_type: str) -> str:
@@ -47,27 +48,28 @@ def serving(device_type: str) -> str:
     Raises:
         ValueError: the backend asked for by ``use`` or ``SHAPO_BACKEND`` is unknown or cannot serve that device here.
     """
-    wanted = _override or os.environ.get("SHAPO_BACKEND") or None
-    if wanted is not None:
-        _check_usable(wanted)
-        if not _serves(wanted, device_type):
-            raise ValueError(
-                f"backend {wanted!r} cannot serve tensors on {device_type!r}: move them, or choose 'reference', "
-                "which serves every device"
-            )
-        return wanted
-    for name in _DEFAULTS.get(device_type, ("reference",)):
-        if _unavailable(name) is None:
-            return name
-    return "reference"
+    return _order(device_type)[0]
 
 
 def function(device: torch.device, name: str) -> Callable[..., Any]:
-    """The function of that name in the backend that serves a device.
+    """The operator of that name in the backend that serves a device, or in the next one that has it."""
+    for backend in _order(device.type):
+        if name in _functions[backend]:
+            return _functions[backend][name]
+    raise AssertionError(f"the reference has no operator {name!r}")
 
-    What a backend leaves to PyTorch (the compiled CPU library has no neuron update of its own) the reference serves.
-    """
-    return _functions[serving(device.type)][name]
+
+def _order(device_type: str) -> tuple[str, ...]:
+    wanted = _override or os.environ.get("SHAPO_BACKEND") or None
+    if wanted is None:
+        return tuple(name for name in _DEFAULTS.get(device_type, ("reference",)) if name in _functions)
+    check_usable(wanted)
+    if not _serves(wanted, device_type):
+        raise ValueError(
+            f"backend {wanted!r} cannot serve tensors on {device_type!r}: move them, or choose 'reference', "
+            "which serves every device"
+        )
+    return wanted, "reference"
 
 
 @contextlib.contextmanager
@@ -78,7 +80,7 @@ def use(name: str) -> Iterator[None]:
         ValueError: the name is unknown or the backend is not available here.
     """
     global _override
-    _check_usable(name)
+    check_usable(name)
     previous, _override = _override, name
     try:
         yield
@@ -86,10 +88,10 @@ def use(name: str) -> Iterator[None]:
         _override = previous
 
 
-def _check_usable(name: str) -> None:
+def check_usable(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
-    reason = _unavailable(name)
+    reason = why_not_available(name)
     if reason is None:
         _fill(name)
     else:
@@ -102,7 +104,7 @@ def _serves(name: str, device_type: str) -> bool:
     return name == "reference" or name == device_type
 
 
-def _unavailable(name: str) -> str | None:
+def why_not_available(name: str) -> str | None:
     """Why a backend cannot run here, or ``None`` where it can."""
     if name == "cpu":
         return None if native.has_cpu else native.problems.get("cpu", "the CPU library was not built")
@@ -132,15 +134,16 @@ def _importable(module: str) -> bool:
 def _fill(backend: str) -> None:
     if backend in _functions:
         return
-    compiled = backend in ("cpu", "cuda")
-    own = torch.ops.shapo_kernels if compiled else importlib.import_module(f"{__package__}.{backend}")
-    _functions[backend] = {
-        # Every schema is registered once, for both libraries: whether one has the operator, its kernel tells.
-        name: getattr(own, name, getattr(reference, name))
-        if not compiled or torch._C._dispatch_has_kernel_for_dispatch_key(f"shapo_kernels::{name}", backend.upper())
-        else getattr(reference, name)
-        for name in reference.__all__
-    }
+    if backend in ("cpu", "cuda"):
+        # A schema is registered once, for both libraries: whether one has the operator, its kernel tells.
+        _functions[backend] = {
+            name: getattr(torch.ops.shapo_kernels, name)
+            for name in reference.__all__
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"shapo_kernels::{name}", backend.upper())
+        }
+    else:
+        own = reference if backend == "reference" else importlib.import_module(f"{__package__}.{backend}")
+        _functions[backend] = {name: getattr(own, name) for name in own.__all__}
 
 
 for _name in available():

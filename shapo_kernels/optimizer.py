@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .interop.torch_private import is_dtensor
 from .ops.subspace_update import NORMS
-from .stochastic_rounding import StochasticRounding
+from .perturbation import StochasticRounding
 from .subspace import Subspace
 from .update.base import BaseFacade, base_for
 from .update.bound_subspace import BoundSubspace

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import ops
 from .interop.torch_private import keep_versions, version
 from .model.targets import Target
-from .stochastic_rounding import StochasticRounding
+from .reference.rounding import mixed
 
 
 class Perturbation(Protocol):
@@ -35,6 +35,22 @@ class Perturbation(Protocol):
 
     def remove(self) -> str | None:
         """Back to theta, bit for bit; does nothing where nothing is applied. Returns an error message, or ``None``."""
+
+
+class StochasticRounding:
+    """Keys for the stochastic rounding of one optimizer's perturbations: each perturbation draws its own numbers.
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.draws = 0
+
+    def next_key(self) -> int:
+        self.draws += 1
+        return mixed(mixed(self._seed) ^ (self.draws - 1))
 
 
 # The weights that any optimizer in this process has perturbed in place at this moment.
@@ -77,8 +93,7 @@ class InPlace:
         for target in targets:
             for module, _ in target.modules:
                 self._guards.append(module.register_state_dict_pre_hook(_check_no_state_dict))
-        perturb = ops.perturb_ if self._rounding is None else self._rounding.perturb_
-        realised = perturb(
+        realised = ops.perturb_(
             weights,
             [target.index for target in targets],
             [target.axis for target in targets],
@@ -86,6 +101,7 @@ class InPlace:
             scale,
             backups,
             compute_dtype=_lower_compute_dtype(targets),
+            rounding_key=None if self._rounding is None else self._rounding.next_key(),
         )
         self._written = True
         _forget_autocast_copies()

@@ -26,10 +26,8 @@ from triton.compiler import ASTSource
 from shapo_kernels.triton import subspace_kernels, tables
 
 # By path: the package's attributes of these names are the functions.
-column_cosine = importlib.import_module("shapo_kernels.triton.column_cosine")
 sequence_logps = importlib.import_module("shapo_kernels.triton.sequence_logps")
 subspace_update = importlib.import_module("shapo_kernels.triton.subspace_update")
-neuron_update = importlib.import_module("shapo_kernels.triton.neuron_update")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,14 +72,11 @@ class Resources:
 
 def specialisations() -> Iterator[Specialisation]:
     yield from _subspace()
-    yield from _cosine()
-    yield from _neuron()
     yield from _logps()
 
 
 _SUBSPACE_TYPES = {
     "table": "*i64",
-    "layer_of_block": "*i32",
     "layers": "i32",
     "blocks": "i32",
     "partials": "*fp64",
@@ -94,7 +89,7 @@ _SUBSPACE_TYPES = {
     "eta_high": "fp32",
     "eta_low": "fp32",
 }
-_OWN_MEMORY = frozenset({"table", "layer_of_block", "partials", "squares", "scales"})
+_OWN_MEMORY = frozenset({"table", "partials", "squares", "scales"})
 
 
 def _of_subspace(kernel: Any, label: str, constants: dict[str, Any], **more: Any) -> Specialisation:
@@ -118,107 +113,7 @@ def _subspace() -> Iterator[Specialisation]:
     chunk = {"CHUNK": subspace_update.CHUNK}
     for columns in (1, 3):
         yield _of_subspace(kernels.add_kernel, f"{columns}", {"COLUMNS": columns, **chunk}, core=columns == 3)
-    yield _of_subspace(kernels.add_and_scale_kernel, "any norm", chunk, core=True)
     yield _of_subspace(kernels.scale_kernel, "any norm", chunk, core=True)
-
-
-def _cosine() -> Iterator[Specialisation]:
-    for dtype, along_components, aligned in itertools.product(_NAMES, (False, True), (True, False)):
-        config = column_cosine.COMPONENTS_SIDE_BY_SIDE if along_components else column_cosine.NEURONS_SIDE_BY_SIDE
-        types = {
-            "weight": f"*{_NAMES[dtype]}",
-            "direction": "*fp64" if dtype == torch.float64 else "*fp32",
-            **dict.fromkeys(("dots", "squares"), "*fp64"),
-            **dict.fromkeys(("neurons", "components", "neuron_stride", "component_stride", "direction_stride"), "i32"),
-        }
-        constants = {**config, "BESIDE": (2 if along_components else 1) if aligned else 0}
-        yield Specialisation(
-            column_cosine.sum_kernel,
-            f"{_NAMES[dtype]}, axis {0 if along_components else 1}{'' if aligned else ', any stride'}",
-            types,
-            constants,
-            frozenset({"weight"} if aligned else {}),
-            dict(column_cosine.OPTIONS),
-            wide=aligned,
-            registers=128 if aligned else 255,
-            core=aligned and dtype == (torch.float32 if along_components else torch.bfloat16),
-        )
-    for out in ("fp32", "fp64"):
-        yield Specialisation(
-            column_cosine.finish_kernel,
-            out,
-            {
-                "direction": f"*{out}",
-                **dict.fromkeys(("dots", "squares"), "*fp64"),
-                "cosines": f"*{out}",
-                **dict.fromkeys(("neurons", "components", "direction_stride", "parts"), "i32"),
-            },
-            {"FINISH": column_cosine.FINISH, "CHUNK": column_cosine.CHUNK},
-            frozenset({"cosines"}),
-            dict(column_cosine.OPTIONS),
-            core=out == "fp32",
-        )
-
-
-_HALVES = (torch.bfloat16, torch.float16)
-# (output, input): autocast runs a layer in half precision on a float32 input.
-_PAIRS = [(dtype, dtype) for dtype in (*_HALVES, torch.float32)] + [(half, torch.float32) for half in _HALVES]
-
-
-def _neuron() -> Iterator[Specialisation]:
-    # Neurons that fit a small tile, a large one, and that take several.
-    for pair, neurons, (indexed, aligned) in itertools.product(
-        _PAIRS, (64, 128, 256), ((True, True), (False, True), (True, False))
-    ):
-        for precision in ("ieee", "tf32") if pair[0] == torch.float32 else ("ieee",):
-            own, x = (_NAMES[dtype] for dtype in pair)
-            words = [own if own == x else f"{x} into {own}", f"{'more' if neurons == 256 else f'<= {neurons}'} neurons"]
-            words += ["indexed"] * indexed + ["any stride"] * (not aligned) + ["tf32"] * (precision == "tf32")
-            fixed = {"INDEXED": indexed, "ALIGNED": aligned, "PRECISION": precision, "UPCAST": False}
-            more = {
-                "label": ", ".join(words),
-                "core": aligned
-                and indexed
-                and neurons == 128
-                and pair in (_PAIRS[0], _PAIRS[2])
-                and precision == "ieee",
-                "registers": 255,
-            }
-            types = {
-                **dict.fromkeys(("result", "output", "direction", "grad"), f"*{own}"),
-                "partials": "*fp32",
-                "x": f"*{x}",
-                "index": "*i64" if indexed else f"*{own}",
-                **dict.fromkeys(("tokens", "features", "neurons", "x_stride", "direction_stride", "groups"), "i32"),
-            }
-            kernel = neuron_update.update_kernel
-            config = neuron_update.update_configuration(pair[0], neurons)
-            yield _of_neuron(kernel, types, fixed, config, wide=aligned, **more)
-            if neurons <= neuron_update.MAX_TILE_K:  # more neurons are more programs of the same gradient kernel
-                kernel = neuron_update.gradient_kernel
-                fixed = {**fixed, "PART": neuron_update.TOKENS_IN_PART}
-                config = neuron_update.gradient_configuration(pair[0], neurons)
-                # A tf32 product wants its transposed factor in registers, where it arrives element by element.
-                yield _of_neuron(kernel, types, fixed, config, wide=aligned and precision == "ieee", **more)
-    yield Specialisation(
-        neuron_update.add_parts_kernel,
-        "fp32",
-        {"partials": "*fp32", "sums": "*fp32", "elements": "i32", "parts": "i32"},
-        {"BLOCK": neuron_update.ADD_BLOCK},
-        frozenset({"partials", "sums"}),
-        dict(neuron_update.ADD_OPTIONS),
-        core=True,
-    )
-
-
-def _of_neuron(
-    kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: dict[str, Any], **more: Any
-) -> Specialisation:
-    constants = {**fixed, **{key: value for key, value in config.items() if key.isupper()}}
-    options = {key: value for key, value in config.items() if key.islower()}
-    own = {name: types[name] for name in kernel.arg_names if name not in constants}
-    divisible = frozenset(own) & {"result", "output", "grad", "x"} if fixed["ALIGNED"] else frozenset()
-    return Specialisation(kernel, types=own, constants=constants, divisible=divisible, options=options, **more)
 
 
 def _logps() -> Iterator[Specialisation]:

@@ -14,7 +14,6 @@
 #include <numeric>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -188,7 +187,7 @@ void gather_into(std::vector<Tensor> sources, std::vector<Tensor> indices, std::
                  std::vector<Tensor> values, Tensor squared_norms) {
   const std::vector<Layer> layers = describe_layers("sources", sources, indices, axes);
   const std::vector<void*> compact = describe_compact("values", values, layers, true);
-  check_float64_vector("squared_norms", squared_norms, layers.size());
+  check_float64_vector("squared_norms", squared_norms, layers.size(), layers.empty() ? squared_norms : sources[0]);
   square_selected("sources", layers, &compact, doubles(squared_norms));
 }
 
@@ -227,9 +226,9 @@ Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor
   STD_TORCH_CHECK(norm == "global" || norm == "layer" || norm == "none", "norm is \"", norm,
                   "\": expected \"global\", \"layer\" or \"none\"");
   const int64_t n = squared_norms.numel();
-  check_float64_vector("squared_norms", squared_norms, n);
-  check_float64_vector("rho", rho, n);
-  if (weight_squared_norms) check_float64_vector("weight_squared_norms", *weight_squared_norms, n);
+  check_float64_vector("squared_norms", squared_norms, n, squared_norms);
+  check_float64_vector("rho", rho, n, squared_norms);
+  if (weight_squared_norms) check_float64_vector("weight_squared_norms", *weight_squared_norms, n, squared_norms);
   const double* squares = doubles(squared_norms);
   const double* radii = doubles(rho);
   const double* weights = weight_squared_norms ? doubles(*weight_squared_norms) : nullptr;
@@ -250,20 +249,13 @@ Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor
   return scale;
 }
 
-std::tuple<Tensor, Tensor> norms_and_scale(std::vector<Tensor> values, Tensor rho,
-                                           std::optional<Tensor> weight_squared_norms, std::string norm, double eta) {
-  Tensor squares = squared_norms(values);
-  Tensor scale = perturbation_scale(squares, rho, weight_squared_norms, norm, eta);
-  return {squares, scale};
-}
-
 Tensor perturb_(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes,
                 std::vector<Tensor> directions, Tensor scale, std::vector<Tensor> backups,
                 std::optional<ScalarType> compute_dtype) {
   const std::vector<Layer> layers = describe_layers("weights", weights, indices, axes);
   const std::vector<void*> steps = describe_compact("directions", directions, layers, true);
   const std::vector<void*> kept = describe_compact("backups", backups, layers, false);
-  check_float64_vector("scale", scale, layers.size());
+  check_float64_vector("scale", scale, layers.size(), layers.empty() ? scale : weights[0]);
   STD_TORCH_CHECK(!compute_dtype || is_floating(*compute_dtype), "compute_dtype is ", *compute_dtype,
                   ": expected float32, bfloat16, float16 or float64");
   const std::vector<Access> accesses = describe_access("weights", layers);
@@ -318,7 +310,6 @@ STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CPU, m) {
   m.impl("squared_norms", TORCH_BOX(&squared_norms));
   m.impl("selected_squared_norms", TORCH_BOX(&selected_squared_norms));
   m.impl("perturbation_scale", TORCH_BOX(&perturbation_scale));
-  m.impl("norms_and_scale", TORCH_BOX(&norms_and_scale));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
 }

@@ -287,27 +287,20 @@ struct ScaleOf {
 };
 
 // sums[layer, c] = the sum of the layer's blocks in partials[c]; one block of threads for each layer.
-// Where scales is given, scales[layer] too: every block then adds all partials, which is cheaper than another launch.
 template <int CAPACITY>
 __global__ void __launch_bounds__(SUM_THREADS)
     add_kernel(const __grid_constant__ Table<CAPACITY> table, const double* __restrict__ all_partials,
-               int64_t all_blocks, int64_t done_blocks, int64_t done_layers, int columns, double* __restrict__ sums,
-               ScaleOf scale_of, double* __restrict__ scales) {
+               int64_t all_blocks, int64_t done_blocks, int64_t done_layers, int columns, double* __restrict__ sums) {
   const uint32_t l = blockIdx.x;
   const int64_t first = table.rows[l].first_block;
   const int64_t last = l + 1 < table.layers ? table.rows[l + 1].first_block : table.blocks;
-  const int64_t layer = done_layers + l;
-  double sum = 0.0;
   for (int c = 0; c < columns; ++c) {
-    sum = add_values(all_partials + c * all_blocks + done_blocks + first, last - first);
-    if (threadIdx.x == 0) sums[layer * columns + c] = sum;
+    const double sum = add_values(all_partials + c * all_blocks + done_blocks + first, last - first);
+    if (threadIdx.x == 0) sums[(done_layers + l) * columns + c] = sum;
   }
-  if (!scales) return;
-  const double scale = scale_of(layer, sum, scale_of.norm == 1 ? 0.0 : add_values(all_partials, all_blocks));
-  if (threadIdx.x == 0) scales[layer] = scale;
 }
 
-// scales[layer] from squared norms that are there already (a collective may have added them up).
+// scales[layer] from the squared norms of all layers.
 __global__ void __launch_bounds__(SUM_THREADS)
     scale_kernel(const double* __restrict__ squares, ScaleOf scale_of, double* __restrict__ scales) {
   const double everything = scale_of.norm == 1 ? 0.0 : add_values(squares, scale_of.layers);

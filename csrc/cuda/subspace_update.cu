@@ -8,7 +8,6 @@
 
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../layers.h"
@@ -19,13 +18,12 @@
 namespace shapo::cuda {
 namespace {
 
-// The sums of a kernel that has written its partials: sums[layer, c], and the scales where they are asked for.
-void add_partials(std::vector<Row>& rows, const Tensor& partials, int columns, double* sums, cudaStream_t stream,
-                  const ScaleOf& scale_of = {}, double* scales = nullptr) {
+// The sums of a kernel that has written its partials: sums[layer, c].
+void add_partials(std::vector<Row>& rows, const Tensor& partials, int columns, double* sums, cudaStream_t stream) {
   const int64_t all_blocks = count_blocks(rows);
   for_each_table(rows, [&](const auto& table, size_t layer, int64_t block) {
     add_kernel<<<table.layers, SUM_THREADS, 0, stream>>>(table, doubles(partials), all_blocks, block,
-                                                         static_cast<int64_t>(layer), columns, sums, scale_of, scales);
+                                                         static_cast<int64_t>(layer), columns, sums);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -44,8 +42,8 @@ void gather_into(std::vector<Tensor> sources, std::vector<Tensor> indices, std::
                  std::vector<Tensor> values, Tensor squared_norms) {
   const std::vector<Layer> layers = describe_layers("sources", sources, indices, axes);
   const std::vector<void*> compact = describe_compact("values", values, layers, true);
-  check_float64_vector("squared_norms", squared_norms, layers.size());
   if (layers.empty()) return;
+  check_float64_vector("squared_norms", squared_norms, layers.size(), sources[0]);
   const OnDeviceOf device(sources[0]);
   std::vector<Row> rows = describe_rows(layers, &compact, nullptr);
   const Tensor partials = gather_partials(rows, squared_norms, device.stream());
@@ -88,11 +86,11 @@ Tensor squared_norms(std::vector<Tensor> values) {
 }
 
 ScaleOf describe_scale(Tensor& rho, std::optional<Tensor>& weight_squared_norms, const std::string& norm, double eta,
-                       size_t layers) {
+                       size_t layers, const Tensor& like) {
   STD_TORCH_CHECK(norm == "global" || norm == "layer" || norm == "none", "norm is \"", norm,
                   "\": expected \"global\", \"layer\" or \"none\"");
-  check_float64_vector("rho", rho, layers);
-  if (weight_squared_norms) check_float64_vector("weight_squared_norms", *weight_squared_norms, layers);
+  check_float64_vector("rho", rho, layers, like);
+  if (weight_squared_norms) check_float64_vector("weight_squared_norms", *weight_squared_norms, layers, like);
   return ScaleOf{doubles(rho), weight_squared_norms ? doubles(*weight_squared_norms) : nullptr, eta,
                  static_cast<int64_t>(layers),
                  norm == "global"  ? 0
@@ -103,8 +101,9 @@ ScaleOf describe_scale(Tensor& rho, std::optional<Tensor>& weight_squared_norms,
 Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor> weight_squared_norms,
                           std::string norm, double eta) {
   const int64_t layers = squared_norms.numel();
-  check_float64_vector("squared_norms", squared_norms, static_cast<size_t>(layers));
-  const ScaleOf scale_of = describe_scale(rho, weight_squared_norms, norm, eta, static_cast<size_t>(layers));
+  check_float64_vector("squared_norms", squared_norms, static_cast<size_t>(layers), squared_norms);
+  const ScaleOf scale_of =
+      describe_scale(rho, weight_squared_norms, norm, eta, static_cast<size_t>(layers), squared_norms);
   const OnDeviceOf device(squared_norms);
   Tensor scale = new_doubles(squared_norms, layers);
   if (layers == 0) return scale;
@@ -114,25 +113,13 @@ Tensor perturbation_scale(Tensor squared_norms, Tensor rho, std::optional<Tensor
   return scale;
 }
 
-std::tuple<Tensor, Tensor> norms_and_scale(std::vector<Tensor> values, Tensor rho,
-                                           std::optional<Tensor> weight_squared_norms, std::string norm, double eta) {
-  const ScaleOf scale_of = describe_scale(rho, weight_squared_norms, norm, eta, values.size());
-  const OnDeviceOf device(values.at(0));
-  std::vector<Row> rows = describe_whole(values);
-  const auto layers = static_cast<int64_t>(values.size());
-  Tensor squares = new_doubles(values[0], layers), scale = new_doubles(values[0], layers);
-  const Tensor partials = gather_partials(rows, squares, device.stream());
-  add_partials(rows, partials, 1, doubles(squares), device.stream(), scale_of, doubles(scale));
-  return {squares, scale};
-}
-
 Tensor perturb_(std::vector<Tensor> weights, std::vector<Tensor> indices, std::vector<int64_t> axes,
                 std::vector<Tensor> directions, Tensor scale, std::vector<Tensor> backups,
                 std::optional<ScalarType> compute_dtype) {
   const std::vector<Layer> layers = describe_layers("weights", weights, indices, axes);
   const std::vector<void*> steps = describe_compact("directions", directions, layers, true);
   const std::vector<void*> kept = describe_compact("backups", backups, layers, false);
-  check_float64_vector("scale", scale, layers.size());
+  check_float64_vector("scale", scale, layers.size(), layers.empty() ? scale : weights[0]);
   STD_TORCH_CHECK(!compute_dtype || is_floating(*compute_dtype), "compute_dtype is ", *compute_dtype,
                   ": expected float32, bfloat16, float16 or float64");
   const OnDeviceOf device(scale);
@@ -173,7 +160,6 @@ STABLE_TORCH_LIBRARY_IMPL(shapo_kernels, CUDA, m) {
   m.impl("squared_norms", TORCH_BOX(&squared_norms));
   m.impl("selected_squared_norms", TORCH_BOX(&selected_squared_norms));
   m.impl("perturbation_scale", TORCH_BOX(&perturbation_scale));
-  m.impl("norms_and_scale", TORCH_BOX(&norms_and_scale));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
 }

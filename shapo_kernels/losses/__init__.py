@@ -4,8 +4,9 @@ Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``p
 ``aggregation``, sequence log-probabilities in ``logps``; ``registry`` names the losses and combines the pieces.
 """
 
+from ..ops import TokenLogps, linear_token_logps
 from .aggregation import WholeBatch, drdpo, mean, whole_batch
-from .logps import TokenLogps, linear_sequence_logps, linear_token_logps, sequence_logps
+from .logps import linear_sequence_logps, sequence_logps
 from .preference import cdpo, dpo, hinge, ipo, rdpo, reward_level, simpo, soft_preference, token_mean
 from .registry import AGGREGATIONS, PAIRWISE, LossSpec, PreferenceBatch, PreferenceLoss, PreferenceOutput
 

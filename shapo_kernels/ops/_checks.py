@@ -1,29 +1,56 @@
-"""Checks that the operators share; they read metadata only and never wait for a device."""
+"""Checks shared by operators and losses. They read metadata only and never wait for a device.
+
+``check_*`` raises. A wrong dtype is a TypeError; a wrong shape, device or value is a ValueError.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._memory import remembered
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_INT = 2**63 - 1
 
 
-def check_floating(name: str, tensors: Sequence[Tensor]) -> None:
+def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor of ``dtype`` is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: expected a tensor")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} is {tensor.dtype}: expected float32, bfloat16, float16 or float64")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} is {tensor.layout}: expected a dense tensor (torch.strided)")
+
+
+def check_all_floating(name: str, tensors: Sequence[Tensor]) -> None:
     for position, tensor in enumerate(tensors):
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}[{position}] is {tensor.dtype}: expected float32, bfloat16, float16 or float64")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}[{position}] is {tensor.layout}: expected a dense tensor (torch.strided)")
+        check_floating(f"{name}[{position}]", tensor)
 
 
-def check_same_device(name: str, tensors: Sequence[Tensor]) -> None:
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"{name} and their companions lie on {found}: expected one device")
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}: expected one device")
+
+
+def check_all_on_one_device(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    """All of ``tensors`` are on the device of the first of ``others``."""
+    for position, tensor in enumerate(tensors):
+        check_device(f"{name}[{position}]", tensor, f"{other_name}[0]", others[0])
 
 
 def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
@@ -33,11 +60,99 @@ def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
         raise ValueError(f"got {found}: expected as many of each")
 
 
-def check_first_order(name: str, instead: str) -> None:
-    """Called in a backward pass that autograd could not differentiate: refuses ``create_graph=True``.
+def check_index(name: str, index: Tensor, neurons: int) -> None:
+    """int64 ``[k]``; on the CPU, also in ``[0, neurons)``."""
+    check_tensor(name, index)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name} is {index.dtype}: expected torch.int64")
+    if index.dim() != 1:
+        raise ValueError(f"{name} has shape {list(index.shape)}: expected [neurons]")
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = remembered(index, "range", lambda: tuple(bound.item() for bound in index.aminmax()))
+        if low < 0 or high >= neurons:
+            raise IndexError(f"{name} holds {low if low < 0 else high}: expected neurons in [0, {neurons})")
 
-    torch's ``once_differentiable`` raises only where the incoming gradient has a graph of its own, and else leaves
-    terms of the second derivative out in silence. Compiled backward passes refuse second derivatives themselves.
+
+def check_axis(name: str, axis: int) -> None:
+    if axis not in (0, 1):
+        raise ValueError(f"{name} is {axis!r}: expected 0 (neurons are rows) or 1 (columns)")
+
+
+def check_written(name: str, tensor: Tensor) -> None:
+    """A tensor that is written to holds each element once."""
+    if may_overlap(tensor):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}, so that elements share "
+            "memory: pass a copy (.contiguous())"
+        )
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor may share memory (expanded, unfolded, ``as_strided``)."""
+    if torch.compiler.is_compiling():  # which can sort no sizes that vary
+        return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def check_labels(labels: Tensor, name: str, inputs: Tensor) -> None:
+    """Integers ``[B, T]`` beside ``inputs``. Their values are checked by ``check_label_values``."""
+    check_tensor("labels", labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels is {labels.dtype}: expected an integer tensor, usually int64")
+    if labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}: expected {list(inputs.shape[:2])}, one label for each of {name}"
+        )
+    check_device("labels", labels, name, inputs)
+
+
+def check_label_values(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Each label is ``ignore_index`` or in ``[0, vocabulary)``: raises on the CPU, else the device asserts it."""
+    if labels.device.type == "meta":
+        return
+    allowed = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    expected = f"expected {ignore_index} (ignored) or a token in [0, {vocabulary})"
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(allowed.all(), f"labels contains another value than {expected}")
+    elif not allowed.all():
+        raise ValueError(f"labels contains {labels[~allowed][0].item()}: {expected}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -_MAX_INT <= ignore_index <= _MAX_INT:
+        raise ValueError(f"ignore_index is {ignore_index!r}: expected a 64-bit integer, usually -100")
+
+
+def check_number(name: str, value: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a Python number")
+
+
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}: expected a finite number above 0")
+
+
+def check_finite(name: str, value: float) -> None:
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: expected a finite number")
+
+
+def check_first_order(name: str, instead: str) -> None:
+    """Called in a backward pass that autograd cannot differentiate: refuses ``create_graph=True``.
+
+    torch's ``once_differentiable`` raises only if the incoming gradient has a graph of its own. Otherwise terms of the
+    second derivative would be missing without an error. Compiled backward passes refuse second derivatives themselves.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name} can be differentiated once, so not with create_graph=True: {instead}")

@@ -1,10 +1,10 @@
-r"""Log-probabilities of labels under a softmax over a vocabulary, each pass over the logits made once.
+r"""Log-probabilities of labels under a softmax over a vocabulary. Forward and backward each read the logits once.
 
 .. math:: \log p_t = x_{t, y_t} - m_t - \log S_t, \qquad m_t = \max_v x_{tv}, \quad S_t = \sum_v e^{x_{tv} - m_t},
           \qquad \frac{\partial \log p_t}{\partial x_{tv}} = [v = y_t] - \frac{e^{x_{tv} - m_t}}{S_t}
 
-Kept for the backward pass are, beside the logits, the numbers :math:`\log p_t, m_t, S_t` of each token. The maximum and
-the sum are kept apart, because their log-sum-exp would be rounded at the size of the logits.
+The backward pass needs the logits and three numbers of each token, :math:`\log p_t, m_t, S_t`. The maximum and the sum
+are kept apart, because their log-sum-exp would be rounded at the size of the logits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, native
-from ._checks import check_first_order, check_floating, check_same_device
-from .subspace_update import compute_dtype_of
+from .. import backends
+from ._checks import (
+    check_device,
+    check_first_order,
+    check_floating,
+    check_ignore_index,
+    check_label_values,
+    check_tensor,
+    may_overlap,
+)
 
 
 def token_logps(
@@ -34,48 +41,50 @@ def token_logps(
         logits: ``[B, T, V]`` in float32, bfloat16, float16 or float64, any strides.
         labels: int64 ``[B, T]``; position t of the result belongs to ``labels[:, t + shift]``.
         ignore_index: the label of tokens that do not count; their logits are not read.
-        shift: 1 where labels lie beside their inputs, 0 where they lie beside the logits that predict them.
+        shift: 1 if labels lie beside their inputs, 0 if they lie beside the logits that predict them.
         entropy: also return the entropy in nats of each counted token's softmax. It is not differentiable.
-        in_place: the backward pass writes the gradient over the logits' memory. The logits are lost by then: whatever
-            else has saved them for its own backward pass raises.
+        in_place: the backward pass writes the gradient over the logits' memory. Anything else that saved the logits for
+            its own backward pass then raises.
 
     Returns:
         ``[B, T]`` each (the second ``None`` without ``entropy``), float64 for float64 logits, else float32; 0 where a
         token does not count. Differentiable once with respect to the logits.
 
     Raises:
-        ValueError: on the CPU, for a label outside ``[0, V)`` that is not ``ignore_index``; elsewhere the device
-            asserts it and nothing waits for the device. Also for ``in_place`` with logits that are a leaf of the graph
-            or overlap in memory.
+        TypeError: logits that are not floating point, labels that are not int64.
+        ValueError: shapes or devices that do not fit, a negative ``shift``; on the CPU, a label outside ``[0, V)`` that
+            is not ``ignore_index`` (elsewhere the device asserts it, and nothing waits for the device); ``in_place``
+            with logits that are a leaf of the graph, a view of one, or overlap in memory.
     """
-    check_floating("logits", [logits])
-    check_same_device("logits", [logits, labels])
-    if logits.dim() != 3 or labels.dtype != torch.int64 or labels.shape != logits.shape[:2]:
+    check_floating("logits", logits)
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}: expected torch.int64")
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"logits has shape {list(logits.shape)} and labels is {labels.dtype} {list(labels.shape)}: "
-            "expected [B, T, V] and torch.int64 [B, T]"
+            f"logits has shape {list(logits.shape)} and labels {list(labels.shape)}: expected [B, T, V] and [B, T]"
         )
-    check_labels(labels, ignore_index, logits.shape[2])
+    check_device("labels", labels, "logits", logits)
+    check_ignore_index(ignore_index)
+    if not isinstance(shift, int) or isinstance(shift, bool) or shift < 0:
+        raise ValueError(f"shift is {shift!r}: expected 0 or a larger integer")
+    check_label_values(labels, ignore_index, logits.shape[2])
     if in_place and torch.is_grad_enabled() and logits.requires_grad:
         _check_overwritable(logits)
+    shift = torch.sym_min(shift, labels.shape[1])  # beyond it nothing counts, and positions must not overflow
     logps, entropies = _TokenLogps.apply(logits, labels, ignore_index, shift, entropy, in_place)
     return logps, entropies if entropy else None
 
 
-def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Each label is ``ignore_index`` or in ``[0, vocabulary)``: raises on the CPU, else the device asserts it."""
-    allowed = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
-    expected = f"expected {ignore_index} (ignored) or a token in [0, {vocabulary})"
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(allowed.all(), f"labels contains another value than {expected}")
-    elif not allowed.all():
-        raise ValueError(f"labels contains {labels[~allowed][0].item()}: {expected}")
-
-
 def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError("logits is a leaf of the graph, which in_place would overwrite: use in_place=False")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    # torch.compile writes to copies of its own, and cannot trace a look at what a view is based on.
+    base = None if torch.compiler.is_compiling() else logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf):
+        raise ValueError(
+            "logits is a leaf of the graph or a view of one (a parameter?), which in_place would overwrite: "
+            "use in_place=False"
+        )
+    if may_overlap(logits):
         raise ValueError(f"logits has the strides {logits.stride()} and overlaps itself: use in_place=False")
 
 
@@ -104,29 +113,3 @@ class _TokenLogps(torch.autograd.Function):
         else:
             slope = backends.function(logits.device, "token_logps_gradient")(logits, *arguments)
         return slope, None, None, None, None, None
-
-
-def fake_token_logps(
-    logits: Tensor, labels: Tensor, ignore_index: int, shift: int, first: int, vocabulary: int, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length, _ = logits.shape
-    dtype = compute_dtype_of(logits.dtype)
-    return (
-        logits.new_empty(rows, length, dtype=dtype),
-        logits.new_empty(2, rows, length, dtype=dtype),
-        logits.new_empty(rows if entropy else 0, length, dtype=dtype),
-    )
-
-
-def fake_token_logps_gradient(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits)
-
-
-def fake_token_logps_gradient_(logits: Tensor, *_: Any) -> None:
-    return None
-
-
-if native.has_cpu or native.has_cuda:
-    torch.library.register_fake("shapo_kernels::token_logps", fake_token_logps)
-    torch.library.register_fake("shapo_kernels::token_logps_gradient", fake_token_logps_gradient)
-    torch.library.register_fake("shapo_kernels::token_logps_gradient_", fake_token_logps_gradient_)

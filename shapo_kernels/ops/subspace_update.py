@@ -3,10 +3,10 @@ r"""The subspace update: gather the selected gradient and its norm, scale, pertu
     eps = rho * g_S / (||g_S||_2 + eta),      W[S] <- W[S] + eps,      W[S] <- the bits it had
 
 (Foret et al., arXiv:2010.01412, eq. 2, restricted to a subspace S as in ShaPO, arXiv:2602.07340.) Each function takes
-every layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on; its
+every layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on. Its
 *compact* form is what ``index_select(axis, index)`` gives: ``[rows, k]`` for axis 1, ``[k, columns]`` for axis 0. The
-compute dtype is float64 where the layer is float64, else float32; squared norms, radii and scales are float64 tensors
-on the layers' device, so that nothing here waits for the device.
+compute dtype is float64 if the layer is float64, else float32. Squared norms, radii and scales are float64 tensors on
+the layers' device, so that nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, native
-from ._checks import check_floating, check_lengths, check_same_device
+from .. import backends, reference
+from ._checks import (
+    check_all_floating,
+    check_all_on_one_device,
+    check_axis,
+    check_device,
+    check_index,
+    check_lengths,
+    check_tensor,
+    check_written,
+    compute_dtype_of,
+)
+from ._memory import remembered
 
 NORMS = ("global", "layer", "none")
-
-
-def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that directions of a layer of ``dtype`` are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gather(
@@ -50,8 +56,10 @@ def gather(
 
     Raises:
         TypeError: a tensor that is not floating point, an index that is not int64, ``values`` of another dtype.
-        ValueError: lists of different lengths, tensors that are not 2-D or lie on several devices, an axis other than
-            0, 1, ``values`` of another shape.
+        ValueError: lists of different lengths, tensors that are not 2-D or not on one device, an axis other than 0, 1,
+            ``values`` of another shape.
+        IndexError: on the CPU, an index that is out of range. On a GPU it reads as NaN, which makes the norm NaN, and
+            is never written to (the reference fails a device assertion).
     """
     _check_layers("sources", sources, indices, axes)
     dtypes = [compute_dtype_of(source.dtype) for source in sources]
@@ -78,15 +86,15 @@ def squared_norms(values: Sequence[Tensor]) -> Tensor:
         TypeError: a tensor that is not floating point.
         ValueError: tensors on several devices.
     """
-    check_floating("values", values)
-    check_same_device("values", values)
+    check_all_floating("values", values)
+    check_all_on_one_device("values", values, "values", values)
     if not values:
         return torch.empty(0, dtype=torch.float64)
     return backends.function(values[0].device, "squared_norms")(list(values))
 
 
 def selected_squared_norms(sources: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> Tensor:
-    """The squared norms that :func:`gather` returns, without writing the compact values."""
+    """The squared norms that :func:`gather` returns, without writing the compact values. Raises as it does."""
     _check_layers("sources", sources, indices, axes)
     if not sources:
         return torch.empty(0, dtype=torch.float64)
@@ -107,8 +115,8 @@ def perturbation_scale(
               \sqrt{n_l} \text{ (layer)}; \qquad s_l = \rho_l \text{ (none)}
 
     With ``weight_squared_norms`` the radius is relative: rho_l is multiplied by the norm of the weights, over all
-    layers for "global", of the layer itself for "layer". Where the norm is zero or not finite the scale is 0, so that
-    the weights stay as they are: no decision is taken on the host.
+    layers for "global", of the layer itself for "layer". If the norm is zero or not finite the scale is 0, so that the
+    weights stay as they are; no decision is taken on the host.
 
     Args:
         squared_norms: n_l, float64 ``[n]``.
@@ -119,13 +127,24 @@ def perturbation_scale(
 
     Raises:
         TypeError: tensors that are not float64.
-        ValueError: an unknown norm, shapes that differ, a relative radius with norm "none".
+        ValueError: an unknown norm, shapes or devices that differ, a relative radius with norm "none".
     """
-    _check_scale({"squared_norms": squared_norms, "rho": rho}, weight_squared_norms, norm, squared_norms.numel())
+    check_tensor("squared_norms", squared_norms)
+    _check_per_layer("squared_norms", squared_norms, squared_norms.numel())
+    _check_per_layer("rho", rho, squared_norms.numel(), "squared_norms", squared_norms)
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+    if weight_squared_norms is not None:
+        if norm == "none":
+            raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
+        _check_per_layer(
+            "weight_squared_norms", weight_squared_norms, squared_norms.numel(), "squared_norms", squared_norms
+        )
+        weight_squared_norms = weight_squared_norms.contiguous()
     if not squared_norms.numel():
         return torch.empty_like(rho)
     return backends.function(squared_norms.device, "perturbation_scale")(
-        squared_norms, rho, weight_squared_norms, norm, eta
+        squared_norms.contiguous(), rho.contiguous(), weight_squared_norms, norm, eta
     )
 
 
@@ -137,9 +156,7 @@ def norms_and_scale(
     norm: str = "global",
     eta: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`squared_norms` of the directions and their :func:`perturbation_scale`, which together save a launch.
-
-    For norms that no collective changes in between.
+    """:func:`squared_norms` of the directions and their :func:`perturbation_scale`.
 
     Returns:
         The squared norms and the scale, float64 ``[n]`` each.
@@ -147,12 +164,10 @@ def norms_and_scale(
     Raises:
         TypeError, ValueError: as those two.
     """
-    check_floating("values", values)
-    check_same_device("values", values)
-    _check_scale({"rho": rho}, weight_squared_norms, norm, len(values))
-    if not values:
-        return torch.empty_like(rho), torch.empty_like(rho)
-    return backends.function(values[0].device, "norms_and_scale")(list(values), rho, weight_squared_norms, norm, eta)
+    squares = squared_norms(values)
+    if not values and isinstance(rho, Tensor):
+        squares = squares.to(rho.device)
+    return squares, perturbation_scale(squares, rho, weight_squared_norms=weight_squared_norms, norm=norm, eta=eta)
 
 
 def perturb_(
@@ -164,6 +179,7 @@ def perturb_(
     backups: Sequence[Tensor],
     *,
     compute_dtype: torch.dtype | None = None,
+    rounding_key: int | None = None,
 ) -> Tensor:
     r"""Add ``scale_l * directions_l`` to the selected neurons in place, keeping their old bits in ``backups``.
 
@@ -176,34 +192,45 @@ def perturb_(
         column 0: ||realised||^2     column 1: <realised, s_l d_l>     column 2: ||W_old[S_l]||^2
 
     Args:
-        weights: n floating-point tensors ``[rows, columns]`` of any stride.
-        indices, axes: as for :func:`gather`; an index twice in one layer is an error of the caller.
+        weights: n floating-point tensors ``[rows, columns]`` of any stride, no two of them one tensor.
+        indices, axes: as for :func:`gather`; an index twice in one layer is an error of the caller, which the CPU
+            detects.
         directions: n contiguous compact tensors in the compute dtype.
         scale: float64 ``[n]``.
         backups: n contiguous compact tensors in the weights' dtype, overwritten.
         compute_dtype: the dtype that the weights are used in (autocast's); the weights' own by default.
+        rounding_key: a number of 32 bits; bfloat16 and float16 weights are then rounded stochastically:
+
+                round(x) = hi with probability (x - lo) / (hi - lo), else lo,    lo <= x <= hi neighbours in the dtype
+
+            A perturbation far below the spacing of 16-bit weights rounds away to nothing; rounded stochastically its
+            expectation is kept, at the price of noise of about sqrt(|eps| * spacing) in each element. The draws are a
+            hash of the key, the layer's number and the element's: the same on every device. Computed in plain PyTorch
+            on every backend.
 
     Returns:
         float64 ``[n, 3]``.
 
     Raises:
-        TypeError: a dtype other than described. ValueError: a shape or device other than described.
+        TypeError: a dtype other than described. ValueError: a shape or device other than described, a weight whose
+        elements share memory or that is given twice; on the CPU, an index twice in one layer. Nothing has been written
+        then.
     """
     _check_layers("weights", weights, indices, axes)
     _check_compact("directions", directions, weights, indices, axes, [compute_dtype_of(w.dtype) for w in weights])
     _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
-    if scale.dtype != torch.float64 or list(scale.shape) != [len(weights)]:
-        raise ValueError(
-            f"scale is {scale.dtype} {list(scale.shape)}: expected torch.float64 {[len(weights)]}, one for each layer"
-        )
+    _check_per_layer("scale", scale, len(weights), "weights[0]", weights[0] if weights else scale)
+    _check_writable(weights, indices)
     if not weights:
         return torch.empty(0, 3, dtype=torch.float64)
-    realised = backends.function(weights[0].device, "perturb_")(
-        list(weights), list(indices), list(axes), list(directions), scale, list(backups), compute_dtype
-    )
-    # Custom operators do not bump version counters by themselves; without it autograd would use changed weights
-    # silently.
-    torch.autograd.graph.increment_version([*weights, *backups])
+    arguments = list(weights), list(indices), list(axes), list(directions), scale.contiguous(), list(backups)
+    if rounding_key is None:
+        realised = backends.function(weights[0].device, "perturb_")(*arguments, compute_dtype)
+        # Custom operators do not bump version counters by themselves. Without it autograd would silently use changed
+        # weights.
+        torch.autograd.graph.increment_version([*weights, *backups])
+    else:
+        realised = reference.perturb_(*arguments, compute_dtype, rounding_key)
     return realised
 
 
@@ -217,24 +244,11 @@ def restore_(
     """
     _check_layers("weights", weights, indices, axes)
     _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
+    _check_writable(weights, indices)
     if not weights:
         return
     backends.function(weights[0].device, "restore_")(list(weights), list(indices), list(axes), list(backups))
     torch.autograd.graph.increment_version(list(weights))
-
-
-def _check_scale(tensors: dict[str, Tensor], weight_squared_norms: Tensor | None, norm: str, layers: int) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
-    if weight_squared_norms is not None:
-        if norm == "none":
-            raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
-        tensors = {**tensors, "weight_squared_norms": weight_squared_norms}
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float64:
-            raise TypeError(f"{name} is {tensor.dtype}: expected torch.float64")
-        if tensor.dim() != 1 or tensor.numel() != layers:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {[layers]}, one for each layer")
 
 
 def _compact_shape(tensor: Tensor, index: Tensor, axis: int) -> tuple[int, int]:
@@ -243,17 +257,14 @@ def _compact_shape(tensor: Tensor, index: Tensor, axis: int) -> tuple[int, int]:
 
 def _check_layers(name: str, tensors: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> None:
     check_lengths({name: tensors, "indices": indices, "axes": axes})
-    check_floating(name, tensors)
-    check_same_device(name, [*tensors, *indices])
+    check_all_floating(name, tensors)
     for position, (tensor, index, axis) in enumerate(zip(tensors, indices, axes, strict=True)):
         if tensor.dim() != 2:
             raise ValueError(f"{name}[{position}] has shape {list(tensor.shape)}: expected [rows, columns]")
-        if index.dtype != torch.int64:
-            raise TypeError(f"indices[{position}] is {index.dtype}: expected torch.int64")
-        if index.dim() != 1:
-            raise ValueError(f"indices[{position}] has shape {list(index.shape)}: expected [neurons]")
-        if axis not in (0, 1):
-            raise ValueError(f"axes[{position}] is {axis!r}: expected 0 (neurons are rows) or 1 (columns)")
+        check_axis(f"axes[{position}]", axis)
+        check_index(f"indices[{position}]", index, tensor.shape[axis])
+    check_all_on_one_device(name, tensors, name, tensors)
+    check_all_on_one_device("indices", indices, name, tensors)
 
 
 def _check_compact(
@@ -265,10 +276,10 @@ def _check_compact(
     dtypes: Sequence[torch.dtype],
 ) -> None:
     check_lengths({name: compact, "weights": weights})
-    check_same_device(name, [*compact, *weights[:1]])
     for position, (tensor, weight, index, axis, dtype) in enumerate(
         zip(compact, weights, indices, axes, dtypes, strict=True)
     ):
+        check_tensor(f"{name}[{position}]", tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name}[{position}] is {tensor.dtype}: expected {dtype} for a weight of {weight.dtype}")
         shape = _compact_shape(weight, index, axis)
@@ -277,48 +288,31 @@ def _check_compact(
                 f"{name}[{position}] has shape {list(tensor.shape)}, strides {list(tensor.stride())}: "
                 f"expected a contiguous {list(shape)}"
             )
+    check_all_on_one_device(name, compact, "weights", weights)
 
 
-if native.has_cpu or native.has_cuda:
+def _check_per_layer(name: str, tensor: Tensor, layers: int, other_name: str = "", other: Tensor | None = None) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype != torch.float64:
+        raise TypeError(f"{name} is {tensor.dtype}: expected torch.float64")
+    if tensor.dim() != 1 or tensor.numel() != layers:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {[layers]}, one for each layer")
+    if other is not None:
+        check_device(name, tensor, other_name, other)
 
-    @torch.library.register_fake("shapo_kernels::gather_into")
-    def _gather_into_fake(
-        sources: list[Tensor], indices: list[Tensor], axes: list[int], values: list[Tensor], squared_norms: Tensor
-    ) -> None:
-        return None
 
-    @torch.library.register_fake("shapo_kernels::squared_norms")
-    def _squared_norms_fake(values: list[Tensor]) -> Tensor:
-        return values[0].new_empty(len(values), dtype=torch.float64)
+def _check_writable(weights: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    places: dict[tuple[int, tuple[int, ...]], int] = {}
+    for position, (weight, index) in enumerate(zip(weights, indices, strict=True)):
+        check_written(f"weights[{position}]", weight)
+        if weight.numel() and weight.device.type != "meta":
+            first = places.setdefault((weight.data_ptr(), weight.stride()), position)
+            if first != position:
+                raise ValueError(f"weights[{position}] is weights[{first}] again: pass it once, with all its neurons")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and _repeats(index):
+            raise ValueError(f"indices[{position}] holds a neuron twice: pass each neuron once")
 
-    @torch.library.register_fake("shapo_kernels::selected_squared_norms")
-    def _selected_squared_norms_fake(sources: list[Tensor], indices: list[Tensor], axes: list[int]) -> Tensor:
-        return sources[0].new_empty(len(sources), dtype=torch.float64)
 
-    @torch.library.register_fake("shapo_kernels::perturbation_scale")
-    def _perturbation_scale_fake(
-        squared_norms: Tensor, rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
-    ) -> Tensor:
-        return torch.empty_like(squared_norms)
-
-    @torch.library.register_fake("shapo_kernels::norms_and_scale")
-    def _norms_and_scale_fake(
-        values: list[Tensor], rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(rho), torch.empty_like(rho)
-
-    @torch.library.register_fake("shapo_kernels::perturb_")
-    def _perturb_fake(
-        weights: list[Tensor],
-        indices: list[Tensor],
-        axes: list[int],
-        directions: list[Tensor],
-        scale: Tensor,
-        backups: list[Tensor],
-        compute_dtype: torch.dtype | None,
-    ) -> Tensor:
-        return scale.new_empty(len(weights), 3)
-
-    @torch.library.register_fake("shapo_kernels::restore_")
-    def _restore_fake(weights: list[Tensor], indices: list[Tensor], axes: list[int], backups: list[Tensor]) -> None:
-        return None
+def _repeats(index: Tensor) -> bool:
+    """Whether an index on the CPU holds a number twice."""
+    return remembered(index, "repeats", lambda: index.unique().numel() < index.numel())

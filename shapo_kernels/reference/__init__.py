@@ -1,15 +1,13 @@
 """Every operator in plain PyTorch: the slow, obvious truth that each backend is tested against.
 
-The functions carry the names and positional arguments of the schemas in ``csrc/register.cpp``; what they compute is
+The functions carry the names and positional arguments of the schemas in ``ops/_schemas.py``; what they compute is
 documented once, at the public functions of :mod:`shapo_kernels.ops`.
 """
 
 from .column_cosine import column_cosine
-from .neuron_update import neuron_gradient, neuron_update
 from .sequence_logps import token_logps, token_logps_gradient, token_logps_gradient_
 from .subspace_update import (
     gather_into,
-    norms_and_scale,
     perturb_,
     perturbation_scale,
     restore_,
@@ -17,12 +15,10 @@ from .subspace_update import (
     squared_norms,
 )
 
+#: The operators.
 __all__ = [
     "column_cosine",
     "gather_into",
-    "neuron_gradient",
-    "neuron_update",
-    "norms_and_scale",
     "perturb_",
     "perturbation_scale",
     "restore_",

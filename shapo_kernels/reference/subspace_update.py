@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rounding import HALVES, mixed, round_stochastically
+
 
 def gather_into(
     sources: list[Tensor], indices: list[Tensor], axes: list[int], values: list[Tensor], squared_norms: Tensor
@@ -42,13 +44,6 @@ def perturbation_scale(
     return torch.where(usable, radius / (squares.sqrt() + eta), 0.0)
 
 
-def norms_and_scale(
-    values: list[Tensor], rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
-) -> tuple[Tensor, Tensor]:
-    squares = squared_norms(values)
-    return squares, perturbation_scale(squares, rho, weight_squared_norms, norm, eta)
-
-
 def perturb_(
     weights: list[Tensor],
     indices: list[Tensor],
@@ -57,19 +52,24 @@ def perturb_(
     scale: Tensor,
     backups: list[Tensor],
     compute_dtype: torch.dtype | None,
+    rounding_key: int | None = None,
 ) -> Tensor:
     # Every backup is full before anything is written: an interrupt may come between any two lines here.
     for weight, index, axis, backup in zip(weights, indices, axes, backups, strict=True):
         backup.copy_(weight.index_select(axis, index))
     realised = []
-    for weight, index, axis, direction, s, old in zip(weights, indices, axes, directions, scale, backups, strict=True):
-        step = s.to(direction.dtype) * direction
-        new = torch.where(s == 0, old, (old.to(direction.dtype) + step).to(weight.dtype))
+    for layer, (weight, index, axis, direction, s, old) in enumerate(
+        zip(weights, indices, axes, directions, scale, backups, strict=True)
+    ):
+        step = torch.where(s == 0, 0.0, s.to(direction.dtype) * direction)
+        new = old.to(direction.dtype) + step
+        if rounding_key is not None and weight.dtype in HALVES:
+            new = round_stochastically(new, weight.dtype, key=mixed(rounding_key ^ layer))
+        new = torch.where(s == 0, old, new.to(weight.dtype))
         weight.index_copy_(axis, index, new)
         computed = compute_dtype or weight.dtype
         moved = torch.where(s == 0, 0.0, new.to(computed).double() - old.to(computed).double())
-        intended = torch.where(s == 0, 0.0, step).double()
-        realised.append(torch.stack([moved.square().sum(), (moved * intended).sum(), old.double().square().sum()]))
+        realised.append(torch.stack([moved.square().sum(), (moved * step).sum(), old.double().square().sum()]))
     return torch.stack(realised)
 
 

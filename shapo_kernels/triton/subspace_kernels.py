@@ -26,12 +26,18 @@ MIXED = tl.constexpr(_MIXED)
 
 
 @triton.jit
-def _layer_of(table, layer_of_block, layers):
+def _layer_of(table, layers):
     """The layer of this program, its row in the table, and the block's number within the layer."""
-    block = tl.program_id(0)
-    layer = tl.load(layer_of_block + block)
-    first = tl.load(table + layers * FIELDS + layer)
-    return layer, table + layer * FIELDS, block.to(tl.int64) - first
+    block = tl.program_id(0).to(tl.int64)
+    starts = table + layers * FIELDS
+    low = tl.zeros([], tl.int64)
+    high = low + layers
+    while high - low > 1:  # the last layer whose first block is not behind this one: layers without blocks are skipped
+        middle = (low + high) // 2
+        before = tl.load(starts + middle) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, table + low * FIELDS, block - tl.load(starts + low)
 
 
 @triton.jit
@@ -119,11 +125,9 @@ def _gather(row, block, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit(do_not_specialize=["layers"])
-def gather_kernel(
-    table, layer_of_block, layers, partials, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def gather_kernel(table, layers, partials, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """partials[block] = the block's sum of squares; values go to the compact form where the layer has one."""
-    _, row, block = _layer_of(table, layer_of_block, layers)
+    _, row, block = _layer_of(table, layers)
     if DTYPE != MIXED:
         square = _gather(row, block, PATH, DTYPE, BLOCK)
     else:
@@ -174,7 +178,6 @@ def _perturb(row, block, scale, rounding, PATH: tl.constexpr, DTYPE: tl.constexp
 @triton.jit(do_not_specialize=["layers", "blocks", "rounding"], do_not_specialize_on_alignment=["scales"])
 def perturb_kernel(
     table,
-    layer_of_block,
     layers,
     blocks,
     scales,
@@ -185,7 +188,7 @@ def perturb_kernel(
     BLOCK: tl.constexpr,
 ):
     """Old bits to the backup, W += scale * direction; partials[c, block] = the block's three sums."""
-    layer, row, block = _layer_of(table, layer_of_block, layers)
+    layer, row, block = _layer_of(table, layers)
     scale = tl.load(scales + layer)
     if DTYPE != MIXED:
         square, along, old = _perturb(row, block, scale, rounding, PATH, DTYPE, BLOCK)
@@ -213,9 +216,9 @@ def _restore(row, block, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["layers"])
-def restore_kernel(table, layer_of_block, layers, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def restore_kernel(table, layers, PATH: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """The backup's bits back into the layers."""
-    _, row, block = _layer_of(table, layer_of_block, layers)
+    _, row, block = _layer_of(table, layers)
     if DTYPE != MIXED:
         _restore(row, block, PATH, DTYPE, BLOCK)
     else:
@@ -266,42 +269,6 @@ def _scale(
 
 
 @triton.jit(
-    do_not_specialize=["layers", "blocks", "norm", "relative"],
-    do_not_specialize_on_alignment=["rho", "weight_squares"],
-)
-def add_and_scale_kernel(
-    table,
-    layers,
-    blocks,
-    partials,
-    squares,
-    rho,
-    weight_squares,
-    scales,
-    eta_high,
-    eta_low,
-    norm,
-    relative,
-    CHUNK: tl.constexpr,
-):
-    """The norms' second stage and the scale in one: squares[layer] and scales[layer]; one program for each layer.
-
-    Every program adds all blocks for the global norm, in the same order: that is cheaper than another launch.
-    ``norm`` is 0 global, 1 layer, 2 none.
-    """
-    layer = tl.program_id(0)
-    first = tl.load(table + layers * FIELDS + layer)
-    last = tl.load(table + layers * FIELDS + layer + 1)
-    own = _add(partials, first, last, CHUNK)
-    tl.store(squares + layer, own)
-    zero = tl.zeros([], tl.int64)
-    everything = _add(partials, zero, zero + blocks, CHUNK)
-    radius = tl.load(rho + layer)
-    scale = _scale(own, everything, radius, weight_squares, layer, layers, eta_high, eta_low, norm, relative, CHUNK)
-    tl.store(scales + layer, scale)
-
-
-@triton.jit(
     do_not_specialize=["layers", "norm", "relative"],
     do_not_specialize_on_alignment=["squares", "rho", "weight_squares"],
 )
@@ -317,7 +284,7 @@ def scale_kernel(
     relative,
     CHUNK: tl.constexpr,
 ):
-    """scales[layer] from squared norms that are there already (a collective may have added them up)."""
+    """scales[layer] from the squared norms of all layers. ``norm`` is 0 global, 1 layer, 2 none."""
     layer = tl.program_id(0)
     zero = tl.zeros([], tl.int64)
     everything = _add(squares, zero, zero + layers, CHUNK)

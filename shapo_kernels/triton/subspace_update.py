@@ -1,7 +1,7 @@
 """The subspace update in Triton: launchers of subspace_kernels.py; see :mod:`shapo_kernels.ops.subspace_update`.
 
 Every function takes all layers in one or two launches, whatever their number and dtypes, and waits for nothing. A whole
-perturbation (``norms_and_scale`` 2, ``perturb_`` 2, ``restore_`` 1) is five.
+perturbation (``squared_norms`` 2, ``perturbation_scale`` 1, ``perturb_`` 2, ``restore_`` 1) is six.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .subspace_kernels import (
-    add_and_scale_kernel,
     add_kernel,
     gather_kernel,
     perturb_kernel,
@@ -53,32 +52,6 @@ def squared_norms(values: list[Tensor]) -> Tensor:
         return _add(table, _gather(table), _doubles(table, table.layers))
 
 
-def norms_and_scale(
-    values: list[Tensor], rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
-) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(values[0]):
-        loadable = [_loadable(value) for value in values]
-        table = whole_table(loadable)
-        partials = _gather(table)
-        squares, scale = _doubles(table, table.layers), _doubles(table, table.layers)
-        add_and_scale_kernel[(table.layers,)](
-            table.fields,
-            table.layers,
-            table.blocks,
-            partials,
-            squares,
-            rho.contiguous(),
-            rho if weight_squared_norms is None else weight_squared_norms.contiguous(),
-            scale,
-            *_two_floats(eta),
-            NORMS[norm],
-            int(weight_squared_norms is not None),
-            CHUNK=CHUNK,
-            **OPTIONS,
-        )
-    return squares, scale
-
-
 def perturbation_scale(
     squared_norms: Tensor, rho: Tensor, weight_squared_norms: Tensor | None, norm: str, eta: float
 ) -> Tensor:
@@ -115,7 +88,6 @@ def perturb_(
         if table.blocks:
             perturb_kernel[(table.blocks,)](
                 table.fields,
-                table.layer_of_block,
                 table.layers,
                 table.blocks,
                 scale.contiguous(),
@@ -135,7 +107,6 @@ def restore_(weights: list[Tensor], indices: list[Tensor], axes: list[int], back
         if table.blocks:
             restore_kernel[(table.blocks,)](
                 table.fields,
-                table.layer_of_block,
                 table.layers,
                 PATH=table.path,
                 DTYPE=table.dtype,
@@ -149,7 +120,6 @@ def _gather(table: LayerTable) -> Tensor:
     if table.blocks:
         gather_kernel[(table.blocks,)](
             table.fields,
-            table.layer_of_block,
             table.layers,
             partials,
             PATH=table.path,

@@ -1,4 +1,4 @@
-"""The table that tells one launch about every layer: pointers, strides, shapes, and which block works on which layer.
+"""The table that tells one launch about every layer: pointers, strides, shapes, and each layer's first block.
 
 It is built on the host, copied without waiting, and kept. Its key is all that it holds, so that a tensor whose storage
 moved gets a new table and a recycled address cannot bring back a wrong one. This module launches no kernels.
@@ -36,8 +36,7 @@ _ARENA_WORDS = 2**19
 class LayerTable:
     """What a launch over all layers needs. ``dtype`` and ``path`` choose the kernel's specialisation."""
 
-    fields: Tensor  # int64 [layers, FIELDS]
-    layer_of_block: Tensor  # int32 [blocks]
+    fields: Tensor  # int64 [layers, FIELDS], then [layers + 1] first blocks
     layers: int
     blocks: int
     dtype: int
@@ -99,6 +98,7 @@ def _has_wide_rows(row: tuple[int, ...]) -> bool:
 _tables: OrderedDict[tuple[Any, ...], LayerTable] = OrderedDict()
 # A captured graph copies its tables from page-locked memory at every replay, so that what it was given is never reused.
 _captured: list[LayerTable] = []
+_captured_words: list[Tensor] = []
 _arena: Tensor | None = None
 _arena_used = 0
 
@@ -110,6 +110,7 @@ def _cached(rows: tuple[tuple[int, ...], ...], path: int, device: torch.device) 
         table = _build(rows, path, device, capturing=True)
         _captured.append(table)
         return table
+    _set_memory_aside()
     # The stream is part of the key: the copy that fills a table is ordered before the launches of its own stream only.
     key = (rows, path, device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tables:
@@ -125,27 +126,21 @@ def _build(
 ) -> LayerTable:
     layers = len(rows)
     counts = [_blocks_of(row, path) for row in rows]
-    blocks = sum(counts)
-    field_words = layers * FIELDS + (layers + 1)
-    field_words += field_words % 2  # the block map begins on 16 bytes
-    words = field_words + (blocks + 1) // 2
+    words = layers * FIELDS + layers + 1
     host = _host_words(words, device, capturing=capturing)
     host[: layers * FIELDS] = torch.tensor(rows, dtype=torch.int64).flatten()
-    starts = host[layers * FIELDS : layers * FIELDS + layers + 1]
+    starts = host[layers * FIELDS :]
     starts[0] = 0
     torch.cumsum(torch.tensor(counts, dtype=torch.int64), 0, out=starts[1:])
-    host[field_words:].view(torch.int32)[:blocks] = torch.repeat_interleave(
-        torch.arange(layers, dtype=torch.int32), torch.tensor(counts)
-    )
-    words_there = host if device.type != "cuda" else torch.empty(words, dtype=torch.int64, device=device)
-    if words_there is not host:
-        words_there.copy_(host, non_blocking=True)
+    fields = host
+    if device.type == "cuda":
+        fields = torch.empty(words, dtype=torch.int64, device=device)
+        fields.copy_(host, non_blocking=True)
     codes = {row[-1] for row in rows}
     return LayerTable(
-        fields=words_there,
-        layer_of_block=words_there[field_words:].view(torch.int32),
+        fields=fields,
         layers=layers,
-        blocks=blocks,
+        blocks=sum(counts),
         dtype=codes.pop() if codes in ({0}, {1}) else MIXED,
         path=path,
     )
@@ -162,18 +157,24 @@ def _blocks_of(row: tuple[int, ...], path: int) -> int:
 
 def _host_words(words: int, device: torch.device, *, capturing: bool) -> Tensor:
     """Host memory to build a table in: page-locked where it is copied to a GPU, so that the copy waits for nothing."""
-    global _arena, _arena_used
+    global _arena_used
     if device.type != "cuda":
         return torch.empty(words, dtype=torch.int64)
     if not capturing:
-        if _arena is None:
-            _arena = torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True)
         return torch.empty(words, dtype=torch.int64, pin_memory=True)
-    # Page-locked memory cannot be allocated while a graph is captured: it was set aside by the first call outside.
     if _arena is None or _arena_used + words > _ARENA_WORDS:
         raise RuntimeError(
             "no host memory is set aside for capturing these operators in a CUDA graph: "
-            "run them once before the capture, and capture them fewer times in one process"
+            "run them once outside of a capture before each capture"
         )
     _arena_used += words
-    return _arena[_arena_used - words : _arena_used]
+    part = _arena[_arena_used - words : _arena_used]
+    _captured_words.append(part)
+    return part
+
+
+def _set_memory_aside() -> None:
+    """For captures: page-locked memory cannot be allocated while a graph is captured."""
+    global _arena, _arena_used
+    if _arena is None or _arena_used > _ARENA_WORDS // 2:
+        _arena, _arena_used = torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True), 0

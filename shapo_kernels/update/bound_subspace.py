@@ -24,8 +24,8 @@ from ..model.binding import bind
 from ..model.descent_guard import DescentGuard
 from ..model.norms import selected_weight_squared_norms, total_over_parts
 from ..model.targets import Target
-from ..perturbation import Delta, InPlace, Perturbation, any_gathered, suits_delta, suits_in_place
-from ..stochastic_rounding import HALVES, StochasticRounding
+from ..perturbation import Delta, InPlace, Perturbation, StochasticRounding, any_gathered, suits_delta, suits_in_place
+from ..reference.rounding import HALVES
 from ..subspace import Subspace
 from .radius import Radius
 from .stats import UpdateStats

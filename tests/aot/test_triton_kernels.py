@@ -42,12 +42,6 @@ def test_specialisations_have_names_of_their_own():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_products_run_on_tensor_cores(dtype):
-    spec = next(s for s in aot.specialisations() if s.name == f"update_kernel[{dtype}, <= 128 neurons, indexed]")
-    assert "mma" in aot.compile_for(spec, "sm_80").asm["ptx"]
-
-
 def test_a_spill_and_a_narrow_access_are_noticed():
     spec = next(s for s in aot.specialisations() if s.wide)
     found = aot.violations(spec, "sm_90", aot.Resources(registers=999, shared=0, spills=8, widest=4))

@@ -19,6 +19,10 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent / "lib"
 
+SUBSPACE_UPDATE = {
+    "gather_into", "perturb_", "perturbation_scale", "restore_", "selected_squared_norms", "squared_norms"
+}  # fmt: skip
+
 # Stands for libtorch_cuda, which a CPU build of torch does not have: only what the operators ask of it.
 STUB = """
 #include <cstdint>
@@ -103,7 +107,7 @@ def test_the_library_uses_nothing_but_the_stable_abi(compiled):
 
 
 @pytest.mark.skipif(not native.has_cpu, reason="the schemas are in the CPU library")
-def test_the_library_loads_and_registers_every_operator(compiled, tmp_path):
+def test_the_library_loads_and_registers_the_subspace_update(compiled, tmp_path):
     library = compiled[2]
     code = (
         "import ctypes, torch\n"
@@ -116,7 +120,8 @@ def test_the_library_loads_and_registers_every_operator(compiled, tmp_path):
     if torch.version.cuda is not None:
         pytest.skip("a CUDA build of torch has the library's own dependencies")
     printed = run(sys.executable, "-c", code).split()
-    assert set(printed) == set(reference.__all__)
+    # The family that is written in CUDA C++; the others are Triton's and the reference's.
+    assert set(printed) == SUBSPACE_UPDATE
 
 
 def test_every_launch_is_checked_and_nothing_adds_floats_atomically():
@@ -136,7 +141,7 @@ def test_a_source_that_does_not_compile_says_so(tmp_path):
         nvcc.compile_source(source, ("sm_90",))
 
 
-def test_rows_are_moved_16_bytes_at_a_time_and_products_run_on_tensor_cores(compiled):
+def test_rows_are_moved_16_bytes_at_a_time(compiled):
     if nvcc.cuobjdump() is None:
         pytest.skip("cuobjdump is not here")
     functions = run(nvcc.cuobjdump(), "-sass", "-arch", "sm_90", compiled[2]).split("Function : ")[1:]
@@ -144,11 +149,7 @@ def test_rows_are_moved_16_bytes_at_a_time_and_products_run_on_tensor_cores(comp
         "gather_kernel",
         "perturb_kernel",
         "restore_kernel",
-        "strip_kernel",
-        "neuron_kernel",
-        "update_kernel",
     ):
         found = [function for function in functions if kernel in function.partition("\n")[0]]
         assert found, kernel
         assert any("LDG.E.128" in function for function in found), kernel
-    assert any("HMMA" in function for function in functions)

@@ -280,7 +280,7 @@ def test_integer_tensors_are_refused():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="policy_rejected has 1 pairs and policy_chosen has 3"):
         losses.dpo(ONES[0], torch.ones(1), ONES[0], ONES[0], beta=0.1)
-    with pytest.raises(ValueError, match=r"policy_chosen has the shape \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"policy_chosen has shape \[3, 1\]"):
         losses.dpo(*[torch.ones(3, 1)] * 4, beta=0.1)
     with pytest.raises(ValueError, match="q has 2 pairs"):
         losses.soft_preference(ONES[0], torch.ones(2))
@@ -293,7 +293,7 @@ def test_shapes_that_would_broadcast_are_refused():
 
 
 def test_devices_must_agree():
-    with pytest.raises(ValueError, match="ref_chosen lies on meta and policy_chosen on cpu"):
+    with pytest.raises(ValueError, match="ref_chosen is on meta and policy_chosen on cpu"):
         losses.dpo(ONES[0], ONES[0], torch.ones(3, device="meta"), ONES[0], beta=0.1)
 
 

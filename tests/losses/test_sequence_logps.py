@@ -179,19 +179,20 @@ def test_arguments_that_do_not_fit_are_refused():
     logits, hidden, weight = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(5, 4)
     labels = torch.zeros(2, 3, dtype=torch.int64)
     for arguments, error, message in (
-        ((logits[0], labels), ValueError, r"logits has the shape \[3, 5\]"),
-        ((logits, labels[:, 1:]), ValueError, r"labels has the shape \[2, 2\]: expected \[2, 3\]"),
+        ((logits[0], labels), ValueError, r"logits has shape \[3, 5\]"),
+        ((logits, labels[:, 1:]), ValueError, r"labels has shape \[2, 2\]: expected \[2, 3\]"),
         ((logits, labels.float()), TypeError, "labels is torch.float32"),
         ((logits.long(), labels), TypeError, "logits is torch.int64"),
-        ((logits, labels.to("meta")), ValueError, "labels lies on meta"),
+        ((logits, labels.to("meta")), ValueError, "labels is on meta"),
     ):
         with pytest.raises(error, match=message):
             losses.sequence_logps(*arguments)
     for arguments, options, error, message in (
-        ((hidden[0], weight, labels), {}, ValueError, r"hidden has the shape \[3, 4\]"),
-        ((hidden, weight.t(), labels), {}, ValueError, r"weight has the shape \[4, 5\]: expected \[V, 4\]"),
+        ((hidden[0], weight, labels), {}, ValueError, r"hidden has shape \[3, 4\]"),
+        ((hidden, weight.t(), labels), {}, ValueError, r"weight has shape \[4, 5\]: expected \[V, 4\]"),
         ((hidden, weight.double(), labels), {}, TypeError, "expected one dtype"),
-        ((hidden, weight, labels), {"bias": torch.ones(4)}, ValueError, r"bias is \[4\]"),
+        ((hidden, weight, labels), {"bias": torch.ones(4)}, ValueError, r"bias has shape \[4\]"),
+        ((hidden, weight, labels), {"bias": torch.ones(5).double()}, TypeError, "bias is torch.float64"),
         ((hidden, weight, labels), {"softcap": 0.0}, ValueError, "softcap is 0.0"),
         ((hidden, weight, labels), {"scale": -1.0}, ValueError, "scale is -1.0"),
         ((hidden, weight, labels), {"chunk_bytes": 0}, ValueError, "chunk_bytes is 0"),

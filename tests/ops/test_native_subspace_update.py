@@ -237,7 +237,6 @@ def test_unselected_memory_between_strided_rows_and_columns_is_never_written():
 
 OPERATORS = [
     "gather_into",
-    "norms_and_scale",
     "squared_norms",
     "selected_squared_norms",
     "perturbation_scale",
@@ -256,7 +255,6 @@ def test_opcheck(operator):
     arguments = {
         "gather_into": (*layers, zeros, torch.zeros(2, dtype=F64)),
         "squared_norms": (zeros,),
-        "norms_and_scale": (zeros, ones, ones, "layer", 1e-12),
         "selected_squared_norms": layers,
         "perturbation_scale": (ones, ones, ones, "layer", 1e-12),
         "perturb_": (*layers, zeros, ones, backups, torch.bfloat16),

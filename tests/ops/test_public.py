@@ -160,6 +160,8 @@ def test_column_cosine_is_the_cosine(axis, dtype):
         (lambda w, i, a: ops.gather(w, [i[0].int(), i[1]], a), TypeError, "expected torch.int64"),
         (lambda w, i, a: ops.gather(w, [i[0][None], i[1]], a), ValueError, r"expected \[neurons\]"),
         (lambda w, i, a: ops.gather(w, i, [1, 2]), ValueError, "expected 0"),
+        (lambda w, i, a: ops.gather(w, [i[0] + 1, i[1]], a), IndexError, r"indices\[0\] holds 9: expected"),
+        (lambda w, i, a: ops.restore_(w, [i[0] - 1, i[1]], a, w), IndexError, r"indices\[0\] holds -1"),
         (lambda w, i, a: ops.restore_(w, i, a, [w[0], w[1]]), ValueError, "expected a contiguous"),
         (lambda w, i, a: ops.restore_(w, i, a, [w[0].double(), w[1]]), TypeError, "backups"),
         (lambda w, i, a: ops.perturbation_scale(torch.ones(2), torch.ones(2, dtype=F64)), TypeError, "float64"),
@@ -177,73 +179,76 @@ def test_what_does_not_fit_is_refused(call, error, message):
         call(*layers())
 
 
-def eager_update(output, x, direction, index):
-    return output + x[..., index] @ direction.t()
+def perturbed(**changes):
+    weights, indices, axes = layers()
+    arguments = {
+        "weights": weights,
+        "indices": indices,
+        "axes": axes,
+        "directions": [torch.ones(5, 3), torch.ones(2, 4)],
+        "scale": torch.ones(2, dtype=F64),
+        "backups": [torch.zeros(5, 3), torch.zeros(2, 4)],
+    } | changes
+    return ops.perturb_(*arguments.values())
 
 
-def test_neuron_update_and_its_gradients_equal_eager_and_numerical_ones():
-    torch.manual_seed(0)
-    output, x = torch.randn(2, 3, 4, dtype=F64, requires_grad=True), torch.randn(2, 3, 6, dtype=F64, requires_grad=True)
-    direction = torch.randn(4, 2, dtype=F64, requires_grad=True)
-    index = torch.tensor([1, 5])
-    torch.testing.assert_close(
-        ops.neuron_update(output, x, direction, index), eager_update(output, x, direction, index), rtol=1e-12, atol=0
-    )
-    assert torch.autograd.gradcheck(lambda o, i, d: ops.neuron_update(o, i, d, index), (output, x, direction))
-    full = torch.randn(4, 6, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda o, i, d: ops.neuron_update(o, i, d), (output, x, full))
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"weights": [torch.zeros(1, 9).expand(5, 9), torch.zeros(7, 4)]}, ValueError, r"weights\[0\].*share memory"),
+        ({"weights": [torch.zeros(20).unfold(0, 9, 2)[:5], torch.zeros(7, 4)]}, ValueError, "share memory"),
+        (
+            {"indices": [torch.tensor([0, 3, 3]), torch.tensor([2, 6])]},
+            ValueError,
+            r"indices\[0\] holds a neuron twice",
+        ),
+        ({"scale": torch.ones(2)}, TypeError, "scale is torch.float32"),
+        ({"scale": torch.ones(3, dtype=F64)}, ValueError, r"scale has shape \[3\]"),
+        ({"scale": torch.ones(2, dtype=F64, device="meta")}, ValueError, "scale is on meta"),
+        ({"backups": [torch.zeros(5, 3, device="meta"), torch.zeros(2, 4)]}, ValueError, r"backups\[0\] is on meta"),
+    ],
+)
+def test_what_perturb_cannot_undo_is_refused_and_nothing_is_written(changes, error, message):
+    written = changes.get("weights") or layers()[0]
+    before = [w.clone() for w in written]
+    with pytest.raises(error, match=message):
+        perturbed(**{"weights": written} | changes)
+    assert all(torch.equal(w, b) for w, b in zip(written, before, strict=True))
 
 
-def test_neuron_tap_passes_the_output_on_and_gives_the_gradient_at_zero():
-    torch.manual_seed(0)
-    output, x = torch.randn(3, 4, dtype=F64, requires_grad=True), torch.randn(3, 6, dtype=F64)
-    leaf = torch.zeros((), dtype=F64).expand(4, 2).requires_grad_()
-    index = torch.tensor([0, 4])
-    tapped = ops.neuron_tap(output, x, leaf, index)
-    assert torch.equal(tapped, output)
-    zero = torch.zeros(4, 2, dtype=F64, requires_grad=True)
-    (got,) = torch.autograd.grad(tapped.pow(3).sum(), leaf)
-    (expected,) = torch.autograd.grad(eager_update(output, x, zero, index).pow(3).sum(), zero)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+def test_one_weight_twice_is_refused_and_parts_of_one_weight_are_not():
+    fused = torch.zeros(10, 4)
+    halves, index, ones = [fused[:5], fused[5:]], torch.tensor([0, 2]), torch.ones(2, dtype=F64)
+    backups = [torch.zeros(5, 2), torch.zeros(5, 2)]
+    with pytest.raises(ValueError, match=r"weights\[1\] is weights\[0\] again"):
+        ops.perturb_([fused[:5]] * 2, [index] * 2, [1, 1], [torch.ones(5, 2)] * 2, ones, backups)
+    ops.perturb_(halves, [index] * 2, [1, 1], [torch.ones(5, 2)] * 2, ones, backups)
+    assert fused.sum() == 20
 
 
-def test_gradients_of_gradients_are_numerical_ones_or_refused():
-    torch.manual_seed(0)
-    output, x = torch.randn(3, 4, dtype=F64, requires_grad=True), torch.randn(3, 6, dtype=F64, requires_grad=True)
-    direction, index = torch.randn(4, 2, dtype=F64), torch.tensor([1, 5])
-    assert torch.autograd.gradgradcheck(
-        lambda o, i: ops.neuron_update(o, i, direction, index).tanh(), (output, x), atol=1e-6
-    )
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        torch.autograd.grad(ops.neuron_update(output, x, direction.requires_grad_(), index).sum(), x, create_graph=True)
-    zero = torch.zeros(4, 2, dtype=F64, requires_grad=True)
-    found = []
-    for tap in (ops.neuron_tap, eager_update):
-        (slope,) = torch.autograd.grad(tap(output, x, zero, index).pow(3).sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(slope.pow(2).sum() + slope.sum(), zero)[0])
-    assert found[1].abs().max() > 0
-    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+def test_rho_and_norms_on_another_device_are_refused():
+    ones, elsewhere = torch.ones(2, dtype=F64), torch.ones(2, dtype=F64, device="meta")
+    with pytest.raises(ValueError, match="rho is on meta"):
+        ops.perturbation_scale(ones, elsewhere)
+    with pytest.raises(ValueError, match="rho is on cpu and squared_norms on meta"):
+        ops.perturbation_scale(elsewhere, ones)
+    with pytest.raises(ValueError, match="weight_squared_norms is on meta"):
+        ops.perturbation_scale(ones, ones, weight_squared_norms=elsewhere)
+    with pytest.raises(ValueError, match="rho is on meta"):
+        ops.norms_and_scale([torch.ones(3), torch.ones(2)], elsewhere)
+    with pytest.raises(ValueError, match=r"indices\[0\] is on meta"):
+        ops.gather([torch.ones(3, 3)], [torch.tensor([0], device="meta")], [1])
 
 
-@pytest.mark.parametrize("index", [torch.tensor([1, 5]), None])
-def test_a_single_token_without_a_batch_is_a_batch_of_one(index):
-    torch.manual_seed(0)
-    x, g = torch.randn(6), torch.randn(4)
-    got = ops.neuron_gradient(g, x, index)
-    torch.testing.assert_close(got, torch.outer(g, x if index is None else x[index]))
-
-
-def test_neuron_gradient_accumulates_low_precision_in_float32():
-    torch.manual_seed(0)
-    g, x = torch.randn(4096, 8).bfloat16(), torch.randn(4096, 16).bfloat16()
-    index = torch.tensor([3, 7])
-    got = ops.neuron_gradient(g, x, index)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), g.double().t() @ x[:, index].double(), rtol=1e-5, atol=1e-3)
-
-
-def test_neuron_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="direction has shape"):
-        ops.neuron_update(torch.zeros(2, 4), torch.zeros(2, 6), torch.zeros(4, 3), torch.tensor([1]))
-    with pytest.raises(ValueError, match="before their last dimension"):
-        ops.neuron_tap(torch.zeros(2, 4), torch.zeros(3, 6), torch.zeros(4, 1), torch.tensor([1]))
+@pytest.mark.parametrize("size", [1e-200, 1e200, 5e-324, 1e308])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_cosine_neither_overflows_nor_underflows(size, dtype):
+    weight = torch.tensor([[3.0, 0.0], [4.0, -2.0]], dtype=dtype)
+    direction = torch.tensor([1.0, 0.0], dtype=F64)
+    if dtype == F64:
+        # 5e-324 is the smallest number; times 3, 4 and -2 it is exact.
+        weight = weight * size if size < 1e300 else weight / 8 * size
+    got = ops.column_cosine(weight, direction * size)
+    torch.testing.assert_close(got.double(), torch.tensor([0.6, 0.0], dtype=F64), rtol=1e-7, atol=0)
+    rows = ops.column_cosine(weight.t().contiguous(), direction * size, axis=0)
+    torch.testing.assert_close(rows, got)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import shapo_kernels as sk
-from shapo_kernels.stochastic_rounding import StochasticRounding, round_stochastically
+from shapo_kernels import ops
+from shapo_kernels.reference.rounding import round_stochastically
 from tests.support.updates import bits, same_bits, update, wrap
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -78,7 +79,7 @@ def test_only_selected_neurons_are_written_and_their_sums_are_what_reached_them(
     weights, indices, axes, directions, scale = layers(dtype)
     before = [w.clone() for w in weights]
     backups = [torch.empty_like(d, dtype=dtype) for d in directions]
-    sums = StochasticRounding(3).perturb_(weights, indices, axes, directions, scale, backups)
+    sums = ops.perturb_(weights, indices, axes, directions, scale, backups, rounding_key=3)
     for w, b, i, a, d, s, row, backup in zip(
         weights, before, indices, axes, directions, scale, sums, backups, strict=True
     ):
@@ -95,12 +96,41 @@ def test_only_selected_neurons_are_written_and_their_sums_are_what_reached_them(
 def test_a_layer_with_scale_zero_stays_as_it_is_whatever_its_direction_holds():
     weights, indices, axes, directions, _ = layers(torch.bfloat16)
     directions[0].fill_(math.nan)
+    weights[0][1, 4] = math.inf  # a difference to itself is NaN
     before = weights[0].clone()
     backups = [torch.empty_like(d, dtype=torch.bfloat16) for d in directions]
     scale = torch.tensor([0.0, 1e-5], dtype=torch.float64)
-    sums = StochasticRounding(0).perturb_(weights, indices, axes, directions, scale, backups)
+    sums = ops.perturb_(weights, indices, axes, directions, scale, backups, rounding_key=0)
     assert torch.equal(weights[0], before)
+    assert torch.equal(backups[0], before.index_select(1, indices[0]))
     assert sums[0, :2].tolist() == [0, 0]
+    assert sums[0, 2] == math.inf
+
+
+def test_every_backend_draws_the_same_and_a_key_of_none_rounds_to_nearest():
+    found = {}
+    for name in sk.backends.available():
+        with sk.backends.use(name):
+            for key in (None, 5, 6):
+                weights, indices, axes, directions, scale = layers(torch.bfloat16)
+                backups = [torch.empty_like(d, dtype=torch.bfloat16) for d in directions]
+                ops.perturb_(weights, indices, axes, directions, 100 * scale, backups, rounding_key=key)
+                found.setdefault(key, []).append(torch.cat([w.flatten() for w in weights]))
+    assert all(torch.equal(one, ones[0]) for ones in found.values() for one in ones)
+    weights, indices, axes, directions, scale = layers(torch.bfloat16)
+    for w, i, a, d, s in zip(weights, indices, axes, directions, 100 * scale, strict=True):
+        w.index_copy_(a, i, (w.index_select(a, i).float() + s.float() * d).bfloat16())
+    assert torch.equal(found[None][0], torch.cat([w.flatten() for w in weights]))
+    assert not torch.equal(found[5][0], found[6][0])
+
+
+def test_what_does_not_fit_is_refused_with_a_rounding_key_too():
+    weights, indices, axes, directions, scale = layers(torch.bfloat16)
+    backups = [torch.empty_like(d, dtype=torch.bfloat16) for d in directions]
+    with pytest.raises(TypeError, match=r"scale is torch\.float32"):
+        ops.perturb_(weights, indices, axes, directions, scale.float(), backups, rounding_key=1)
+    with pytest.raises(TypeError, match=r"backups\[0\] is torch.float32"):
+        ops.perturb_(weights, indices, axes, directions, scale, [b.float() for b in backups], rounding_key=1)
 
 
 def build(toy, subspace, **options):

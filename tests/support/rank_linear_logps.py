@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from shapo_kernels import losses
-from shapo_kernels.losses import linear_tiles
+from shapo_kernels.ops import linear_tiles
 from tests.support.ranks import on_rank
 
 linear_tiles.FEWEST_COLUMNS = 3  # a small vocabulary is cut as a large one is

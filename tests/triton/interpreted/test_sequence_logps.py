@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapo_kernels import losses, ops, reference
-from shapo_kernels.losses import linear_tiles
+from shapo_kernels.ops import linear_tiles
 
 # By path: the package's attributes of these names are functions of operators.
 kernels = importlib.import_module("shapo_kernels.triton.sequence_logps")

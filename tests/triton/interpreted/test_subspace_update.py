@@ -100,7 +100,7 @@ def test_many_layers_take_the_launches_of_one(layers, monkeypatch):
     backups = poisoned(weights, indices, axes, [w.dtype for w in weights])
     ops.perturb_(weights, indices, axes, values, scale, backups)
     ops.restore_(weights, indices, axes, backups)
-    assert len(launches) == 5
+    assert len(launches) == 6
 
 
 def count_launches(monkeypatch):
@@ -196,13 +196,18 @@ def test_the_scale_follows_its_formula(norm, bad):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_an_index_outside_its_layer_makes_the_norm_nan_and_is_not_written(axis):
-    weight = torch.ones(16, 16)
-    indices = [torch.tensor([3, 16])]
-    values, squares = ops.gather([weight], indices, [axis])
+    """The public functions refuse it on the CPU; on a GPU, where nothing waits, this is what is left of it."""
+    run = lambda name, *arguments: backends.function(torch.device("cpu"), name)(*arguments)  # noqa: E731
+    layer = ([torch.ones(16, 16)], [torch.tensor([3, 16])], [axis])
+    values = [torch.zeros((16, 2) if axis == 1 else (2, 16))]
+    squares = torch.zeros(1, dtype=F64)
+    run("gather_into", *layer, values, squares)
     assert squares.isnan().all()
-    assert ops.perturbation_scale(squares, torch.ones(1, dtype=F64)).item() == 0
-    ops.perturb_([weight], indices, [axis], [torch.ones_like(values[0])], torch.ones(1, dtype=F64), [values[0].clone()])
-    assert weight.sum() == 16 * 16 + 16
+    backups = [torch.zeros_like(values[0])]
+    run("perturb_", *layer, [torch.ones_like(values[0])], torch.ones(1, dtype=F64), backups, None)
+    assert layer[0][0].sum() == 16 * 16 + 16
+    run("restore_", *layer, backups)
+    assert layer[0][0].sum() == 16 * 16
 
 
 def test_repeated_runs_give_the_same_bits():

@@ -1,4 +1,4 @@
-"""What a walk over the vocabulary keeps of each token, tile by tile. See ``linear_head``."""
+"""What is kept of each token while its vocabulary is walked tile by tile. See ``linear_head``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .linear_tiles import COUNTED, Tiles
 
 
 class Walk:
-    """Some tokens on their way over the vocabulary: the log-sum-exp of all logits but the label's, and the label's."""
+    """Running sums of some tokens over the vocabulary: the log-sum-exp of all logits but the label's, and that one."""
 
     def __init__(
         self,
@@ -21,8 +21,6 @@ class Walk:
         targets: Tensor,
         held: Tensor,
         tiles: Tiles,
-        scale: float,
-        softcap: float | None,
         statistics: bool,
     ) -> None:
         self.inputs, self.targets, self.held = inputs, targets, held
@@ -37,7 +35,9 @@ class Walk:
             self._best, self._argmax = self.rest.clone(), torch.zeros_like(targets)
 
     def see(self, logits: Tensor, columns: slice) -> None:
-        """Take a tile in; the label's logit becomes ``-inf`` in it."""
+        """Add a tile to the sums; the label's logit becomes ``-inf`` in it."""
+        if not len(logits) or not logits.shape[1]:
+            return
         if self._statistics:
             best, at = logits.max(1)
             better = best.double() > self._best
@@ -99,7 +99,7 @@ class Walk:
 
     def facts(self) -> Tensor:
         entropy = _join_entropies(self.rest, self._entropy, self.label_logit, torch.zeros_like(self.rest))
-        return torch.stack([entropy, self._sum / self._columns, (self._argmax == self.targets).double()])
+        return torch.stack([entropy, self._sum / max(1, self._columns), (self._argmax == self.targets).double()])
 
 
 def _join_entropies(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor) -> Tensor:
