@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import ops
 from .interop.torch_private import ddp_without_sink
+
+if TYPE_CHECKING:
+    from .model.targets import Target
 
 
 def average(values: Sequence[Tensor], over: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -53,6 +57,26 @@ def total(sums: Tensor, over: Sequence[tuple[Any, ...]]) -> Tensor:
             dist.all_reduce(parts, group=group)
             sums = torch.where(mask, parts, sums)
     return sums
+
+
+def total_over_parts(sums: Tensor, targets: Sequence[Target]) -> Tensor:
+    """Sums over what each rank computes with, a row for each target -> sums over whole weights (a collective)."""
+    return total(sums, [target.layout.computed_over for target in targets])
+
+
+def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
+    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight (a collective), NaN where it is quantised."""
+    known = [i for i, target in enumerate(targets) if not target.quantised]
+    parts = [targets[i].held_neurons() for i in known]
+    found = ops.selected_squared_norms(
+        [rows for rows, _ in parts], [index for _, index in parts], [targets[i].axis for i in known]
+    )
+    found = total(found, [targets[i].layout.held_over for i in known])
+    if len(known) == len(targets):
+        return found
+    squares = iter(found)
+    nan = torch.full((), torch.nan, dtype=torch.float64, device=targets[0].parameter.device)
+    return torch.stack([nan if target.quantised else next(squares) for target in targets])
 
 
 def without_reduction(model: nn.Module, *, selective: bool) -> AbstractContextManager[None]:

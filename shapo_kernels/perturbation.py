@@ -26,8 +26,8 @@ class Perturbation(Protocol):
         """Moves to theta + scale * values.
 
         Returns:
-            float64 ``[n, 2]`` or ``[n, 3]``, columns as :func:`shapo_kernels.ops.perturb_` has them, of what this rank
-            computes with. The third, ||W_S||^2, is there where the weights are read anyway.
+            float64 ``[n, 3]`` as :func:`shapo_kernels.ops.perturb_` does, of what this rank computes with. The third
+            column, ||W_S||^2, is only of use where the weights are written.
         """
 
     def set_aside(self) -> AbstractContextManager[None]:
@@ -189,7 +189,7 @@ class Delta:
         for target, eps in zip(targets, self._directions, strict=True):
             for tap in target.taps:
                 tap.add(eps)
-        return sums[:, :2].contiguous()
+        return sums
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ascent import Ascent, GradAscent, SelectiveAscent, other_use
-from ..distributed import average
+from ..distributed import average, selected_weight_squared_norms, total_over_parts
 from ..errors import SubspaceError
 from ..interop import fsdp
 from ..interop.discovery import check_supported
@@ -22,7 +22,6 @@ from ..interop.sharding import ranks_are_known
 from ..interop.torch_private import version
 from ..model.binding import bind
 from ..model.descent_guard import DescentGuard
-from ..model.norms import selected_weight_squared_norms, total_over_parts
 from ..model.targets import Target
 from ..perturbation import Delta, InPlace, Perturbation, StochasticRounding, any_gathered, suits_delta, suits_in_place
 from ..reference.rounding import HALVES
@@ -183,17 +182,19 @@ class BoundSubspace:
         targets, values = direction
         if not targets:
             return None
-        squares, scale, weight_squares = radius.scale(targets, values)
         self.active = self._choose(targets)
+        writes = isinstance(self.active, InPlace)
+        weight_squares = None
+        if radius.relative or not writes:
+            weight_squares = selected_weight_squared_norms(targets)
+        squares, scale = radius.scale(targets, values, weight_squares)
         if self._missed and isinstance(self.active, Delta):
             raise RuntimeError(other_use(self._missed[0]))
-        self.guard.writes = isinstance(self.active, InPlace)
+        self.guard.writes = writes
         self._measured_in = {target: target.forward_dtype for target in targets if self.guard.writes}
         realised = total_over_parts(self.active.apply(targets, values, scale), targets)
-        if realised.shape[1] == 2:
-            if weight_squares is None:
-                weight_squares = selected_weight_squared_norms(targets)
-            realised = torch.cat([realised, weight_squares.unsqueeze(1)], dim=1)
+        if weight_squares is not None:
+            realised = torch.cat([realised[:, :2], weight_squares.unsqueeze(1)], dim=1)
         return ~stats.record(squares, scale, realised)
 
     @torch.inference_mode(False)

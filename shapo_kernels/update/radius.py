@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..model.norms import selected_weight_squared_norms, total_over_parts
+from ..distributed import total_over_parts
 from ..model.targets import Target
 from ..ops.subspace_update import NORMS
 from .base import Base
@@ -68,20 +68,20 @@ class Radius:
     def any_positive(self) -> bool:
         return max(rho[1] if isinstance(rho, tuple) else rho for rho in self._all()) > 0
 
-    def scale(self, targets: Sequence[Target], values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Nothing here waits for the device.
+    def scale(
+        self, targets: Sequence[Target], values: Sequence[Tensor], weight_squares: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The squared norms of the gradients, and the scales: float64 ``[n]`` each. Does not wait for the device.
 
-        Returns:
-            The squared norms of the gradients, the scales, and for a relative radius the squared norms of the selected
-            weights: float64 ``[n]`` each.
+        Args:
+            weight_squares: squared norms of the selected weights, for a relative radius.
         """
-        weights = selected_weight_squared_norms(targets) if self.relative else None
-        rho = self.of(targets)
+        weights = weight_squares if self.relative else None
         options: dict[str, Any] = {"weight_squared_norms": weights, "norm": self.norm, "eta": self.eta}
         if not any(target.layout.computed_over for target in targets):
-            return *ops.norms_and_scale(values, rho, **options), weights
+            return ops.norms_and_scale(values, self.of(targets), **options)
         squares = total_over_parts(ops.squared_norms(values), targets)
-        return squares, ops.perturbation_scale(squares, rho, **options), weights
+        return squares, ops.perturbation_scale(squares, self.of(targets), **options)
 
     def of(self, targets: Sequence[Target]) -> Tensor:
         """Each target's rho, float64 ``[n]`` on its device. A range is drawn from once for all its targets.
