@@ -22,6 +22,7 @@ COMMANDS = (
     "evaluate",
     "judge",
     "attack",
+    "report",
     "import-gguf",
     "safety-pairs",
     "study",

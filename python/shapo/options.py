@@ -30,7 +30,7 @@ class Option:
         metavar: What stands for the value in the help.
         flag: The option's name where it is not the field's, with underscores.
         absent: What a default of None means, as text for the help.
-        repeated: The option may be given several times; the value is a list.
+        repeated: The option may be given several times, a positional one as several values; the value is a list.
         alone: Options of one command with the same `alone` exclude each other.
         positional: The value stands by itself, without the option's name.
         optimizers: The value is a keyword argument of `shapo_kernels.ShaPOOptimizer`, under the field's name.
@@ -161,6 +161,8 @@ def _argument(group: Group, field: dataclasses.Field[Any], told: Option) -> dict
     help = "".join([", ".join(told.of), ": " if told.of else "", group.helps.get(field.name, told.help)])
     if shown is not None:
         help += f" (default: {shown})"
+    if told.repeated and told.positional:
+        return {"help": help, "metavar": told.metavar, "type": told.parse, "nargs": "+"}
     if told.repeated:
         return {
             "help": help,

@@ -3,8 +3,8 @@ under flipped labels.
 
 Takes some minutes on two cores and needs no download.  Prints one table (preference accuracy, clean loss, share of
 flipped labels memorised, loss increase under perturbation, rho / ||W_S||, time an update) and writes to --output:
-report.md, report.json, PNG plots, the data, the subspaces, every method's model and metrics, and the final model
-(model/), which `from_pretrained` reads.
+report.md, report.html, report.json, PNG plots, the data, the subspaces, every method's model and metrics, and the
+final model (model/), which `from_pretrained` reads.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ from shapo.models import loading
 from shapo.models.loading import quiet_transformers, save_model
 from shapo.plots import plot_probe, plot_sharpness, plot_training
 from shapo.probe import extract_features, probe_examples, train_probe
+from shapo.reporting.collect import collect
+from shapo.reporting.page import render as render_page
 from shapo.scoring.logps import TokenizedPairs, compute_logps
 from shapo.scoring.rewards import PairRewards, RewardScorer, train_reward_model
 from shapo.sharpness import PairLoss, loss_increase, measure
@@ -290,6 +292,7 @@ def _write(output: Path, results: dict[str, Any]) -> None:
     )
     write_json(output / "report.json", results)
     write_text(output / "report.md", report.render(results, output))
+    write_text(output / "report.html", render_page(collect([output]), title="ShaPO on generated data"))
     with atomic_folder(output / "model") as folder:
         shutil.copytree(output / "methods" / report.FINAL_MODEL / "model", folder, dirs_exist_ok=True)
 

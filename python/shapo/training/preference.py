@@ -71,7 +71,8 @@ def train_preferences(
 
     Returns:
         A summary: `updates`, `seconds_per_update` and `cpu_seconds_per_update` (medians), `final` (last evaluation),
-        `rho_over_weight_norm` (median over the ShaPO updates, or None), `flipped` (number of flipped labels).
+        `rho_over_weight_norm` (median over the ShaPO updates, or None), `flipped` (number of flipped labels),
+        `digests` (of the model at the start, the training pairs, the evaluation pairs).
 
     Raises:
         UserError: Options that do not belong together, a loss that is no longer finite, or see `Loop.train`.
@@ -122,7 +123,8 @@ def train_preferences(
     finally:
         if isinstance(optimizer, ShaPOOptimizer):
             optimizer.detach()
-    return _summary(output / METRICS, int(data.flipped.sum()))
+    digests = {"model": start, "data": data.digest(), "evaluation": evaluation.digest() if evaluation else None}
+    return {**_summary(output / METRICS, int(data.flipped.sum())), "digests": digests}
 
 
 @dataclass

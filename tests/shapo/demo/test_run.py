@@ -62,6 +62,12 @@ def test_the_final_model_reloads_and_generates(demo):
     assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] > tokens["input_ids"].shape[1]
 
 
+def test_the_page_stands_beside_the_report(demo):
+    page = (demo / "report.html").read_text()
+    assert "What this does not show" in page
+    assert "ShaPO, critical by gradient" in page
+
+
 def test_the_report_states_seed_limits_and_the_check_of_the_unseen_split(demo):
     text = (demo / "report.md").read_text()
     for part in (

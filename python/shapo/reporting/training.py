@@ -1,0 +1,170 @@
+"""Runs of `shapo train`: methods side by side, seeds together, and curves over training.
+
+Runs belong together where they start from the same model and are measured on the same held-out pairs after training
+on the same data with the same share of flipped labels; every such set is a section of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shapo.reporting.contents import Cell, Chart, Section, Series, Table, number, over_seeds, percent
+from shapo.training.metrics import read_metrics
+
+Run = tuple[Path, dict[str, Any]]
+
+# What tells runs of one method apart without making another method of them.
+_NOT_THE_METHOD = {
+    *("output", "seed", "noise_seed", "resume", "overwrite", "quiet", "eval_every", "save_every", "device", "command"),
+    *("data", "eval_data", "split", "eval_split", "limit", "eval_limit", "format", "preference", "model", "noise"),
+    *("fused_head", "config", "report_to", "keep"),
+}
+_NAMED = {"loss", "rho", "relative_rho", "subspace"}
+
+LIMITS = (
+    "Intervals are over pairs, not over seeds: with fewer than five seeds a difference within them says nothing.",
+    "The same rho is a strong perturbation in few neurons and a weak one in all weights: look at rho/‖W_S‖ too.",
+    "Preference accuracy is about which of two given answers a model finds likelier, not about what it would answer.",
+)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """A section for each set of runs that may be compared."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_comparable(run[1]), []).append(run)
+    several = len(groups) > 1
+    made = [_section(key, members, several) for key, members in groups.items()]
+    if several:
+        made[0].text.insert(0, f"The runs are of {len(groups)} different data or starting models, each in a section.")
+    return made
+
+
+def _comparable(values: Mapping[str, Any]) -> str:
+    arguments = values["arguments"]
+    digests = values.get("digests", {})
+    key = {
+        "model": digests.get("model") or arguments.get("model"),
+        "data": arguments.get("data"),
+        "limit": arguments.get("limit"),
+        "noise": arguments.get("noise"),
+        "evaluation": digests.get("evaluation") or [arguments.get("eval_data"), arguments.get("eval_limit")],
+    }
+    return json.dumps(key, sort_keys=True)
+
+
+def _section(key: str, runs: list[Run], several: bool) -> Section:
+    arguments = runs[0][1]["arguments"]
+    title = "Training" + (f": {Path(str(arguments.get('data'))).name}" if several else "")
+    noise = arguments.get("noise") or 0
+    text = [
+        f"Started from {arguments.get('model')}, trained on {arguments.get('data')}"
+        + (f" with {100 * noise:g} % of the labels flipped" if noise else "")
+        + f", measured on {arguments.get('eval_data') or 'no held-out pairs'}."
+    ]
+    methods = _methods(runs)
+    section = Section(title, text, [_table(methods)], _charts(methods), list(LIMITS))
+    fewest = min(len(members) for members in methods.values())
+    if fewest == 1:
+        section.limits.insert(0, "Some methods were run with one seed only.")
+    return section
+
+
+def _methods(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by the name of their method; settings that differ within a name become part of it."""
+    by_name: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        arguments = run[1]["arguments"]
+        rest = {k: v for k, v in arguments.items() if k not in _NOT_THE_METHOD | _NAMED}
+        by_name.setdefault(_name(arguments), {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
+    methods: dict[str, list[Run]] = {}
+    for name, variants in by_name.items():
+        settings = [json.loads(key) for key in variants]
+        differing = sorted(k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings))
+        for found, members in zip(settings, variants.values(), strict=True):
+            told = ", ".join(f"{k.replace('_', ' ')} {found.get(k)}" for k in differing)
+            methods[f"{name} ({told})" if told else name] = members
+    return methods
+
+
+def _name(arguments: Mapping[str, Any]) -> str:
+    name = str(arguments.get("loss"))
+    if arguments.get("rho") is None:
+        return name
+    radius = arguments["rho"]
+    shown = "-".join(f"{r:g}" for r in radius) if isinstance(radius, list) else f"{radius:g}"
+    unit = " ‖W_S‖" if arguments.get("relative_rho") else ""
+    return f"{name} + ShaPO, {Path(str(arguments.get('subspace'))).stem}, rho {shown}{unit}"
+
+
+def _table(methods: Mapping[str, list[Run]]) -> Table:
+    columns = ("method", "seeds", "accuracy %", "loss", "margin", "flips fitted %", "rho/‖W_S‖", "ms an update")
+    rows = []
+    for name, runs in methods.items():
+        finals = [values["final"] for _, values in runs]
+        times = [1e3 * values["seconds_per_update"] for _, values in runs]
+        ratios = [v["rho_over_weight_norm"] for _, v in runs if v["rho_over_weight_norm"] is not None]
+        rows.append(
+            (
+                Cell(name, name),
+                number(len(runs), "d"),
+                _accuracy(runs),
+                number(_mean([f.get("loss") for f in finals])),
+                number(_mean([f.get("margin") for f in finals])),
+                percent(_mean([f.get("flips_fitted") for f in finals])),
+                number(_mean(ratios), ".2g"),
+                number(_mean(times), ".0f"),
+            )
+        )
+    return Table("Methods at the end of training (mean over seeds)", columns, tuple(rows))
+
+
+def _accuracy(runs: list[Run]) -> Cell:
+    """One seed with its Wilson interval; several with the lowest and highest seed."""
+    if len(runs) == 1:
+        evaluations = _evaluations(runs[0][0])
+        return percent(evaluations[-1].get("accuracy") if evaluations else None)
+    values = [v["final"]["accuracy"] for _, v in runs if v["final"].get("accuracy") is not None]
+    if not values:
+        return Cell("-")
+    middle = sum(values) / len(values)
+    return Cell(f"{100 * middle:.1f} (seeds {100 * min(values):.1f} to {100 * max(values):.1f})", middle)
+
+
+def _charts(methods: Mapping[str, list[Run]]) -> list[Chart]:
+    charts = []
+    kinds = (
+        ("accuracy", "Preference accuracy over training", "accuracy on held-out pairs (%)", True),
+        ("flips_fitted", "Flipped labels fitted over training", "flipped training labels fitted (%)", True),
+        ("loss", "Clean loss over training", "DPO's loss on held-out pairs", False),
+    )
+    for key, title, y, share in kinds:
+        series = []
+        for name, runs in methods.items():
+            curves = [_curve(folder, key) for folder, _ in runs]
+            curves = [curve for curve in curves if curve]
+            if curves and (points := over_seeds(curves)):
+                series.append(Series(name, points))
+        if series:
+            several = any(point.low is not None for s in series for point in s.points)
+            charts.append(Chart(title, "updates", y, tuple(series), "lowest to highest seed" if several else "", share))
+    return charts
+
+
+def _curve(folder: Path, key: str) -> list[tuple[float, float]]:
+    found = [(row["update"], row.get(key)) for row in _evaluations(folder)]
+    values = [(x, v["value"] if isinstance(v, Mapping) else v) for x, v in found]
+    return [(float(x), float(v)) for x, v in values if isinstance(v, (int, float))]
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return list(read_metrics(path, "evaluation")) if path.is_file() else []
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in values if isinstance(value, (int, float))]
+    return sum(known) / len(known) if known else None

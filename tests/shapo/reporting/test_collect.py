@@ -1,0 +1,156 @@
+"""What a page shows: methods with their seeds, runs of different data apart, and what is left out with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from shapo.cli import main
+from shapo.errors import UserError
+from shapo.reporting.collect import collect
+from shapo.reporting.contents import Chart, Point, Series, over_seeds
+from shapo.reporting.page import render
+from shapo.reporting.svg import drawing, ticks
+from tests.support import runs
+
+
+def texts(table):
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_seeds_of_a_method_are_brought_together(tmp_path):
+    paths = [runs.train_run(tmp_path / f"dpo-{s}", seed=s, accuracy=(0.5, 0.75 + s / 8)) for s in (0, 1)]
+    shapo = {"rho": 0.3, "relative_rho": True, "subspace": "a/critical.safetensors"}
+    paths.append(runs.train_run(tmp_path / "shapo", **shapo))
+    (section,) = collect(paths).sections
+    rows = {row[0]: row[1:] for row in texts(section.tables[0])}
+    assert rows["dpo"][:2] == ["2", "81.2 (seeds 75.0 to 87.5)"]
+    assert rows["dpo + ShaPO, critical, rho 0.3 ‖W_S‖"][:2] == ["1", "75.0 (65 to 85)"]
+    accuracy = next(chart for chart in section.charts if "accuracy" in chart.title)
+    assert accuracy.series[0].points == (Point(0, 0.5, 0.5, 0.5), Point(10, 0.8125, 0.75, 0.875))
+    assert "Some methods were run with one seed only." in section.limits
+
+
+def test_settings_that_differ_make_methods_of_their_own(tmp_path):
+    paths = [runs.train_run(tmp_path / f"r{lr}", lr=lr) for lr in (1e-3, 1e-4)]
+    (section,) = collect(paths).sections
+    assert [row[0] for row in texts(section.tables[0])] == ["dpo (lr 0.001)", "dpo (lr 0.0001)"]
+
+
+@pytest.mark.parametrize("other", [{"data": "b.jsonl"}, {"eval_data": "b.jsonl"}, {"model": "b"}, {"noise": 0.1}])
+def test_runs_of_different_data_are_said_to_be_and_shown_apart(other, tmp_path):
+    page = collect([runs.train_run(tmp_path / "a"), runs.train_run(tmp_path / "b", **other)])
+    assert len(page.sections) == 2
+    assert "different data" in page.sections[0].text[0]
+    assert all(len(section.tables[0].rows) == 1 for section in page.sections)
+
+
+def test_attacks_on_the_same_prompts_share_their_curves(tmp_path):
+    paths = [runs.attack(tmp_path / "a"), runs.attack(tmp_path / "b", unsafe=(0.0, 0.5))]
+    paths.append(runs.attack(tmp_path / "c", data="other"))
+    first, second = collect(paths).sections
+    success = first.charts[0]
+    assert [series.name for series in success.series] == ["a", "b"]
+    assert success.series[0].points == (Point(0, 0.25, 0.25, 0.25), Point(5, 0.8125, 0.75, 0.875))
+    assert len(second.charts[0].series) == 1
+
+
+def test_both_bounds_and_over_refusal_stand_in_one_row(tmp_path):
+    (section,) = collect([runs.safety(tmp_path / "e.json")]).sections
+    assert texts(section.tables[0])[0] == [
+        "e", "harmbench", "wildguard", "8", "2", "25.0 to 50.0 (12 to 75)", "25.0 (12 to 62)",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_shown_is_named_with_its_reason(tmp_path):
+    whole = runs.train_run(tmp_path / "whole")
+    half = runs.train_run(tmp_path / "half")
+    (half / "run.json").unlink()
+    (tmp_path / "none").mkdir()
+    damaged = runs.train_run(tmp_path / "damaged")
+    (damaged / "run.json").write_text('{"arguments": ')
+    (tmp_path / "odd.json").write_text("[1]")
+    given = [whole, half, tmp_path / "none", damaged, tmp_path / "odd.json", tmp_path / "nowhere"]
+    reasons = dict(collect(given).left_out)
+    assert "unfinished run" in reasons[str(half)]
+    assert "no run" in reasons[str(tmp_path / "none")]
+    assert "run.json is damaged" in reasons[str(damaged)]
+    assert "no JSON object" in reasons[str(tmp_path / "odd.json")]
+    assert "no such file" in reasons[str(tmp_path / "nowhere")]
+
+
+def test_a_run_of_another_version_spoils_no_page(tmp_path):
+    whole, odd = runs.sharpness(tmp_path / "whole"), runs.attack(tmp_path / "odd")
+    (odd / "attack.json").write_text('{"arguments": {}, "seeds": 3}')
+    page = collect([whole, odd])
+    assert len(page.sections) == 1
+    assert "another version" in page.left_out[0][1]
+
+
+def test_nothing_to_show_is_an_error(tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing to report on"):
+        collect([tmp_path])
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_page_is_one_file_that_fetches_and_quotes_nothing(tmp_path):
+    paths = [runs.train_run(tmp_path / "<b>&run"), runs.attack(tmp_path / "a"), runs.sharpness(tmp_path / "s")]
+    paths.append(runs.safety(tmp_path / "e.json"))
+    output = tmp_path / "r.html"
+    assert main(["report", *map(str, paths), "--output", str(output)]) == 0
+    html = output.read_text()
+    assert runs.SECRET not in html
+    assert not re.search(r"(?:src|href)=\"(?!#)|url\(|@import|<link|<img|<iframe|fetch\(", html)
+    assert "<b>" not in html
+    for title in ("Training", "Harmful fine-tuning", "Figure 1", "Evaluations", "What this does not show"):
+        assert title in html
+
+
+def test_every_number_of_a_chart_is_in_its_table_and_its_marks():
+    points = (Point(0.1, 0.25, 0.2, 0.3), Point(1.0, 0.5))
+    chart = Chart("t", "rho", "y", (Series("a", points), Series("b", points[:1])), percent=True, log_x=True)
+    assert texts(chart.table()) == [["0.1", "25.0% (20.0% to 30.0%)", "25.0% (20.0% to 30.0%)"], ["1", "50.0%", ""]]
+    marks = [mark.label for line in drawing(chart)["lines"] for mark in line.marks]
+    assert marks == ["a, rho 0.1: 25.0% (20.0% to 30.0%)", "a, rho 1: 50.0%", "b, rho 0.1: 25.0% (20.0% to 30.0%)"]
+
+
+def test_larger_values_are_drawn_higher_and_further_right():
+    chart = Chart(
+        "t", "x", "y", (Series("a", (Point(1, 1.0), Point(10, 10.0), Point(100, 100.0))),), log_x=True, log_y=True
+    )
+    first, second, third = drawing(chart)["lines"][0].marks
+    # Powers of ten are equally far apart on logarithmic axes.
+    assert first.x < second.x
+    assert first.y > second.y  # SVG counts downwards
+    assert second.x - first.x == pytest.approx(third.x - second.x)
+    assert second.y - first.y == pytest.approx(third.y - second.y)
+
+
+def test_one_point_and_no_point_can_be_drawn():
+    for points in ((Point(3, 0.0),), (), (Point(1, float("nan")),), (Point(0, 5.0),)):
+        for log in (False, True):
+            drawn = drawing(Chart("t", "x", "y", (Series("a", points),), log_x=log, log_y=log))
+            assert all(0 <= mark.x <= drawn["width"] for line in drawn["lines"] for mark in line.marks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-3, 17, [0, 5, 10, 15]), (0.69, 0.735, [0.69, 0.7, 0.71, 0.72, 0.73])],
+)
+def test_ticks_are_round_numbers_within_the_axis(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_seeds_are_averaged_where_all_of_them_were_measured():
+    assert over_seeds([[(0, 1.0), (1, 3.0)], [(0, 2.0)]]) == (Point(0, 1.5, 1.0, 2.0),)
+    assert over_seeds([[(0, 1.0)]]) == (Point(0, 1.0, None, None),)
+
+
+def test_results_are_plain_json_again(tmp_path):
+    path = runs.safety(tmp_path / "e.json")
+    assert json.loads(path.read_text())["attack_success"]["harmbench"]["n"] == 8
+    assert "harmbench" in render(collect([path]))
