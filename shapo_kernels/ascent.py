@@ -31,6 +31,9 @@ class Ascent(Protocol):
     def ascend(self, loss: Tensor) -> None:
         """One backward pass that belongs to the ascent."""
 
+    def leaves(self) -> list[Tensor]:
+        """What a loss of the ascent is differentiated with respect to, each graph's end."""
+
     def collect(self, loss: Any = None) -> None:
         """Takes in what a closure's own ``loss.backward()`` has left behind.
 
@@ -88,6 +91,9 @@ class SelectiveAscent:
         for target, grad in found:
             self._add(target, grad)
 
+    def leaves(self) -> list[Tensor]:
+        return [leaf for _, leaf in self._leaves]
+
     def collect(self, loss: Any = None) -> None:
         if self._strict:
             _check_no_use_beside_calls(loss, self._targets)
@@ -139,6 +145,9 @@ class GradAscent:
         check_differentiable(loss)
         loss.backward()
         self.collect(loss)
+
+    def leaves(self) -> list[Tensor]:
+        return [target.parameter for target in self._targets]
 
     def collect(self, loss: Any = None) -> None:
         if self._strict:

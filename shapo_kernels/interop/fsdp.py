@@ -55,6 +55,11 @@ def runs(model: nn.Module) -> Iterator[tuple[int, Run]]:
             yield id(parameter), Run(shape, start, parameter.numel(), shards, data)
 
 
+def is_version_1(model: nn.Module) -> bool:
+    """Whether FSDP1 has some of the model."""
+    return any(True for _ in _modules_of(model, "FullyShardedDataParallel"))
+
+
 def reshard(model: nn.Module) -> None:
     """Puts sharded parameters back: ``fully_shard`` leaves gathered ones in place after an evaluation."""
     for module in _modules_of(model, "FSDPModule"):

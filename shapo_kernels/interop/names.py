@@ -38,6 +38,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _COMPONENTS)
 
 
+def module_aliases(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under each name that a user may give it: as it stands, and with wrappers seen through."""
+    named = dict(model.named_modules())
+    modules = dict(named)
+    for name, module in named.items():
+        for alias in _aliases(name):
+            modules.setdefault(alias, module)
+    return modules
+
+
 def _aliases(name: str) -> list[str]:
     aliases = [name, plain_name(name)]
     while prefix := next((p for p in _PREFIXES if aliases[-1].startswith(p)), None):

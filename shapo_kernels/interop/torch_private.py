@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -46,7 +46,46 @@ def global_forward_hooks() -> tuple[int, ...]:
     return tuple(_module._global_forward_hooks)
 
 
+def global_forward_pre_hooks() -> tuple[int, ...]:
+    """As :func:`global_forward_hooks`. Assumes ``torch.nn.modules.module._global_forward_pre_hooks``."""
+    return tuple(_module._global_forward_pre_hooks)
+
+
+def forward_pre_hooks(module: nn.Module) -> OrderedDict[int, Any]:
+    """A module's own forward pre-hooks, in the order they run. Assumes ``Module._forward_pre_hooks``."""
+    return cast("OrderedDict[int, Any]", module._forward_pre_hooks)
+
+
+def call_of(module: nn.Module) -> tuple[Callable[..., Any] | None, Callable[..., Any]]:
+    """What ``Module.compile`` has a module call in place of its forward and hooks, if so, and what a call calls now.
+
+    Assumes ``Module._compiled_call_impl``, ``None`` where there is none, and ``_call_impl``.
+    """
+    compiled = module.__dict__.get("_compiled_call_impl")
+    return compiled, compiled or module._call_impl
+
+
+def call_in_place_of(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """From now on a call of the module calls this in place of its forward and hooks; ``None``: these again.
+
+    Assumes ``Module._compiled_call_impl``, which copies and pickles of a module leave out.
+    """
+    # Not by setattr, which torch.compile's wrapper hands on to the module inside.
+    if call is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module.__dict__["_compiled_call_impl"] = call
+
+
 # -- autograd
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether ``saved_tensors_hooks``, a checkpoint's for instance, are at work.
+
+    Assumes ``torch._C._autograd._top_saved_tensors_default_hooks``.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def version(tensor: Tensor) -> int:

@@ -100,6 +100,11 @@ class BoundSubspace:
         """Whether some selected weights are gathered for each forward pass, and sharded between."""
         return any_gathered(self.targets)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers that hold selected weights."""
+        return [module for target in self.targets for module, _ in target.modules]
+
     def follow(self, model: nn.Module) -> None:
         """Binds again, as an update begins, where weights were sharded or replaced or ranks have come together since.
 

@@ -23,3 +23,9 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether the next draws are the same."""
+        return torch.equal(self._cpu, other._cpu) and all(
+            torch.equal(state, other._cuda[device]) for device, state in self._cuda.items()
+        )

@@ -19,6 +19,7 @@ from .base import Base
 from .bound_subspace import BoundSubspace, Direction
 from .loss_scaling import LossScaling
 from .phase import Phase, PhaseError, Progress
+from .prefix import Prefix
 from .radius import Radius
 from .random_state import RandomState
 from .stats import UpdateStats
@@ -37,14 +38,25 @@ class TwoPassUpdate:
         bound: the subspace in that model.
         base: takes the steps.
         radius, stats: of the perturbation.
+        prefix: the blocks below the selected layers, where the descent reuses them.
         sync: the direction is the same on all data-parallel ranks.
     """
 
     def __init__(
-        self, model: nn.Module, bound: BoundSubspace, base: Base, radius: Radius, stats: UpdateStats, *, sync: bool
+        self,
+        model: nn.Module,
+        bound: BoundSubspace,
+        base: Base,
+        radius: Radius,
+        stats: UpdateStats,
+        prefix: Prefix,
+        *,
+        sync: bool,
     ) -> None:
-        self.bound, self.scaling = bound, LossScaling()
-        self._model, self._base, self._radius, self._stats, self._sync = model, base, radius, stats, sync
+        self.bound, self.scaling, self.prefix = bound, LossScaling(), prefix
+        #: As it is wrapped by now.
+        self.model = model
+        self._base, self._radius, self._stats, self._sync = base, radius, stats, sync
         self._progress = Progress()
         self._ascent: Ascent | None = None
         self._handed_over = False
@@ -83,6 +95,7 @@ class TwoPassUpdate:
             raise RuntimeError("ascend() is part of an ascent: call it inside `with opt.ascent():`")
         self.scaling.use(scaler)
         self._handed_over = True
+        self.prefix.look_at(loss, self._ascent.leaves())
         self._ascent.ascend(loss if scaler is None else scaler.scale(loss))
 
     @contextlib.contextmanager
@@ -96,11 +109,15 @@ class TwoPassUpdate:
         self._progress.enter(Phase.ASCENDING)
         after = before
         try:
-            with self._base.without_reduction(self._model, selective=selective):
+            self.prefix.begin_ascent(self.model, self.bound.layers, selective=selective)
+            with self._base.without_reduction(self.model, selective=selective):
                 yield ascent
             self.direction = self.bound.agreed(ascent.finish())
+            self.prefix.end_ascent()
             after = Phase.ASCENDED
         finally:
+            if after is not Phase.ASCENDED:
+                self.prefix.abort()
             ascent.abort()
             self._progress.enter(after)
 
@@ -117,6 +134,7 @@ class TwoPassUpdate:
         try:
             self._move(direction)
             yield
+            self.prefix.check_calls()
             after = Phase.DESCENDED
         finally:
             message = self._come_back(after)
@@ -136,10 +154,12 @@ class TwoPassUpdate:
             with self._pass_one(selective=False, replay_rng=replay_rng) as ascent:
                 self.scaling.use(scaler)
                 loss = closure()
+                self.prefix.look_at(loss, ascent.leaves())
                 ascent.collect(loss)
             clear_gradients(self._parameters())
             with self.descent():
                 closure()
+            self.prefix.check()
         return loss
 
     def run_plain(self, closure: Callable[[], Any]) -> Any:
@@ -195,6 +215,7 @@ class TwoPassUpdate:
         """The end of an update."""
         self.scaling.end()
         self.bound.settle()
+        self.prefix.abort()
         self.direction = self._random = None
         if self.phase is not Phase.DETACHED:
             self._progress.enter(Phase.IDLE)
@@ -202,11 +223,13 @@ class TwoPassUpdate:
     def forget(self) -> None:
         """Drops a direction that was found before a state was loaded."""
         self.direction = None
+        self.prefix.abort()
         if self.phase is not Phase.DETACHED:
             self._progress.enter(Phase.IDLE)
 
     def detach(self) -> None:
         """Restores the model and takes the hooks off it."""
+        self.prefix.abort()
         self.bound.detach()
         if self.phase is not Phase.DETACHED:
             self._progress.enter(Phase.DETACHED)
@@ -236,10 +259,11 @@ class TwoPassUpdate:
         """The start of pass 1."""
         if self.phase is Phase.DETACHED:
             self._progress.enter(Phase.ASCENDING)  # raises
-        self.bound.follow(self._model)
+        self.bound.follow(self.model)
         self.scaling.begin()
+        self.prefix.abort()
         self.bound.guard.settle()
-        self._random = RandomState(self._model) if replay_rng else None
+        self._random = RandomState(self.model) if replay_rng else None
 
     def _move(self, direction: Direction) -> None:
         self._progress.enter(Phase.DESCENDING)
@@ -249,11 +273,13 @@ class TwoPassUpdate:
             self.scaling.record(overflow)
         if self._random is not None:
             self._random.restore()
+        self.prefix.begin_descent()
 
     def _come_back(self, after: Phase) -> str | None:
         """Restores without replacing an exception in flight: returns an error message, or ``None``."""
         if self.phase is not Phase.DESCENDING:
             return None
+        self.prefix.end_descent()
         message = self.bound.restore()
         self.scaling.descended(self._base.optimizer, self._scaling_groups())
         self._progress.enter(after)
@@ -261,7 +287,7 @@ class TwoPassUpdate:
 
     def _parameters(self) -> list[nn.Parameter]:
         """Every parameter that a backward pass may leave a gradient in: the model's and the base optimizer's."""
-        found = {id(p): p for p in self._model.parameters()}
+        found = {id(p): p for p in self.model.parameters()}
         found.update({id(p): p for group in self._base.optimizer.param_groups for p in group["params"]})
         return list(found.values())
 

@@ -1,5 +1,6 @@
 """What is read of torch's and DeepSpeed's private parts is still there: one test for each use, by its name."""
 
+import copy
 import importlib.util
 import re
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shapo_kernels.interop import torch_private as private
 
@@ -54,6 +56,50 @@ def test_global_forward_hooks_names_a_hook_while_it_is_registered():
     assert set(private.global_forward_hooks()) - set(before) == {handle.id}
     handle.remove()
     assert private.global_forward_hooks() == before
+
+
+def test_global_forward_pre_hooks_names_a_hook_while_it_is_registered():
+    before = private.global_forward_pre_hooks()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert set(private.global_forward_pre_hooks()) - set(before) == {handle.id}
+    handle.remove()
+    assert private.global_forward_pre_hooks() == before
+
+
+def test_forward_pre_hooks_lists_a_modules_own():
+    layer = nn.Linear(2, 2)
+    handle = layer.register_forward_pre_hook(lambda *_: None)
+    assert list(private.forward_pre_hooks(layer)) == [handle.id]
+
+
+def test_call_of_tells_a_compiled_module():
+    layer = nn.Linear(2, 2)
+    assert private.call_of(layer)[0] is None
+    assert torch.equal(private.call_of(layer)[1](torch.ones(1, 2)), layer(torch.ones(1, 2)))
+    layer.compile(backend="eager")
+    assert private.call_of(layer)[0] is private.call_of(layer)[1] is not None
+
+
+def test_call_in_place_of_takes_the_place_of_forward_and_hooks_and_is_not_copied():
+    layer, calls = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda *_: calls.append("hook"))
+    private.call_in_place_of(layer, lambda x: x + 1)
+    assert layer(torch.ones(2)).tolist() == [2, 2]
+    assert not calls
+    copy.deepcopy(layer)(torch.ones(1, 2))
+    assert calls == ["hook"]
+    private.call_in_place_of(layer, None)
+    layer(torch.ones(1, 2))
+    assert calls == ["hook", "hook"]
+    assert private.call_of(layer)[0] is None
+
+
+def test_saved_tensors_are_hooked_inside_a_checkpoint_alone():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(lambda x: seen.append(private.saved_tensors_are_hooked()) or x * 2, x, use_reentrant=False)
+    assert seen == [True]
+    assert not private.saved_tensors_are_hooked()
 
 
 def test_version_counts_writes_and_is_0_for_inference_tensors():
