@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-# Inserted anywhere: by torch.compile, FSDP1, activation checkpointing, and PEFT around a layer that it adapts.
-_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
-# Put before everything: by DDP, DataParallel and engines built alike, and by PEFT around the whole model.
-_PREFIXES = ("module.", "base_model.model.")
+# Where torch.compile, FSDP1, and DDP, DataParallel and engines built alike keep the model that they wrap.
+COMPILED, FSDP1, REPLICATED = "_orig_mod", "_fsdp_wrapped_module", "module"
+# Inserted anywhere, also by activation checkpointing, and by PEFT around a layer that it adapts.
+_COMPONENTS = (COMPILED, FSDP1, "_checkpoint_wrapped_module", "base_layer")
+# Put before everything, also by PEFT around the whole model.
+_PREFIXES = (f"{REPLICATED}.", "base_model.model.")
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,8 +12,6 @@ MODULE = {
     "_forward_pre_hooks": "id -> hook that a call of the module runs before it",
 }
 FSDP2 = {"_get_fsdp_state": "state of a sharded module; its _modules are those that are gathered together"}
-REPLICATED, COMPILED, FSDP1 = "module", "_orig_mod", "_fsdp_wrapped_module"
-"""Where DDP, DataParallel and engines built alike, torch.compile and FSDP1 keep the model that they wrap."""
 
 
 def is_sharded_alone(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from shapo.libraries import peft
-from shapo.libraries.torch import COMPILED, FSDP1, REPLICATED
+from shapo_kernels.interop.names import COMPILED, FSDP1, REPLICATED
 
 
 def unwrap(model: nn.Module, *, for_calls: bool = False) -> Any:
