@@ -97,3 +97,19 @@ def bounded(low: float, high: float | None = None) -> dict[str, float]:
 
 def write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values))
+
+
+def study(folder: Path) -> Path:
+    """A study's report of two methods and one subspace at two radii."""
+    folder.mkdir(parents=True)
+    split = {"accuracy": 0.75, "margin": 0.1, "loss": 0.5}
+    methods = [
+        {"method": name, "noise": 0.4, "seeds": [0, 1], "ratio": None, "flips_fitted": 0.5}
+        | dict.fromkeys(("test", "test_unseen", "test_attacks"), split)
+        for name in ("dpo", "shapo-gradient")
+    ]
+    difference = {"method": "shapo-gradient", "baseline": "dpo", "noise": 0.4, "split": "test", "seeds": [0, 1]}
+    rises = [{"space": "gradient", "rho": rho, "rise": [rho, rho / 2, 2 * rho]} for rho in (0.1, 1.0)]
+    values = {"settings": {}, "figure1": rises, "benign": [], "methods": methods}
+    write(folder / "report.json", {**values, "comparisons": [{**difference, "loss": [-0.02, -0.05, 0.01]}]})
+    return folder

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from shapo.errors import UserError
+from shapo.reporting.collect import collect
+from shapo.reporting.page import render
 from shapo.storage.files import write_json, write_text
 from shapo.study.intervals import Interval, clustered
 from shapo.study.plan import Plan, study_jobs
@@ -20,7 +22,7 @@ _TITLES = {"test": "in domain", "test_unseen": "unseen categories", "test_attack
 
 
 def write_report(folder: Path) -> Path:
-    """Writes report.md and report.json from the rows in `folder`; returns the former's path.
+    """Writes report.md, report.json and report.html from the rows in `folder`; returns the first's path.
 
     Raises:
         UserError: The folder holds no study.
@@ -40,6 +42,8 @@ def write_report(folder: Path) -> Path:
     }
     write_json(folder / "report.json", {"settings": settings, **tables})
     write_text(folder / "report.md", _render(plan, rows, done, tables))
+    if tables["methods"] or tables["figure1"]:  # a page needs something to draw
+        write_text(folder / "report.html", render(collect([folder]), title="ShaPO on a real model"))
     return folder / "report.md"
 
 

@@ -57,6 +57,14 @@ def test_attacks_on_the_same_prompts_share_their_curves(tmp_path):
     assert len(second.charts[0].series) == 1
 
 
+def test_a_study_shows_its_intervals(tmp_path):
+    (section,) = collect([runs.study(tmp_path / "study")]).sections
+    methods, differences = section.tables
+    assert texts(methods)[1][:6] == ["shapo-gradient", "40", "2", "75.0", "75.0", "75.0"]
+    assert texts(differences)[0][-1] == "-0.0200 (-0.0500 to +0.0100)"
+    assert section.charts[0].series == (Series("gradient", (Point(0.1, 0.1, 0.05, 0.2), Point(1.0, 1.0, 0.5, 2.0))),)
+
+
 def test_both_bounds_and_over_refusal_stand_in_one_row(tmp_path):
     (section,) = collect([runs.safety(tmp_path / "e.json")]).sections
     assert texts(section.tables[0])[0] == [

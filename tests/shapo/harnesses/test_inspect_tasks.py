@@ -1,0 +1,39 @@
+"""inspect_ai on a tiny folder with a local task: greedy answers, one of our judges as the scorer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_a_local_task_serves_the_folder_and_scores_by_a_judge(tiny_llama, tiny_tokenizer, tmp_path):
+    inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
+    from shapo.harnesses.inspect_tasks import prompts
+
+    tiny_llama.generation_config.repetition_penalty = 3.0
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"id": str(n), "prompt": f"question {n}"} for n in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = prompts(
+        str(tmp_path / "model"), str(tmp_path / "p.jsonl"), judge="tests.support.judges:by_word", max_tokens=4
+    )
+    (log,) = inspect_ai.eval(task, log_dir=str(tmp_path / "logs"), display="none", log_format="json")
+    assert log.status == "success", log.error
+    assert [sample.input for sample in log.samples] == ["question 0", "question 1", "question 2"]
+    assert all(sample.scores["by_judge"].value == {"unsafe": 0.0, "unreadable": 0.0} for sample in log.samples)
+    assert log.eval.model == "hf/local"
+
+
+def test_the_published_tasks_need_their_package(monkeypatch, tmp_path):
+    pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
+    import sys
+
+    from shapo.errors import UserError
+    from shapo.harnesses import inspect_tasks
+
+    for name in ("strong_reject", "xstest", "coconot"):
+        monkeypatch.setitem(sys.modules, f"inspect_evals.{name}", None)
+        with pytest.raises(UserError, match="pip install inspect-evals"):
+            inspect_tasks._published(name, str(tmp_path), 8)
