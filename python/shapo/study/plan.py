@@ -96,7 +96,7 @@ def study_jobs(plan: Plan) -> list[Job]:
         return [
             *scores,
             *_figure(plan, spaces),
-            *_match(plan, critical[:1]),
+            *_match(plan, plan.targets[:1], critical[:1]),
             *_tuning(plan),
             *_training(plan, plan.noises[0], 0, critical[:1]),
         ]
@@ -109,19 +109,20 @@ def study_jobs(plan: Plan) -> list[Job]:
     return [
         *scores,
         *_figure(plan, [*first, *second]),
-        *_match(plan, first_matched),
+        *_match(plan, plan.targets[:1], first_matched),
+        *benign,
+        *_benign_figure(plan, ["all", f"benign-{p}", f"gradient-{p}", f"random-{p}-0", f"gradient-{p}-rest"]),
         *_tuning(plan),
         *_training(plan, plan.noises[0], 0, first_matched),
         *_figure(plan, more),
-        *benign,
-        *_benign_figure(plan, ["all", f"benign-{p}", f"gradient-{p}", f"random-{p}-0", f"gradient-{p}-rest"]),
-        *_match(plan, (f"probe-{p}", f"gradient-{p}-rest")),
+        *_steps(plan, ["all", f"gradient-{p}", f"random-{p}-0"]),
+        *_match(plan, plan.targets[:1], (f"probe-{p}", f"gradient-{p}-rest")),
         *_training(plan, plan.noises[0], 0, (f"probe-{p}", f"gradient-{p}-rest")),
         *_figure(plan, rest),
-        *_steps(plan, ["all", f"gradient-{p}", f"random-{p}-0"]),
         *_baselines(plan, plan.noises[0], 0),
         *(job for seed in range(1, plan.seeds) for job in _all_methods(plan, plan.noises[0], seed)),
         *(job for seed in range(plan.seeds) for noise in plan.noises[1:] for job in _all_methods(plan, noise, seed)),
+        *_match(plan, plan.targets[1:], first_matched),
     ]
 
 
@@ -154,10 +155,8 @@ def _steps(plan: Plan, spaces: list[str]) -> list[Job]:
     ]
 
 
-def _match(plan: Plan, spaces: Sequence[str]) -> list[Job]:
-    return [
-        Job(f"match-{t:g}-{s}", "match", {"space": s, "target": t}, _scored(s)) for t in plan.targets for s in spaces
-    ]
+def _match(plan: Plan, targets: Sequence[float], spaces: Sequence[str]) -> list[Job]:
+    return [Job(f"match-{t:g}-{s}", "match", {"space": s, "target": t}, _scored(s)) for t in targets for s in spaces]
 
 
 def _tuning(plan: Plan) -> list[Job]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,10 +173,21 @@ def _render(plan: Plan, rows: Mapping[str, Row], done: Mapping[str, Row], tables
         *_section("## Clean test loss against a baseline, pair by pair", _comparisons_markdown(tables["comparisons"])),
         "## Not run",
         "",
-        ", ".join(f"`{name}`" for name in missing) or "Everything was run.",
+        _missing_markdown(missing) or "Everything was run.",
         "",
     ]
     return "\n".join(parts)
+
+
+def _missing_markdown(missing: Sequence[str]) -> str:
+    """The next jobs by name, the others by how many there are of each kind."""
+    shown = 24
+    families = Counter(
+        re.split(r"-noise|-(?=[a-z]+-?\d|all|neurons|benign|outliers)", name)[0] for name in missing[shown:]
+    )
+    text = ", ".join(f"`{name}`" for name in missing[:shown])
+    more = ", ".join(f"{count} of {family}" for family, count in families.items())
+    return f"{text}; and {more}" if more else text
 
 
 def _section(title: str, body: str) -> list[str]:
