@@ -16,6 +16,7 @@ COMMANDS = (
     "demo",
     "sft",
     "probe",
+    "reward",
     "select",
     "train",
     "sharpness",

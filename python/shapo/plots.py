@@ -133,6 +133,25 @@ def plot_attack(
     _save(figure, path)
 
 
+def plot_soft_labels(path: str | os.PathLike[str], labels: Mapping[float, Any], *, title: str) -> None:
+    """Histograms of the reward level's soft labels, one for each beta_r (Figure 5 of arXiv:2602.07340).
+
+    Args:
+        path: PNG to write.
+        labels: beta_r to the soft labels of all pairs, in [0, 1].
+        title: Of the figure.
+    """
+    figure = _figure(3.0 * len(labels) + 1.0, 3.4)
+    for axis, (beta, values) in zip(
+        figure.subplots(1, len(labels), squeeze=False, sharey=True)[0], labels.items(), strict=True
+    ):
+        axis.hist([float(value) for value in values], bins=20, range=(0.0, 1.0), color=COLORS[0])
+        axis.set_title(f"beta_r {beta:g}", fontsize=10)
+        _label(axis, "soft label", "pairs")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def _value(point: Any) -> float:
     return 50 * (point["low"] + point["high"]) if isinstance(point, Mapping) else float(point)
 

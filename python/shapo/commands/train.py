@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         subspace = Subspace.full(model)
     if subspace is not None:
         subspace.validate(model)
-    rewards = _rewards(arguments, pairs, output) if loss.uses_rewards else None
+    rewards = _rewards(arguments, pairs, output, loss.beta_reward or 1.0) if loss.uses_rewards else None
     encoder = common.make_encoder(arguments, tokenizer, model)
     summary = train_preferences(
         model,
@@ -148,7 +148,21 @@ def _shapo_config(arguments: argparse.Namespace) -> ShaPOConfig | None:
     return read(ShaPOConfig, arguments)
 
 
-def _rewards(arguments: argparse.Namespace, pairs: list[PreferencePair], output: Path) -> PairRewards:
+def _warn_of_saturation(rewards: PairRewards, beta_reward: float) -> None:
+    from shapo.notes import note
+    from shapo.scoring.reward_head import saturated, sharpness_hint
+
+    share = saturated(rewards, beta_reward)
+    if share > 0.5:
+        note(
+            f"{100 * share:.0f} % of the soft labels are within 0.01 of 0 or 1, so the reward level is hardly softer "
+            f"than labels; with --beta-reward {sharpness_hint(rewards):.2g} the median pair's would be 0.9 or 0.1"
+        )
+
+
+def _rewards(
+    arguments: argparse.Namespace, pairs: list[PreferencePair], output: Path, beta_reward: float
+) -> PairRewards:
     from shapo.models.loading import device_of
     from shapo.scoring.rewards import load_reward_scorer
 
@@ -157,4 +171,5 @@ def _rewards(arguments: argparse.Namespace, pairs: list[PreferencePair], output:
     )
     rewards = scorer.cached_pairs(output / "rewards.safetensors", pairs, progress=not arguments.quiet)
     print(f"the rewards agree with {100 * rewards.agreement():.1f} % of the training labels")
+    _warn_of_saturation(rewards, beta_reward)
     return rewards
