@@ -1,13 +1,14 @@
 """Pairwise preference losses: from the log-probabilities of a chosen and a rejected response to one loss for each pair.
 
-What they share is the margin ``h = (log pi_w - log pi_l) - (log ref_w - log ref_l)`` and, for most, one kernel
-``l(z, q) = softplus(-z) + (1 - q) z`` of ``z = beta h`` (:func:`soft_preference`). How pairs become a batch's loss is
-``aggregation``, how log-probabilities come about is ``logps``.
+They share the margin ``h = (log pi_w - log pi_l) - (log ref_w - log ref_l)`` and, for most, one kernel
+``l(z, q) = softplus(-z) + (1 - q) z`` of ``z = beta h`` (:func:`soft_preference`). ``aggregation`` turns pairs into a
+batch's loss, ``logps`` computes log-probabilities.
 
-Every function takes floating tensors ``[B]`` of one device, any dtypes, and returns ``[B]``: fp64 if an input is fp64,
-else fp32. Inside, all is fp64: on B numbers it costs nothing, and it keeps 1e-6 relative accuracy of value and gradient
-where fp32 loses it to cancellation (``q`` close to 1, margins close to one another). Every function raises TypeError
-for integer tensors and ValueError for unequal shapes or devices and for a parameter that is out of its range.
+Every function takes floating tensors ``[B]`` of one device, any dtypes, and returns ``[B]``: float64 if an input is
+float64, else float32. Inside, all is float64: on B numbers it costs nothing, and it keeps 1e-6 relative accuracy of
+value and gradient where float32 loses it to cancellation (``q`` close to 1, margins close to one another). Infinite
+margins give the limit. Every function raises TypeError for integer tensors and ValueError for unequal shapes or devices
+and for a parameter that is out of its range.
 """
 
 from __future__ import annotations
@@ -56,7 +57,16 @@ def _soft_preference(z: Tensor, q: float | Tensor, complement: float | Tensor) -
 
     The two branches are equal in exact arithmetic; each adds only terms of one sign while ``0 <= q <= 1``.
     """
-    return torch.where(z >= 0, complement * z - F.logsigmoid(z), -q * z - F.logsigmoid(-z))
+    above = _product(complement, z) - F.logsigmoid(z)
+    below = -_product(q, z) - F.logsigmoid(-z)
+    return torch.where(z >= 0, above, below)
+
+
+def _product(share: float | Tensor, z: Tensor) -> Tensor:
+    """``share * z``, which is 0 for a share of 0 also where z is infinite."""
+    if isinstance(share, Tensor):
+        return share * torch.where((share == 0) & z.isinf(), 0.0, z)
+    return share * z if share else torch.zeros_like(z)
 
 
 def dpo(

@@ -107,7 +107,7 @@ def _forward(
     kept = spare if keep_weight else spare.new_empty(0)
     if head.padded:
         index = torch.cat([index, index.new_full((room - len(index),), -1)])
-    return logps.view(rows, length), spread.view(-1, rows, length), index, per_token, directions, kept, plan
+    return logps.view(rows, length), spread.view(len(facts), rows, length), index, per_token, directions, kept, plan
 
 
 def _gradient(
@@ -136,7 +136,7 @@ def _gradient(
         by_row = directions[:count] * g[:, None]
         if group is not None:
             dist.all_reduce(by_row, group=group)
-        grad_hidden.view(-1, width)[index] = by_row.to(hidden.dtype)
+        grad_hidden.view(hidden.shape[0] * length, width)[index] = by_row.to(hidden.dtype)
         del by_row
     tiles = _cut(plan, weight, head, keeps=True)
     single = count <= tiles.rows_of_tile

@@ -99,7 +99,7 @@ def cut(
     beside = weight.shape[1] if factor != weight.dtype else 0
     tokens = max(1, min(count, elements // min(widest, FEWEST_COLUMNS)))
     step = max(1, min(columns, elements // (tokens + beside)))
-    even = -(-columns // -(-columns // step))
+    even = -(-columns // max(1, -(-columns // step)))
     # Rows that begin at a multiple of 64 bytes, where there is room for it.
     step = max(1, min(step, -(-even // 16) * 16))
     return Tiles(count, columns, tokens, step, factor, tile, sums)

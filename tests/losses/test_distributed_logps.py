@@ -11,6 +11,12 @@ CASES = [
         for chunk_bytes in (None, 240, 48)
         for options in OPTIONS
     ),
+    # Ranks that would cut the tokens differently, by their rows or their memory, and one without a vocabulary: tokens
+    # are finished together, so that one rank would wait for the other for ever.
+    *(
+        {"name": "vocabulary parallel", "arguments": [chunk_bytes, OPTIONS[1], split]}
+        for chunk_bytes, split in (([48, 2400], None), ([2400, 48], 3), (96, 10), (48, 11), (None, 0))
+    ),
     {"name": "compiled"},
     {"name": "masked"},
     {"name": "refused"},

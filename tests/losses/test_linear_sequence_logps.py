@@ -448,3 +448,39 @@ def test_a_checkpointed_block_that_contains_the_loss_gives_the_same_gradients(sm
     expected = torch.autograd.grad(block(hidden, weight), inputs)
     got = torch.autograd.grad(checkpoint(block, hidden, weight, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 40])
+@pytest.mark.parametrize("shape", [(0, 5, 4, 7), (2, 0, 4, 7), (2, 1, 4, 7), (2, 5, 4, 0), (2, 5, 0, 7), (0, 0, 0, 0)])
+def test_sizes_of_zero_are_served_as_from_logits(shape, chunk_bytes, small_tiles):
+    rows, length, width, vocabulary = shape
+    hidden = torch.randn(rows, length, width, dtype=torch.float64, requires_grad=True)
+    weight, bias = (
+        torch.randn(vocabulary, width, dtype=torch.float64, requires_grad=True),
+        torch.randn(vocabulary, dtype=torch.float64),
+    )
+    bias.requires_grad_()
+    labels = torch.zeros(rows, length, dtype=torch.int64) if vocabulary else torch.full((rows, length), IGNORE)
+    found, counts = losses.linear_sequence_logps(hidden, weight, labels, bias=bias, chunk_bytes=chunk_bytes)
+    grads = torch.autograd.grad(found.sum(), (hidden, weight, bias))
+    expected, expected_counts = losses.sequence_logps(hidden @ weight.t() + bias, labels)
+    expected_grads = torch.autograd.grad(expected.sum(), (hidden, weight, bias))
+    assert torch.equal(counts, expected_counts)
+    for one, other in zip((found, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    statistics = losses.linear_token_logps(hidden, weight, labels, bias=bias, statistics=True, chunk_bytes=chunk_bytes)
+    assert statistics.entropy.shape == statistics.is_top.shape == (rows, length)
+
+
+def test_a_label_of_a_vocabulary_of_none_is_refused():
+    hidden, labels = torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"labels contains 0: expected .* in \[0, 0\)"):
+        losses.linear_sequence_logps(hidden, torch.zeros(0, 4), labels)
+    with pytest.raises(ValueError, match=r"labels contains 0: expected .* in \[0, 0\)"):
+        losses.sequence_logps(hidden[..., :0], labels)
+
+
+def test_statistics_of_a_divided_vocabulary_are_refused():
+    hidden, weight, labels = torch.zeros(1, 3, 4), torch.zeros(5, 4), torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="statistics=True with a group"):
+        losses.linear_token_logps(hidden, weight, labels, statistics=True, group=object())

@@ -300,3 +300,38 @@ def test_devices_must_agree():
 def test_a_label_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="q is nan"):
         losses.soft_preference(ONES[0], math.nan)
+
+
+INF = math.inf
+# Margins z = +inf and -inf: the limits of each loss, and of its derivative with respect to the margin.
+LIMITS = {
+    "dpo": (lambda z: losses.dpo(z, ZERO, ZERO, ZERO, beta=1.0), (0.0, INF), (0.0, -1.0)),
+    "simpo": (lambda z: losses.simpo(z, ZERO, beta=1.0, gamma=0.5), (0.0, INF), (0.0, -1.0)),
+    "cdpo": (lambda z: losses.cdpo(z, ZERO, ZERO, ZERO, beta=1.0, epsilon=0.25), (INF, INF), (0.25, -0.75)),
+    "cdpo of 0": (lambda z: losses.cdpo(z, ZERO, ZERO, ZERO, beta=1.0, epsilon=0.0), (0.0, INF), (0.0, -1.0)),
+    "rdpo": (lambda z: losses.rdpo(z, ZERO, ZERO, ZERO, beta=1.0, epsilon=0.25), (-INF, INF), (-0.5, -1.5)),
+    "hinge": (lambda z: losses.hinge(z, ZERO, ZERO, ZERO, beta=1.0), (0.0, INF), (0.0, -1.0)),
+    "ipo": (lambda z: losses.ipo(z, ZERO, ZERO, ZERO, beta=1.0), (INF, INF), (INF, -INF)),
+    "certain rewards": (lambda z: of_rewards(z, 1e4), (0.0, INF), (0.0, -1.0)),
+    "rewards against": (lambda z: of_rewards(z, -1e4), (INF, 0.0), (1.0, 0.0)),
+    "q of 0": (lambda z: losses.soft_preference(z, 0.0), (INF, 0.0), (1.0, 0.0)),
+    "q of 1": (lambda z: losses.soft_preference(z, torch.ones(1)), (0.0, INF), (0.0, -1.0)),
+}
+ZERO = torch.zeros(1)
+
+
+def of_rewards(z, reward):
+    reward = torch.tensor([reward])
+    return losses.reward_level(
+        z, ZERO, ZERO, ZERO, beta=1.0, reward_chosen=reward, reward_rejected=ZERO, beta_reward=1.0
+    )
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_an_infinite_margin_gives_the_limit_of_the_loss_and_of_its_gradient(name):
+    loss, values, slopes = LIMITS[name]
+    for z, value, slope in zip((INF, -INF), values, slopes, strict=True):
+        margin = torch.tensor([z], requires_grad=True)
+        found = loss(margin)
+        assert found.item() == value
+        assert torch.autograd.grad(found, margin)[0].item() == slope

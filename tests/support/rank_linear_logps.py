@@ -32,8 +32,10 @@ def my_rows():
     return slice(0, 7) if dist.get_rank() == 0 else slice(7, 11)
 
 
-def vocabulary_parallel(chunk_bytes, options):
-    rows = my_rows()
+def vocabulary_parallel(chunk_bytes, options, split=None):
+    """``split``: where the vocabulary is cut; ``chunk_bytes``: for all ranks, or one for each."""
+    rows = my_rows() if split is None else (slice(0, split), slice(split, 11))[dist.get_rank()]
+    chunk_bytes = chunk_bytes[dist.get_rank()] if isinstance(chunk_bytes, list) else chunk_bytes
     hidden, weight, bias, labels, slope = data()
     sums, counts = losses.linear_sequence_logps(hidden, weight, labels, bias=bias, chunk_bytes=240, **options)
     expected = torch.autograd.grad((sums * slope).sum(), [hidden, weight, bias])
