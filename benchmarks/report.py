@@ -147,7 +147,7 @@ def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[st
         found = {row["variant"]: row for row in rows if row["case"] == case}
         ratio = lambda name, found=found: f"{found[name]['times_ours']:.2f}" if name in found else ""  # noqa: E731
         ours = found[first]
-        short = ".1f" if ours["p50_ms"] >= 1 or first == OURS else ".3f"
+        short = ".1f" if ours["p50_ms"] >= 1 or not suite.startswith("gpu_") else ".3f"
         cells = [case, f"{ours['p50_ms']:,{short}} ({ours['p20_ms']:,{short}} to {ours['p80_ms']:,{short}})"]
         cells += [f"{ours['of_floor']:.2f}"] if floor else []
         cells += map(ratio, others)

@@ -215,6 +215,14 @@ def _nvidia_resources(cubin: bytes, shared: int, look_for_widest: bool) -> Resou
     return Resources(int(found["REG"]), shared, spilled, max(widths, default=4) if look_for_widest else None)
 
 
+def disassembled(binary: Any) -> str:
+    """An NVIDIA binary of Triton's, as cuobjdump prints it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary.asm["cubin"])
+        return _said(knobs.nvidia.cuobjdump, "-sass", path)
+
+
 def _said(tool: Any, *arguments: str | Path) -> str:
     run = subprocess.run([tool.path, *arguments], capture_output=True, text=True, check=True)
     return run.stdout + run.stderr

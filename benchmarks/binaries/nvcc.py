@@ -93,6 +93,20 @@ def read_library(library: Path) -> list[Kernel]:
     return found
 
 
+def disassemble(source: Path, architecture: str) -> tuple[list[Kernel], dict[str, str]]:
+    """The kernels of a source file for one architecture, and the disassembly of each by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "object.o")
+        kernels, _ = compile_source(source, (architecture,), to=target)
+        command = [cuobjdump() or "cuobjdump", "-sass", str(target)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = {}
+    for part in said.split("Function : ")[1:]:
+        name, _, text = part.partition("\n")
+        texts[_short(demangled(name))] = text
+    return kernels, texts
+
+
 def demangled(text: str) -> str:
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     return subprocess.run([tool], input=text, capture_output=True, text=True, check=True).stdout if tool else text

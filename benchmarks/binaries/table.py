@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-from benchmarks.binaries import aot, nvcc
+from benchmarks.binaries import aot, floors, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
@@ -21,7 +21,13 @@ BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 
 
 def main() -> None:
-    text = f"Fingerprint of the sources: `{fingerprint()}`.\n\n{_triton_table()}\n\n{_cuda_table()}"
+    parts = (
+        f"Fingerprint of the sources: `{fingerprint()}`.",
+        f"### What could be reached\n\n{floors.table()}",
+        _triton_table(),
+        _cuda_table(),
+    )
+    text = "\n\n".join(parts)
     head, _, rest = DOCUMENT.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     DOCUMENT.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")

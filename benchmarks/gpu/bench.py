@@ -10,6 +10,7 @@ numbers mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,9 @@ from benchmarks.rows import row
 from shapo_kernels import backends
 
 COPY = "copy"
-OURS = "shapo_kernels, "
+OURS = "shapo_kernels"
+# What serves where nobody names a backend.
+DEFAULT = "default"
 # What one timing takes at least, so that launching it does not count, and how many calls it may be.
 SHORTEST_S, MOST_CALLS = 2e-3, 64
 Run = Callable[[], Any]
@@ -103,11 +106,13 @@ class Bench:
             f"{r['variant']}: {r['refused']}" for r in self.rows if "refused" in r and r["variant"].startswith(OURS)
         ]
 
-    def ours(self, bind: Callable[[Any], Run], check: Callable[[Any, Run], None], suffix: str = "") -> list[Variant]:
-        """A variant for each backend to be timed; those after the first come later."""
+    def ours(
+        self, bind: Callable[[Any], Run], check: Callable[[Any, Run], None], suffix: str = "", *, every: bool = False
+    ) -> list[Variant]:
+        """A variant by the first backend to be timed, or by ``every`` one; those after the first come later."""
         return [
-            Variant(f"{OURS}{name}{suffix}", _served_by(name, bind), check, later=number > 0)
-            for number, name in enumerate(self.backends)
+            Variant(_name_of_ours(name) + suffix, _served_by(name, bind), check, later=number > 0)
+            for number, name in enumerate(self.backends[: None if every else 1])
         ]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,12 +286,21 @@ def _graph(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def using(backend: str) -> contextlib.AbstractContextManager[None]:
+    """``backends.use``, but for the default, which nobody names."""
+    return contextlib.nullcontext() if backend == DEFAULT else backends.use(backend)
+
+
+def _name_of_ours(backend: str) -> str:
+    return OURS if backend == DEFAULT else f"{OURS}, {backend}"
+
+
 def _served_by(backend: str, bind: Callable[[Any], Run]) -> Callable[[Any], Run]:
     def bound(inputs: Any) -> Run:
         run = bind(inputs)
 
         def served() -> Any:
-            with backends.use(backend):
+            with using(backend):
                 return run()
 
         return served

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import shapo_kernels as sk
 from benchmarks.gpu.bench import Bench, Case, Run, Variant, any_result
-from shapo_kernels import backends
 
 PLAIN = "plain"
 # Of ||W_S||: so large that what rounding leaves of an in-place perturbation can be compared with delta.
@@ -35,27 +34,16 @@ def delta_forward(bench: Bench) -> None:
         plain = LlamaModel(config).bfloat16().eval()
         tokens = torch.randint(0, config.vocab_size, (rows, length))
     before = _forward(plain, tokens)()
-    moved = _perturbed(plain, tokens, "in_place", bench.backends[0])
+    moved = _perturbed(plain, tokens, "in_place")
     expected = _forward(moved, tokens)() - before
     del moved
 
     def check(inputs: Any, run: Run) -> None:
         moves_as(run, before, expected)
 
-    def delta(backend: str) -> Run:
-        run = _forward(_perturbed(plain, tokens, "delta", backend), tokens)
+    def delta(inputs: Any) -> Run:
+        return _forward(_perturbed(plain, tokens, "delta"), tokens)
 
-        def served() -> Tensor:
-            with backends.use(backend):
-                return run()
-
-        return served
-
-    names = [*bench.backends, *(["reference"] if "reference" not in bench.backends else [])]
-    deltas = [
-        Variant(f"shapo_kernels, delta, {name}", lambda _, name=name: delta(name), check, later=number > 0)
-        for number, name in enumerate(names)
-    ]
     layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     bench.compare(
         Case(
@@ -63,7 +51,7 @@ def delta_forward(bench: Bench) -> None:
             f"{rows * length} tokens through {layers} blocks of {hidden} x {width}, bfloat16, 1 % of neurons",
             lambda number: None,
             sum(p.nbytes for p in plain.parameters()) if not bench.small else 1 << 20,
-            [*deltas[:1], Variant(PLAIN, lambda _: _forward(plain, tokens), any_result), *deltas[1:]],
+            [*bench.ours(delta, check, ", delta"), Variant(PLAIN, lambda _: _forward(plain, tokens), any_result)],
             {"dtype": "bfloat16", "shape": [rows * length, hidden, width, layers]},
             against=PLAIN,
         )
@@ -78,7 +66,7 @@ def _forward(model: nn.Module, tokens: Tensor) -> Run:
     return run
 
 
-def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str) -> nn.Module:
+def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str) -> nn.Module:
     """A copy that stays at theta + eps; its weights are the original's own memory where nothing writes to them."""
     shared = {} if perturbation == "in_place" else {id(p): p for p in plain.parameters()}
     model = copy.deepcopy(plain, shared)
@@ -89,7 +77,7 @@ def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str, backend: str
         rho=RELATIVE_RHO, relative=True, perturbation=perturbation,
     )  # fmt: skip
     few = tokens[:, : min(64, tokens.shape[1])]
-    with backends.use(backend), torch.enable_grad():  # suites run without
+    with torch.enable_grad():  # suites run without
         with opt.ascent():
             opt.ascend(model(few, use_cache=False).last_hidden_state.float().square()[..., 0].mean())
         opt.perturb()

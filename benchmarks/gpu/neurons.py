@@ -70,6 +70,11 @@ def _ours_gradient_of_chosen(layer: Layer) -> Run:
     return lambda: ops.neuron_gradient(layer.y, layer.chosen)
 
 
+def _ours_updates_in_place(layer: Layer) -> Run:
+    output = layer.y.clone()  # every call adds to it
+    return lambda: ops.neuron_update(output, layer.x, layer.direction, layer.index, in_place=True)
+
+
 def _eager_updates(layer: Layer) -> Run:
     return lambda: torch.addmm(layer.y, layer.x.index_select(1, layer.index), layer.direction.t())
 
@@ -122,6 +127,7 @@ def neuron_operators(bench: Bench) -> None:
         suite = {
             "update": (
                 [
+                    *bench.ours(_ours_updates_in_place, updates, ", in place"),
                     *bench.ours(_ours_updates, updates),
                     Variant("eager", _eager_updates, updates),
                     Variant("cuBLAS on gathered inputs", _library_updates, updates),

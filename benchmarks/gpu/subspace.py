@@ -177,7 +177,7 @@ def subspace_update(bench: Bench) -> None:
     for size in SMALL if bench.small else SIZES:
         problem = Update(bench, size)
         variants = [
-            *bench.ours(Update.kernels, exact),
+            *bench.ours(Update.kernels, exact, every=True),
             Variant("index_select", Update.indexed, exact),
             Variant("dense, foreach", Update.foreach, rounded),
             Variant("dense", Update.dense, rounded),
@@ -191,7 +191,7 @@ def subspace_update(bench: Bench) -> None:
 def through_the_host(bench: Bench) -> None:
     """Alone and twice: a round of it takes as long as everything else of its case."""
     size = (SMALL if bench.small else SIZES)[0]
-    ours = bench.ours(Update.kernels, exact)[:1]
+    ours = bench.ours(Update.kernels, exact)
     way = Variant("through the host", Update.through_the_host, rounded, later=True, host=True, rounds=2)
     bench.compare(_case(Update(bench, size), [*ours, way]))
 

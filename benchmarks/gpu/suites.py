@@ -37,7 +37,7 @@ SUITES = (
     Suite("neurons", "neuron_operators", ("neurons",)),
     Suite("logps", "linear_sequence_logps", ("logps", "head")),
     Suite("logps", "sequence_logps", ("logps",)),
-    Suite("model", "delta_forward", ("subspace", "neurons", "updates")),
+    Suite("model", "delta_forward", ("subspace", "neurons", "updates"), later=False),
     Suite("cosine", "column_cosine", ("cosine",), limit=25),
 )
 # Slow for what they do through the host: last, and two rounds of each.

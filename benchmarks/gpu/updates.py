@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import shapo_kernels as sk
 from benchmarks.baselines import IGNORE
-from benchmarks.gpu.bench import OURS, Bench
+from benchmarks.gpu.bench import OURS, Bench, using
 from benchmarks.gpu.logps import dpo
 from benchmarks.rows import row
-from shapo_kernels import backends, losses
+from shapo_kernels import losses
 
 SUITE = "gpu_updates"
 PLAIN = "plain"
@@ -176,7 +176,7 @@ class Training:
 @torch.enable_grad()
 def whole_updates(bench: Bench) -> None:
     training = Training(bench)
-    with backends.use(bench.backends[0]):
+    with using(bench.backends[0]):
         for fused in (True, False):
             training.fused = fused
             case = f"{'fused head' if fused else 'logits'}, {training.case}"
@@ -193,13 +193,13 @@ def whole_updates(bench: Bench) -> None:
 def published_updates(bench: Bench) -> None:
     """Alone and twice: it copies dense gradients through host memory."""
     training = Training(bench)
-    with backends.use(bench.backends[0]):
+    with using(bench.backends[0]):
         timer = _Timer(bench, training, f"logits, {training.case}")
         timer.put("published pattern", timer.in_turn(training.published(), 2))
 
 
 def _time_ours(timer: _Timer, form: Form) -> None:
-    training, name = timer.training, f"{OURS}{form.name}"
+    training, name = timer.training, f"{OURS}, {form.name}"
     before = [p.detach().clone() for p in training.model.parameters()]
     update, opt = training.shapo(form)
     try:

@@ -8,11 +8,11 @@ from benchmarks.gpu.bench import Bench, Case, Variant, agrees
 from benchmarks.gpu.checks import SkipCheckError
 from benchmarks.gpu.suites import Suite
 
-OURS = "shapo_kernels, cpu"
+OURS = "shapo_kernels"
 
 
 def bench(**options):
-    return Bench(torch.device("cpu"), small=True, rounds=2, backends=["cpu", "reference"], **options)
+    return Bench(torch.device("cpu"), small=True, rounds=2, backends=["default", "reference"], **options)
 
 
 def right(inputs, run):
@@ -51,14 +51,14 @@ def test_where_our_own_check_fails_nothing_is_timed_and_the_step_fails(tmp_path,
     monkeypatch.setattr(Suite, "function", lambda self: suite)
     run = steps.Run(tmp_path, True, 2, float("inf"))
     with pytest.raises(AssertionError, match="shapo_kernels, reference: AssertionError: the result is wrong"):
-        steps.run_suite(run, Suite("any", "any", ()), ["cpu", "reference"], later=False)
+        steps.run_suite(run, Suite("any", "any", ()), ["default", "reference"], later=False)
 
 
 def test_a_suite_without_a_backend_or_without_time_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(Suite, "function", lambda self: lambda given: compare(given, variant(OURS)))
     for run, backends, why in (
         (steps.Run(tmp_path, True, 2, float("inf")), [], "no backend"),
-        (steps.Run(tmp_path, True, 2, 0.0), ["cpu"], "no time"),
+        (steps.Run(tmp_path, True, 2, 0.0), ["default"], "no time"),
     ):
         with pytest.raises(SkipCheckError, match=why):
             steps.run_suite(run, Suite("any", "any", ()), backends, later=False)

@@ -35,8 +35,8 @@ def statuses(folder):
 def test_what_may_hang_or_take_long_comes_after_the_timings_of_the_first_backend():
     names = [step.name for step in steps.plan(steps.Run(Path(), False, 1, 0.0))]
     kinds = [
-        "check subspace, cuda", "time subspace_update", "check subspace, triton", "time subspace_update, the rest",
-        "check compiled, cuda", "time through_the_host", "pytest", "memcheck, cuda", "racecheck, triton",
+        "check subspace, default", "time subspace_update", "check subspace, triton", "time subspace_update, the rest",
+        "check compiled, default", "time through_the_host", "pytest", "memcheck, default", "racecheck, triton",
     ]  # fmt: skip
     assert [names.index(kind) for kind in kinds] == sorted(names.index(kind) for kind in kinds)
     assert names[-1] == kinds[-1]
@@ -53,6 +53,7 @@ def test_every_check_belongs_to_a_family_and_every_family_has_its_step():
     }
     assert written == known
     assert set(steps.EARLY) | set(steps.LATE) == set(families.FAMILIES)
+    assert set(steps.OTHER) < set(steps.EARLY)
     assert set(families.ANYWHERE) | set(checks.ON_GPU) == known
 
 
@@ -159,7 +160,7 @@ def test_a_backend_that_failed_its_checks_is_not_timed(monkeypatch, tmp_path):
 
     run = a_run(tmp_path)
     planned = [
-        check("cpu", wrong),
+        check("default", wrong),
         steps.Step("time early", seen, 10, families=("a",)),
         check("reference", nothing),
         steps.Step("time late", seen, 10, families=("a",), later=True),
@@ -201,7 +202,7 @@ def test_a_dry_run_goes_through_every_step_and_leaves_rows_that_the_report_can_r
     planned = [step.name for step in steps.plan(a_run(tmp_path))]
     found = statuses(tmp_path)
     assert list(found) == planned
-    device_only = {f"check {family}, {name}" for family in ("streams", "large") for name in ("cpu", "reference")}
+    device_only = {f"check {family}, {name}" for family in ("streams", "large") for name in ("default", "reference")}
     device_only |= {"build", "check compiled, reference"}
     assert {name for name, status in found.items() if status == "skipped"} == device_only
     rows = record.read(tmp_path / "rows.jsonl")
@@ -214,7 +215,7 @@ def test_a_dry_run_goes_through_every_step_and_leaves_rows_that_the_report_can_r
         assert {"dtype", "timing"} <= set(row)
     for suite in report.GPU:
         mine = [row for row in rows if row["suite"] == suite]
-        assert "shapo_kernels, " in report.render(suite, mine, environment)
+        assert "shapo_kernels" in report.render(suite, mine, environment)
         bounded = suite not in ("gpu_delta_forward", "gpu_linear_sequence_logps", "gpu_updates")
         for row in mine:
             assert bounded == ({"bytes", "gb_per_s", "percent_of_copy", "of_floor"} <= set(row))
@@ -238,7 +239,7 @@ def a_row(suite, case, variant, **columns):
 
 
 def test_rows_of_a_run_are_recorded_case_by_case_without_suites_in_which_ours_was_wrong(tmp_path, capsys):
-    ours = "shapo_kernels, cuda"
+    ours = "shapo_kernels"
     leave(tmp_path, [
         a_row("gpu_a", "one", ours, p50_ms=1.0), a_row("gpu_a", "two", ours, p50_ms=2.0),
         a_row("gpu_a", "two", "Liger", refused="cannot"), a_row("gpu_b", "one", ours, refused="wrong"),
@@ -256,7 +257,7 @@ def test_rows_of_a_run_are_recorded_case_by_case_without_suites_in_which_ours_wa
     "facts", [{"dry_run": True}, {"gpu": None}, {"commit": "unknown"}, {"commit": "abc1234-dirty"}]
 )
 def test_a_dry_run_or_one_of_an_unknown_commit_is_not_recorded(tmp_path, facts):
-    leave(tmp_path, [a_row("gpu_a", "one", "shapo_kernels, cuda", p50_ms=1.0)], **facts)
+    leave(tmp_path, [a_row("gpu_a", "one", "shapo_kernels", p50_ms=1.0)], **facts)
     with pytest.raises(ValueError, match=r"dry run|commit"):
         record.record(tmp_path, tmp_path / "results")
     assert not (tmp_path / "results").exists()

@@ -1,0 +1,217 @@
+"""What each kernel could reach on an H200, from its binary: bytes, instructions an element, occupancy, a time.
+
+A predicted time is the larger of two: the bytes at the rate of a copy, and the instructions at one a clock and
+scheduler. Neither latency nor launches are in it, so it is a bound from below. A measured time stands beside it where
+``python -m benchmarks.gpu`` has recorded one for the same case.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from benchmarks.binaries import aot, nvcc, sass
+from benchmarks.rows import RESULTS
+
+# An H200: 132 multiprocessors of four schedulers; SM clock and the rate of a copy as read from one.
+COPY, CLOCK, SCHEDULERS, LANES = 4.3e12, 1.98e9, 132 * 4, 32
+TARGET = "sm_90"
+REGISTERS, SHARED, WARPS, BLOCKS = 65536, 228 * 1024, 64, 32
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel's resources and code on the target."""
+
+    name: str
+    registers: int
+    shared: int
+    threads: int
+    code: list[sass.Instruction]
+
+    def occupancy(self) -> int:
+        """Warps that a multiprocessor can hold."""
+        warps = self.threads // 32
+        by_registers = REGISTERS // (_up(self.registers * 32, 256) * warps)
+        by_shared = SHARED // (self.shared + 1024)
+        return warps * min(by_registers, by_shared, WARPS // warps, BLOCKS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A launch: its kernel, the elements it works on, by loads of how many bytes, and the bytes it must move."""
+
+    binary: Callable[[], Binary]
+    elements: int
+    itemsize: int
+    width: int
+    moved: tuple[int, int]  # by sectors of 32 and of 64 bytes
+
+    def issue_seconds(self) -> float:
+        each = sass.count(self.binary().code, self.width).per_element(self.itemsize)
+        return each * self.elements / LANES / SCHEDULERS / CLOCK
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one measured variant does: launches of ours, or of a baseline the bytes that its passes move."""
+
+    title: str
+    suite: str
+    case: str
+    variant: str
+    parts: Sequence[Part] = ()
+    moved: tuple[int, int] | None = None
+
+    def bytes(self) -> tuple[int, int]:
+        return self.moved or tuple(sum(part.moved[n] for part in self.parts) for n in (0, 1))  # type: ignore[return-value]
+
+    def predicted(self) -> tuple[float, float]:
+        """Seconds, by sectors of 32 and of 64 bytes."""
+        if self.moved is not None:
+            return self.moved[0] / COPY, self.moved[1] / COPY
+        times = [sum(max(part.moved[n] / COPY, part.issue_seconds()) for part in self.parts) for n in (0, 1)]
+        return times[0], times[1]
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# -- binaries
+
+
+@cache
+def _library() -> dict[str, tuple[nvcc.Kernel, list[sass.Instruction]]]:
+    """The CUDA kernels of the target by the beginning of their names."""
+    found = {}
+    for source in nvcc.SOURCES:
+        kernels, texts = nvcc.disassemble(source, TARGET)
+        found |= {kernel.name: (kernel, sass.instructions(texts[kernel.name])) for kernel in kernels}
+    return found
+
+
+def _cuda(name: str) -> Callable[[], Binary]:
+    def binary() -> Binary:
+        kernel, code = _library()[name]
+        header = "".join(path.read_text() for path in (nvcc.ROOT / "csrc" / "cuda").glob("*.h"))
+        threads = int(re.findall(r"\bTHREADS = (\d+)", header)[0])
+        return Binary(f"CUDA `{name}`", kernel.registers, kernel.shared, threads, code)
+
+    return binary
+
+
+def _triton(name: str) -> Callable[[], Binary]:
+    @cache
+    def binary() -> Binary:
+        spec = next(s for s in aot.specialisations() if s.name == name)
+        found = aot.compiled(spec, TARGET, widest=False)
+        code = sass.instructions(aot.disassembled(aot.compile_for(spec, TARGET)))
+        threads = 32 * spec.options.get("num_warps", 4)
+        return Binary(f"Triton `{name}`", found.registers, found.shared, threads, code)
+
+    return binary
+
+
+# -- works: the cases of benchmarks.gpu
+
+LAYERS, HIDDEN, INTERMEDIATE, SELECTED = 28, 3072, 8192, 82
+TOKENS, VOCABULARY = 8 * 512, 32000
+
+
+def _touched(sector: int, itemsize: int) -> int:
+    """Bytes of the sectors that hold the selected columns of all layers, as many as are expected to be touched."""
+    columns = sector // itemsize
+    sectors = INTERMEDIATE // columns
+    missed = math.comb(INTERMEDIATE - columns, SELECTED) / math.comb(INTERMEDIATE, SELECTED)
+    return round(LAYERS * HIDDEN * sectors * (1 - missed)) * sector
+
+
+def works() -> list[Work]:
+    return [*_subspace(), *_logps()]
+
+
+def _subspace() -> list[Work]:
+    suite, case = "gpu_subspace_update", f"{LAYERS} x {HIDDEN} x {INTERMEDIATE} bfloat16, 1 % of columns"
+    chosen = LAYERS * HIDDEN * SELECTED
+    there = (_touched(32, 2), _touched(64, 2))
+    plus = lambda times, compact: tuple(times * t + compact * chosen for t in there)  # noqa: E731
+
+    def parts(gather: Callable[[], Binary], perturb: Callable[[], Binary], restore: Callable[[], Binary]) -> list[Part]:
+        return [
+            Part(gather, chosen, 2, 2, plus(1, 4)),  # fp32 values are written
+            Part(perturb, chosen, 2, 2, plus(2, 4 + 2)),  # and read, old weights kept
+            Part(restore, chosen, 2, 2, plus(2, 2)),
+        ]
+
+    cuda = parts(*(_cuda(f"{name}_kernel<44>") for name in ("gather", "perturb", "restore")))
+    triton = parts(*(_triton(f"{name}_kernel[bf16, any layout]") for name in ("gather", "perturb", "restore")))
+    # Gradient and weight selected, the values cast, their norm, scaled and added, cast and copied in, copied back.
+    indexed = plus(6, (2 + 2 + 4 + 4) + 2 + (4 + 4) + (2 + 4 + 4) + (4 + 2) + 2 + 2)
+    dense = LAYERS * HIDDEN * INTERMEDIATE * 2
+    return [
+        Work("norm, perturb, restore, CUDA C++", suite, case, "shapo_kernels", cuda),
+        Work("the same, Triton", suite, case, "shapo_kernels, triton", triton),
+        Work("the same by index_select", suite, case, "index_select", moved=indexed),
+        # Mask, norm, scale, add, subtract: 2 + 1 + 2 + 3 + 3 passes.
+        Work("the same on whole tensors, foreach", suite, case, "dense, foreach", moved=(11 * dense, 11 * dense)),
+    ]
+
+
+def _logps() -> list[Work]:
+    suite, case = "gpu_sequence_logps", f"8 x 512 x {VOCABULARY} bfloat16"
+    logits = TOKENS * VOCABULARY
+    passes = lambda itemsize: (itemsize * logits,) * 2  # noqa: E731
+    ours = [
+        Part(_triton("normalize_kernel[bf16]"), logits, 2, 16, passes(2)),
+        Part(_triton("slope_kernel[bf16]"), logits, 2, 16, passes(2 + 2)),
+    ]
+    return [
+        Work("log-probabilities, Triton", suite, case, "shapo_kernels", ours),
+        # log_softmax into fp32; its backward pass fills a gradient, reads it and the result, and writes its own.
+        Work("the same by log_softmax and gather", suite, case, "eager", moved=passes(2 + 4 + 4 + 4 + 4 + 2)),
+    ]
+
+
+# -- the table
+
+
+def table() -> str:
+    lines = [
+        "| work | kernel | registers | warps an SM | instructions an element | GB by 32-byte sectors (64) | "
+        "time by bytes, ms | by instructions, ms | predicted, ms | measured, ms |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for work in works():
+        for part in work.parts:
+            binary = part.binary()
+            each = sass.count(binary.code, part.width).per_element(part.itemsize)
+            lines.append(
+                f"| {work.title} | {binary.name} | {binary.registers} | {binary.occupancy()} | {each:.1f} | "
+                f"{_gb(part.moved)} | {1e3 * part.moved[0] / COPY:.3f} | {1e3 * part.issue_seconds():.3f} | | |"
+            )
+        name = "together" if work.parts else "passes over memory"
+        low, high = (1e3 * seconds for seconds in work.predicted())
+        said = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} ({high:.2f})"
+        lines.append(f"| {work.title} | {name} | | | | {_gb(work.bytes())} | | | {said} | {measured(work)} |")
+    return "\n".join(lines)
+
+
+def _gb(moved: tuple[int, int]) -> str:
+    low, high = (f"{value / 1e9:.2f}" for value in moved)
+    return low if low == high else f"{low} ({high})"
+
+
+def measured(work: Work) -> str:
+    path = RESULTS / f"{work.suite}.json"
+    if not path.exists():
+        return "not yet"
+    run = json.loads(path.read_text())
+    for row in run["rows"]:
+        if (row["case"], row["variant"]) == (work.case, work.variant):
+            return f"{row['p50_ms']:.2f}, {run['environment']['date']}"
+    return "not yet"
