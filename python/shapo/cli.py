@@ -6,11 +6,14 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from shapo import options
-from shapo.errors import UserError
+from shapo.errors import UserError, explained
 
 COMMANDS = (
     "demo",
@@ -45,12 +48,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Runs a command and returns its exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+
+    What a file or an argument can cause is one line; a mistake in the program keeps its traceback.
+    """
     try:
-        parsed = build_parser().parse_args(arguments)
-        importlib.import_module(_module(parsed.command)).run(parsed)
-    except UserError as error:
-        return _complain(str(error))
+        module, parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+        with _alone(module, parsed):
+            module.run(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
@@ -59,10 +66,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ not in ("SubspaceError", "OutOfMemoryError"):
+        told = explained(error)
+        if told is None:
             raise
-        return _complain(str(error))
+        return _complain(told)
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    for text in arguments:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {text!a} is not UTF-8, so no report could name it") from None
+        if "\0" in text:
+            raise UserError(f"the argument {text!a} holds a null character")
+    try:
+        parsed = build_parser().parse_args(arguments)
+    except ValueError as error:  # argparse's own, over a value of --
+        raise UserError(f"the command line cannot be read: {error}") from error
+    return importlib.import_module(_module(parsed.command)), parsed
+
+
+@contextmanager
+def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
+    """Inside, no output of the command is one of its inputs, and nobody else writes into its folder."""
+    from shapo.storage.outputs import check_outputs, locked
+
+    replaced = options.named_files(module.OPTIONS, parsed, "writes")
+    folder = Path(parsed.output) if getattr(module, "REPLACES", ()) else None
+    if folder is not None:
+        replaced += [("--output", folder / name) for name in module.REPLACES]
+    check_outputs(replaced, options.named_files(module.OPTIONS, parsed, "reads"))
+    with locked(folder) if folder is not None else nullcontext():
+        yield
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,8 +126,8 @@ def _module(command: str) -> str:
 
 
 def _complain(message: str) -> int:
-    # A progress bar may have left the cursor in the middle of a line.
-    sys.stdout.flush()
+    with suppress(OSError, AttributeError):  # a full disk or nobody behind stdout
+        sys.stdout.flush()
     print("shapo: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shapo.ascents import AscentPart, RhoSchedule
 from shapo.errors import UserError
-from shapo.options import Option, declared, option, radius
+from shapo.options import Option, declared, option, radius, seed_number, whole
 
 if TYPE_CHECKING:
     from shapo_kernels.update.radius import Rho
@@ -127,7 +127,7 @@ class UpdateOptions:
     ascent_pairs: int | None = option(
         "number of a batch's pairs for the ascent",
         None,
-        parse=int,
+        parse=whole,
         metavar="N",
         absent="all",
         alone="part",
@@ -197,11 +197,11 @@ class LoopConfig:
         UserError: A value out of range.
     """
 
-    epochs: int = option("passes over the data", 1)
-    updates: int | None = option("number of updates, instead of epochs", None, parse=int, metavar="N")
+    epochs: int = option("passes over the data", 1, alone="length")
+    updates: int | None = option("number of updates, instead of epochs", None, parse=whole, metavar="N", alone="length")
     batch_size: int = option("examples an update", 16, metavar="N")
     micro_batch_size: int | None = option(
-        "examples through the model at once", None, parse=int, metavar="N", absent="the batch"
+        "examples through the model at once", None, parse=whole, metavar="N", absent="the batch"
     )
     lr: float = option("learning rate after the warm-up", 5e-7)
     optimizer: str = option("base optimizer", "adamw", choices=OPTIMIZERS)
@@ -215,7 +215,8 @@ class LoopConfig:
         "auto",
         choices=FUSED_HEADS,
     )
-    seed: int = option("of data order and dropout", 0)
+    dropout: bool = option("keep the model's dropout; without it none acts", False)
+    seed: int = option("of data order and dropout", 0, parse=seed_number)
     eval_every: int = option("evaluate so often; 0: at both ends", 0, metavar="UPDATES")
     save_every: int = option("checkpoint so often; 0: on Ctrl-C alone", 0, metavar="UPDATES")
 

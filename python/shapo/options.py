@@ -11,11 +11,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Table = TypeVar("Table")
 
 _KEY = "shapo.option"
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Option:
         repeated: The option may be given several times, a positional one as several values; the value is a list.
         alone: Options of one command with the same `alone` exclude each other.
         positional: The value stands by itself, without the option's name.
+        reads: The value is, or names, a file or folder that is read.
+        writes: The value is a file that is replaced.
         optimizers: The value is a keyword argument of `shapo_kernels.ShaPOOptimizer`, under the field's name.
     """
 
@@ -46,13 +50,15 @@ class Option:
     repeated: bool = False
     alone: str | None = None
     positional: bool = False
+    reads: bool = False
+    writes: bool = False
     optimizers: bool = False
 
 
 def option(help: str, default: Any = MISSING, *, kw_only: bool = False, **more: Any) -> Any:
     """A dataclass field that is an option; without a default it is required. `more`: see `Option`."""
     if "parse" not in more and isinstance(default, (int, float)):
-        more["parse"] = type(default)
+        more["parse"] = float if isinstance(default, float) else whole
     given: dict[str, Any] = {"default_factory": list} if more.get("repeated") else {"default": default}
     return dataclasses.field(**given, kw_only=kw_only, metadata={_KEY: Option(help, **more)})
 
@@ -112,6 +118,19 @@ def read(table: type[Table], parsed: argparse.Namespace, **more: Any) -> Table:
     return table(**{name: value for name, value in values.items() if value is not None}, **more)
 
 
+def named_files(groups: Sequence[Group], parsed: argparse.Namespace, use: str) -> list[tuple[str, Path]]:
+    """Options, as they are typed, and the paths that they give; `use` is "reads" or "writes"."""
+    found = []
+    for group in groups:
+        for name, (_, told) in declared(group.table).items():
+            value = getattr(parsed, name, None)
+            if value and getattr(told, use):
+                for text in value if isinstance(value, list) else [value]:
+                    for form in {text, text.partition("=")[2] or text}:  # NAME=FILE
+                        found.append((typed(name), Path(form).expanduser()))
+    return found
+
+
 def given(table: type, parsed: argparse.Namespace) -> list[str]:
     """The options of a `given_only` group that were given, as they are typed."""
     return [typed(name) for name in declared(table) if getattr(parsed, name, None) is not None]
@@ -122,14 +141,28 @@ def typed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def whole(text: str) -> int:
+    """A whole number that 64 bits hold."""
+    return _whole(text, -_LARGEST, "a whole number is expected")
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
+    return _whole(text, 1, "a whole number of at least 1 is expected")
+
+
+def seed_number(text: str) -> int:
+    """What torch takes as a seed."""
+    return _whole(text, 0, "a whole number from 0 to 2 ** 63 - 1 is expected")
+
+
+def _whole(text: str, least: int, expected: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, but a whole number of at least 1 is expected")
+        value = None
+    if value is None or not least <= value <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r}, but {expected}")
     return value
 
 

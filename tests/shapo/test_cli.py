@@ -148,7 +148,7 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--device", "cuda:99"], "cannot be used"),
         (["--nonsense"], "unrecognized arguments"),
         (["--updat", "3"], "unrecognized arguments: --updat"),
-        (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
+        (["--seed", "99999999999999999999"], "argument --seed: '99999999999999999999', but a whole number from 0"),
         (["--max-length", "8"], "max_prompt_length"),
         (["--eval-limit", "8"], "give that too"),
     ],

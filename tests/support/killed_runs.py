@@ -29,7 +29,7 @@ from shapo_kernels import Subspace
 from tests.support.llamas import llama
 
 UPDATES = 10
-LOOP = LoopConfig(updates=UPDATES, batch_size=4, micro_batch_size=2, lr=1e-2, save_every=1)
+LOOP = LoopConfig(updates=UPDATES, batch_size=4, micro_batch_size=2, lr=1e-2, save_every=1, dropout=True)
 # Every second update is a ShaPO update, with a radius drawn at random; far from rounding, so that a perturbed weight
 # in a checkpoint would differ.
 SHAPO = ShaPOConfig(rho=(0.5, 2.0), norm="none", interval=2)

@@ -23,7 +23,7 @@ SUMMARY = "how soon an aligned model gives in to harmful fine-tuning"
 class AttackOptions:
     """The attack."""
 
-    prompts: str = option("harmful prompts to answer, none of them in --data", metavar="SOURCE")
+    prompts: str = option("harmful prompts to answer, none of them in --data", metavar="SOURCE", reads=True)
     prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
     steps: int = option("updates", 50, parse=positive_int)
     examples: int = option("harmful answers to train on", 64, parse=positive_int, metavar="N")
@@ -42,12 +42,13 @@ class JudgeOptions:
     """Who says what is unsafe; see `shapo judge`."""
 
     judge: str = option("name as in `shapo judge`", metavar="NAME")
-    judge_model: str | None = option("its model", None, metavar="NAME")
-    probe: str | None = option("of --judge probe", None, metavar="FILE")
+    judge_model: str | None = option("its model", None, metavar="NAME", reads=True)
+    probe: str | None = option("of --judge probe", None, metavar="FILE", reads=True)
     unsafe_label: str | None = option("of --judge classifier", None, metavar="LABEL")
     threshold: float = option("of a classifier or probe", 0.5)
 
 
+REPLACES = ("attack.json", "attack.png")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 
 from shapo.commands import common
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, seed_number
 
 SUMMARY = "operator microbenchmark on this machine"
 
@@ -21,7 +21,7 @@ SUMMARY = "operator microbenchmark on this machine"
 class BenchOptions:
     """Sizes of the benchmark."""
 
-    output: str = option("JSON file of the results", "bench.json", metavar="FILE")
+    output: str = option("JSON file of the results", "bench.json", metavar="FILE", writes=True)
     layers: int = option("number of weights", 8, parse=positive_int, metavar="N")
     hidden: int = option("rows of a weight, the length of a neuron", 2048, parse=positive_int)
     intermediate: int = option("columns of a weight, its neurons", 3072, parse=positive_int)
@@ -29,7 +29,7 @@ class BenchOptions:
     dtype: str = option("of the weights", "float32", choices=("float32", "bfloat16"))
     device: str = option("auto (cuda where there is one), cpu, cuda ...", "auto")
     repeats: int = option("timed turns of each contender", 9, parse=positive_int, metavar="N")
-    seed: int = option("of weights and selection", 0)
+    seed: int = option("of weights and selection", 0, parse=seed_number)
 
 
 OPTIONS = (Group(BenchOptions), common.QUIET)

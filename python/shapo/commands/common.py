@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shapo.config import LoopConfig
 from shapo.errors import UserError
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, read
 
 if TYPE_CHECKING:
     from shapo.data.pairs import PairSet
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, in what precision, where."""
 
-    model: str = option("a local folder or a hub name", metavar="NAME")
+    model: str = option("a local folder or a hub name", metavar="NAME", reads=True)
     dtype: str = option("precision the weights are held in", "float32", choices=("float32", "bfloat16"))
     device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
 
@@ -30,7 +30,7 @@ class ModelOptions:
 class SourceOption:
     """Which preference pairs."""
 
-    data: str = option("preference pairs: a local file, a folder of splits or a hub name", metavar="SOURCE")
+    data: str = option("preference pairs: a local file, a folder of splits or a hub name", metavar="SOURCE", reads=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,18 @@ class TokenOptions:
     """How pairs become tokens."""
 
     max_length: int = option("of prompt and response together", 512, parse=positive_int, metavar="TOKENS")
-    max_prompt_length: int = option("of the prompt, if cut at all", 256, parse=positive_int, metavar="TOKENS")
+    max_prompt_length: int | None = option(
+        "of the prompt, if cut at all",
+        None,
+        parse=positive_int,
+        metavar="TOKENS",
+        absent="256, at most half of --max-length",
+    )
+
+    def prompt_length(self) -> int:
+        """What is kept of a prompt that is cut."""
+        return min(256, self.max_length // 2) if self.max_prompt_length is None else self.max_prompt_length
+
     chat_template: bool = option("render prompts by the tokenizer's chat template", False)
 
 
@@ -75,7 +86,7 @@ class FolderOutput:
 class FileOutput:
     """Where a command of one file writes."""
 
-    output: str = option("JSON file of the results", metavar="FILE")
+    output: str = option("JSON file of the results", metavar="FILE", writes=True)
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,7 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> P
     return PairEncoder(
         tokenizer,
         max_length=arguments.max_length,
-        max_prompt_length=arguments.max_prompt_length,
+        max_prompt_length=read(TokenOptions, arguments).prompt_length(),
         chat_template=arguments.chat_template,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         positions=getattr(model.config, "max_position_embeddings", None) if learned else None,

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 
 from shapo.commands import common
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, seed_number
 
 SUMMARY = "the whole method on generated data, in minutes on a CPU"
 
@@ -25,13 +25,14 @@ class DemoOptions:
 
     output: str = option("where everything is written", "runs/demo", metavar="FOLDER")
     size: str = option("small: seconds, too little to learn from", "full", choices=("full", "small"))
-    seed: int = option("of data, weights, order, flips and random subspaces", 0)
+    seed: int = option("of data, weights, order, flips and random subspaces", 0, parse=seed_number)
     jobs: int | None = option(
         "methods trained side by side", None, parse=positive_int, metavar="N", absent="a core each, 4 at most"
     )
     device: str = option("auto (cuda where there is one), cpu, cuda ...", "auto")
 
 
+REPLACES = ("model", "report.json", "report.md", "data", "sft", "methods", "subspaces")
 OPTIONS = (Group(DemoOptions), common.QUIET)
 
 

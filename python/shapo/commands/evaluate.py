@@ -29,7 +29,7 @@ from typing import Any
 
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, seed_number
 
 SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
 
@@ -38,7 +38,7 @@ SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's t
 class PairOptions:
     """How pairs are compared."""
 
-    reference: str | None = option("the model that training started from", None, metavar="NAME")
+    reference: str | None = option("the model that training started from", None, metavar="NAME", reads=True)
     beta: float = option("inverse temperature of the DPO loss", 0.1)
     batch_size: int = option("pairs or prompts through the model at once", 16, parse=positive_int, metavar="N")
 
@@ -48,14 +48,14 @@ class AnswerOptions:
     """What is answered, and how."""
 
     prompts: str | None = option(
-        "Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt", None, metavar="SOURCE"
+        "Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt", None, metavar="SOURCE", reads=True
     )
     prompts_format: str = option("auto, do-not-answer, harmbench, salad-bench or prompt", "auto")
     prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
-    answers: str | None = option("JSONL file to write the answers to", None, metavar="FILE")
+    answers: str | None = option("JSONL file to write the answers to", None, metavar="FILE", writes=True)
     max_new_tokens: int = option("of an answer", 128, parse=positive_int, metavar="TOKENS")
     temperature: float = option("0 is greedy", 0.0)
-    seed: int = option("of sampling; each prompt's state is made of it and the prompt's id", 0)
+    seed: int = option("of sampling; each prompt's state is made of it and the prompt's id", 0, parse=seed_number)
     engine: str = option("what decodes: transformers, or vLLM (a GPU)", "hf", choices=("hf", "vllm"))
 
 
@@ -63,11 +63,17 @@ class AnswerOptions:
 class VerdictOptions:
     """Files of judges."""
 
-    verdicts: list[str] = option("verdicts on a benchmark of harmful prompts", metavar="FILE", repeated=True)
-    benign: str | None = option("verdicts on benign prompts: over-refusal", None, metavar="FILE")
-    second_judge: str | None = option("another judge's verdicts on the first file's answers", None, metavar="FILE")
-    against: str | None = option("another model's verdicts on the first file's prompts", None, metavar="FILE")
-    comparisons: str | None = option("a judge's JSONL with columns first and second", None, metavar="FILE")
+    verdicts: list[str] = option(
+        "verdicts on a benchmark of harmful prompts", metavar="FILE", repeated=True, reads=True
+    )
+    benign: str | None = option("verdicts on benign prompts: over-refusal", None, metavar="FILE", reads=True)
+    second_judge: str | None = option(
+        "another judge's verdicts on the first file's answers", None, metavar="FILE", reads=True
+    )
+    against: str | None = option(
+        "another model's verdicts on the first file's prompts", None, metavar="FILE", reads=True
+    )
+    comparisons: str | None = option("a judge's JSONL with columns first and second", None, metavar="FILE", reads=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class HarnessOptions:
     """Tasks of lm-eval."""
 
     lm_eval: str | None = option("names with commas between: truthfulqa_mc2,hellaswag ...", None, metavar="TASKS")
-    lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER")
+    lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER", reads=True)
     lm_eval_limit: int | None = option(
         "the first N cases of each task", None, parse=positive_int, metavar="N", absent="all"
     )

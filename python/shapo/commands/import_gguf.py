@@ -24,9 +24,12 @@ class ImportOptions:
     """What is read and written."""
 
     file: str = option(
-        "a .gguf file, or package:NAME for the one that an installed package carries", metavar="FILE", positional=True
+        "a .gguf file, or package:NAME for the one that an installed package carries",
+        metavar="FILE",
+        positional=True,
+        reads=True,
     )
-    output: str = option("model and tokenizer; replaced whole", metavar="FOLDER")
+    output: str = option("model and tokenizer; replaced whole", metavar="FOLDER", writes=True)
     dtype: str = option("precision the weights are stored in", "float32", choices=("float32", "bfloat16"))
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from shapo.commands import common
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, read
 
 SUMMARY = "a judge's verdicts on answers: safe, unsafe or unreadable"
 
@@ -25,14 +25,14 @@ SUMMARY = "a judge's verdicts on answers: safe, unsafe or unreadable"
 class JudgeOptions:
     """Which judge, and what it reads and writes."""
 
-    answers: str = option("JSONL with columns prompt and answer", metavar="FILE")
+    answers: str = option("JSONL with columns prompt and answer", metavar="FILE", reads=True)
     judge: str = option(
         "md-judge-v0.2, nemotron-safety-guard, llama-guard-3, llama-guard-4, wildguard, harmbench, qwen3guard, "
         "granite-guardian, shieldgemma, classifier, probe, refusal-substring, judgezoo:NAME or module:function",
         metavar="NAME",
     )
-    output: str = option("JSONL of the verdicts", metavar="FILE")
-    probe: str | None = option("of --judge probe: the file that `shapo probe` wrote", None, metavar="FILE")
+    output: str = option("JSONL of the verdicts", metavar="FILE", writes=True)
+    probe: str | None = option("of --judge probe: the file that `shapo probe` wrote", None, metavar="FILE", reads=True)
     unsafe_label: str | None = option("of --judge classifier: the label that means unsafe", None, metavar="LABEL")
     threshold: float = option("harm from which on a classifier's or probe's verdict is unsafe", 0.5)
     batch_size: int = option("answers through the model at once", 8, parse=positive_int, metavar="N")
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         encoder={
             "max_length": arguments.max_length,
-            "max_prompt_length": arguments.max_prompt_length,
+            "max_prompt_length": read(common.TokenOptions, arguments).prompt_length(),
             "chat_template": arguments.chat_template,
         },
     )

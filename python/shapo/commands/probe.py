@@ -13,7 +13,7 @@ import argparse
 from dataclasses import dataclass
 
 from shapo.commands import common
-from shapo.options import Group, option, positive_int
+from shapo.options import Group, option, positive_int, seed_number
 
 SUMMARY = "train the safety probe on a model's hidden states"
 
@@ -29,12 +29,13 @@ class ProbeOptions:
     validation: float = option("of the prompts, held out", 0.2, metavar="SHARE")
     balanced: bool = option("weight the two classes equally", False)
     keep: str = option("which epoch's weights", "last", choices=("last", "best"))
-    seed: int = option("of the split and the order", 0)
+    seed: int = option("of the split and the order", 0, parse=seed_number)
     feature_batch_size: int = option("texts through the model at once", 16, parse=positive_int, metavar="N")
     bf16: bool = option("compute the hidden states under bfloat16 autocast", False)
     cache: bool = option("keep the features in the output folder, and use them again", False)
 
 
+REPLACES = ("probe.safetensors", "probe.json", "probe.png", "features.safetensors")
 OPTIONS = (Group(common.FolderOutput), common.MODEL, *common.DATA, Group(ProbeOptions, "probe"), common.QUIET)
 
 

@@ -23,7 +23,7 @@ class ReportOptions:
     runs: list[str] = option(
         "folders of runs, JSON files of evaluations", positional=True, repeated=True, metavar="RUN"
     )
-    output: str = option("the page", "report.html", metavar="FILE")
+    output: str = option("the page", "report.html", metavar="FILE", writes=True)
     title: str = option("of the page", "ShaPO: what was measured")
 
 

@@ -24,9 +24,9 @@ SUMMARY = "make pairs of real models' safe and unsafe answers from public reposi
 class SafetyPairsOptions:
     """Where the clones are."""
 
-    refusal_direction: str = option("of andyrdt/refusal_direction", metavar="CLONE")
-    jailbreakbench: str = option("of JailbreakBench/artifacts", metavar="CLONE")
-    output: str = option("where the files are written; replaced whole", metavar="FOLDER")
+    refusal_direction: str = option("of andyrdt/refusal_direction", metavar="CLONE", reads=True)
+    jailbreakbench: str = option("of JailbreakBench/artifacts", metavar="CLONE", reads=True)
+    output: str = option("where the files are written; replaced whole", metavar="FOLDER", writes=True)
     seed: int = option("of the splits and of the pairing", 0)
 
 

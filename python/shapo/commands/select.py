@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.commands import common
 from shapo.config import LOSSES
 from shapo.errors import UserError
-from shapo.options import Group, declared, option, positive_int, typed
+from shapo.options import Group, declared, option, positive_int, seed_number, typed
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -39,17 +39,18 @@ class SelectOptions:
     """How many neurons, chosen how; each option with the methods that use it."""
 
     percent: float = option("share of all neurons, in (0, 100]", 1.0, of=("probe", "gradient", "random"))
-    probe: str | None = option("what `shapo probe` wrote", None, of=("probe",), metavar="FILE")
+    probe: str | None = option("what `shapo probe` wrote", None, of=("probe",), metavar="FILE", reads=True)
     match: str = option("drawn over all layers, or layer by layer", "total", of=("random",), choices=("total", "layer"))
     like: str | None = option(
-        "a subspace whose number of neurons in each layer is taken", None, of=("random",), metavar="FILE"
+        "a subspace whose number of neurons in each layer is taken", None, of=("random",), metavar="FILE", reads=True
     )
-    seed: int = option("of the draw", 0, of=("random",))
+    seed: int = option("of the draw", 0, of=("random",), parse=seed_number)
     data: str | None = option(
         "held-out preference pairs: a local file, a folder of splits or a hub name",
         None,
         of=("gradient",),
         metavar="SOURCE",
+        reads=True,
     )
     loss: str = option("which loss", "dpo", of=("gradient",), choices=tuple(n for n in LOSSES if n != "reward_level"))
     beta: float = option("inverse temperature of the loss", 0.1, of=("gradient",))
@@ -61,7 +62,7 @@ class SelectOptions:
 class MethodOptions:
     """What to write, and by which method."""
 
-    output: str = option("safetensors file of the subspace", metavar="FILE")
+    output: str = option("safetensors file of the subspace", metavar="FILE", writes=True)
     method: str = option("see above", choices=METHODS)
 
 

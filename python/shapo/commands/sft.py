@@ -24,6 +24,7 @@ class SftOptions:
     held_out: int = option("keep the last N pairs for evaluation", 0, metavar="N")
 
 
+REPLACES = ("model", "metrics.jsonl", "run.json", "checkpoint.pt")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,
@@ -60,9 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
         config=config,
         output=output,
         held_out=[(pair.prompt, pair.chosen) for pair in held_out],
+        save=lambda: save_model(output / "model", model, tokenizer),
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
-    save_model(output / "model", model, tokenizer)
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), "examples": len(examples)})
     print(f"model: {output / 'model'}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.options import Group, option, positive_int, radii
+from shapo.options import Group, option, positive_int, radii, seed_number
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -29,10 +29,12 @@ SUMMARY = "loss increase against rho inside subspaces (Figure 1 of the paper)"
 class SharpnessOptions:
     """Where and how far is measured."""
 
-    reference: str | None = option("the model that training started from", None, metavar="NAME")
-    subspace: list[str] = option("a file of `shapo select`; may be repeated", metavar="[NAME=]FILE", repeated=True)
+    reference: str | None = option("the model that training started from", None, metavar="NAME", reads=True)
+    subspace: list[str] = option(
+        "a file of `shapo select`; may be repeated", metavar="[NAME=]FILE", repeated=True, reads=True
+    )
     random: int = option("random controls of the first subspace, of each kind: any layer, same layers", 1, metavar="N")
-    random_seed: int = option("of the first control; the next ones count up", 0)
+    random_seed: int = option("of the first control; the next ones count up", 0, parse=seed_number)
     rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii)
     ratios: list[float] = option("radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii)
     beta: float = option("inverse temperature of the DPO loss", 0.1)
@@ -40,6 +42,7 @@ class SharpnessOptions:
     batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
 
 
+REPLACES = ("sharpness.json", "sharpness.png")
 OPTIONS = (Group(common.FolderOutput), common.MODEL, *common.DATA, Group(SharpnessOptions), common.QUIET)
 
 

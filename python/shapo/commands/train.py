@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from shapo.commands import common
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
-from shapo.options import Group, given, option, positive_int, read
+from shapo.options import Group, given, option, positive_int, read, seed_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,11 +36,11 @@ SUMMARY = "preference training, plain or with ShaPO"
 class HeldOutOptions:
     """Clean pairs to evaluate on, and label noise for the others."""
 
-    eval_data: str | None = option("clean pairs to evaluate on, in the same format", None, metavar="SOURCE")
+    eval_data: str | None = option("clean pairs to evaluate on, in the same format", None, metavar="SOURCE", reads=True)
     eval_split: str | None = option("split of --eval-data on the hub", None, metavar="NAME")
     eval_limit: int | None = option("evaluate on the first N of them alone", None, parse=positive_int, metavar="N")
     noise: float = option("flip this share of the training labels, 0 to 1", 0.0, metavar="SHARE")
-    noise_seed: int = option("which labels are flipped", 0)
+    noise_seed: int = option("which labels are flipped", 0, parse=seed_number)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RewardOptions:
     """Where the reward level takes its labels from."""
 
     reward_model: str | None = option(
-        "a sequence-classification model, folder or hub name", None, of=("reward_level",), metavar="NAME"
+        "a sequence-classification model, folder or hub name", None, of=("reward_level",), metavar="NAME", reads=True
     )
     reward_sign: str | None = option(
         "is a higher score better or worse", None, of=("reward_level",), choices=("reward", "cost"), absent="reward"
@@ -59,9 +59,20 @@ class RewardOptions:
 class SubspaceOption:
     """Where weights are perturbed."""
 
-    subspace: str | None = option("a file of `shapo select`, or full for all parameters", None, metavar="FILE")
+    subspace: str | None = option(
+        "a file of `shapo select`, or full for all parameters", None, metavar="FILE", reads=True
+    )
 
 
+REPLACES = (
+    "model",
+    "metrics.jsonl",
+    "run.json",
+    "checkpoint.pt",
+    "reference.safetensors",
+    "reference-evaluation.safetensors",
+    "rewards.safetensors",
+)
 OPTIONS = (
     Group(common.FolderOutput),
     Group(
@@ -116,10 +127,10 @@ def run(arguments: argparse.Namespace) -> None:
         rewards=rewards,
         evaluation=TokenizedPairs(held_out, encoder) if held_out else None,
         output=output,
+        save=lambda: save_model(output / "model", model, tokenizer),
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
-    save_model(output / "model", model, tokenizer)
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), **summary})
     if summary["rho_over_weight_norm"] is not None:
         print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")

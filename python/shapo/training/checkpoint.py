@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import os
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from shapo.errors import UserError
+from shapo.errors import UserError, first_line
 from shapo.storage.files import atomic_file
 from shapo.storage.fingerprint import require_same_run
 from shapo.training.order import DataOrder
 
 _FORMAT = 1
+_ENTRIES: dict[str, type] = {
+    "run": dict,
+    "update": int,
+    "model": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "random": dict,
+    "order": dict,
+    "metrics_position": int,
+}
 
 
 class Stateful(Protocol):
@@ -72,32 +83,51 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dic
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path} to resume from; run without --resume first")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
+            damaged = file.testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
     except Exception as error:  # what the unpickler says of other bytes has no common base: KeyError, EOFError ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+        raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} is another; start anew, or from a copy")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{path} is no checkpoint of this version (format {_FORMAT})")
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path} is no whole checkpoint: {', '.join(wrong)} is missing or of another type")
     require_same_run(state["run"], run, path)
     return state
 
 
 def restore(
-    state: Mapping[str, Any], *, model: torch.nn.Module, optimizer: Stateful, scheduler: Stateful, order: DataOrder
+    state: Mapping[str, Any],
+    *,
+    model: torch.nn.Module,
+    optimizer: Stateful,
+    scheduler: Stateful,
+    order: DataOrder,
+    updates: int,
 ) -> int:
-    """Puts a checkpoint's state into the objects of a run and returns the number of updates done.
+    """Puts a checkpoint's state into the objects of a run of `updates` updates, and returns the number of those done.
 
     Raises:
-        UserError: This version of torch draws another order of the data than the one that wrote the checkpoint.
+        UserError: A part does not fit, or this version of torch draws another order of the data than the one that
+            wrote the checkpoint.
     """
-    if not torch.equal(order.permutation(state["order"]["epoch"]), state["order"]["permutation"]):
+    try:
+        same_order = torch.equal(order.permutation(state["order"]["epoch"]), state["order"]["permutation"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        _set_random_state(state["random"])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit this run: {first_line(error)}") from error
+    if not same_order:
         raise UserError(
             "this version of torch draws another order of the data than the one the checkpoint was written with"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    _set_random_state(state["random"])
+    if not (0 <= state["update"] <= updates and state["metrics_position"] >= 0):
+        raise UserError(f"the checkpoint is of update {state['update']}, and the run has {updates}")
     return int(state["update"])
 
 

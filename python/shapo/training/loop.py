@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from shapo.config import LoopConfig
+from shapo.errors import UserError
 from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
@@ -25,6 +26,7 @@ METRICS = "metrics.jsonl"
 
 Update = Callable[[list[int]], dict[str, Any]]
 Evaluate = Callable[[int], dict[str, Any]]
+Save = Callable[[], object]
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Loop:
         evaluate: Evaluate | None = None,
         *,
         state: dict[str, Any] | None = None,
+        save: Save | None = None,
         progress: bool = True,
         name: str = "train",
     ) -> None:
@@ -65,14 +68,17 @@ class Loop:
         `update(indices)` makes one update of the weights from the examples `indices` and returns what to log;
         `evaluate(done)` is called before the first update, every `eval_every` updates and after the last, with the
         number of updates made.  A checkpoint is written every `save_every` updates and on the first Ctrl-C, after the
-        update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.
+        update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.  `save()` is called
+        as soon as the weights are final, before anything else can fail.
 
         Raises:
-            UserError: No room to write.
+            UserError: The final weights are not finite; no room to write.
             KeyboardInterrupt: After Ctrl-C.
         """
         done, position = self._start(state)
-        self.model.train()
+        if done == self.total:
+            self._finish(save)
+        self.model.train(self.config.dropout)
         with (
             MetricsLog(self.output / METRICS, position=position) as log,
             Interruptible() as interrupt,
@@ -89,6 +95,8 @@ class Loop:
                 # The process's own time tells what an update costs where other work shares the cores; a GPU's it does
                 # not see.
                 times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+                if done == self.total:
+                    self._finish(save)
                 log.write("update", {"update": done, "lr": lr, **values, **times})
                 bar.update()
                 bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
@@ -99,12 +107,23 @@ class Loop:
                 if interrupt.requested:
                     raise KeyboardInterrupt(self._farewell(done))
 
+    def _finish(self, save: Save | None) -> None:
+        broken = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
+        if broken is not None:
+            raise UserError(
+                f"training has diverged: {broken} has values that are NaN or infinite; no model is saved, "
+                "lower the learning rate or rho"
+            )
+        if save is not None:
+            save()
+
     def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
         if state is None:
             torch.manual_seed(self.config.seed)
             (self.output / CHECKPOINT).unlink(missing_ok=True)
             return 0, 0
-        done = restore(state, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, order=self.order)
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        done = restore(state, **parts, order=self.order, updates=self.total)
         position = int(state["metrics_position"])
         # As large as model and optimizer together: not to be held while training.
         state.clear()

@@ -64,11 +64,26 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file, of one kind ("update", "evaluation") or all."""
+    """The lines of a metrics file, of one kind ("update", "evaluation") or all.
+
+    Raises:
+        UserError: It cannot be read, or a line is damaged.
+    """
     return [row for row in _rows(Path(path)) if kind is None or row["kind"] == kind]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or "kind" not in row:
+            raise UserError(f"{path}, line {number} is damaged: expected a JSON object with a kind")
+        yield row

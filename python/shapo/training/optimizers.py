@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from shapo.config import LoopConfig
+from shapo.errors import UserError
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
@@ -38,6 +39,14 @@ def make_scheduler(
         return 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def require_finite(norm: torch.Tensor) -> None:
+    """Raises UserError for gradients that would make every weight NaN."""
+    if not norm.isfinite():
+        raise UserError(
+            f"the norm of the gradient is {norm.item()}: training has diverged; lower the learning rate or rho"
+        )
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], largest: float) -> torch.Tensor:

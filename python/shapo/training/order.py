@@ -32,7 +32,7 @@ class DataOrder:
     def permutation(self, epoch: int) -> torch.Tensor:
         """The order of epoch number `epoch`, counted from 0."""
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
             self._permutation = torch.randperm(self.examples, generator=generator)
             self._epoch = epoch
         return self._permutation

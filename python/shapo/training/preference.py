@@ -28,13 +28,14 @@ from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
 from shapo.models.fused_head import FusedHead, find_fused_head
+from shapo.notes import note
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
 from shapo.scoring.objective import make_batch, make_loss
 from shapo.scoring.rewards import PairRewards
 from shapo.storage.fingerprint import digest_model, digest_rows, digest_tensors
-from shapo.training.loop import METRICS, Loop, read_state
+from shapo.training.loop import METRICS, Loop, Save, read_state
 from shapo.training.metrics import read_metrics
-from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
+from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler, require_finite
 from shapo.training.order import split
 from shapo.training.rounding import StepRounding
 from shapo_kernels import ShaPOOptimizer, Subspace, losses
@@ -52,6 +53,7 @@ def train_preferences(
     subspace: Subspace | None = None,
     rewards: PairRewards | None = None,
     evaluation: TokenizedPairs | None = None,
+    save: Save | None = None,
     resume: bool = False,
     progress: bool = True,
     name: str = "train",
@@ -63,11 +65,12 @@ def train_preferences(
         data: Training pairs; flipped ones are watched: how many of their wrong labels the model comes to agree with.
         loss: The loss and its aggregation.
         loop: Length, batches, optimizer.
-        output: Folder of metrics, caches and checkpoints; the caller saves the model.
+        output: Folder of metrics, caches and checkpoints.
         shapo: The perturbation, or None for plain training.
         subspace: Where weights are perturbed; with `shapo` alone.
         rewards: The training pairs' rewards, for the reward level.
         evaluation: Clean pairs.
+        save: Saves the model; called as soon as the weights are final.
 
     Returns:
         A summary: `updates`, `seconds_per_update` and `cpu_seconds_per_update` (medians), `final` (last evaluation),
@@ -80,10 +83,14 @@ def train_preferences(
     """
     if (shapo is None) != (subspace is None):
         raise UserError("ShaPO needs both a radius and a subspace, plain training neither")
+    if subspace is not None and not subspace.count:
+        raise UserError("the subspace selects no neuron, so every update would be a plain one; select some")
     if loss.uses_rewards != (rewards is not None):
         raise UserError("the reward level needs rewards, and no other loss takes any")
+    total = loop.total_updates(len(data))
     if shapo is not None:
         _require_an_ascent_that_fits(shapo, loss, loop)
+        _require_shapo_updates(shapo, total)
     start = digest_model(model)
     run = {
         "kind": "preference",
@@ -111,14 +118,13 @@ def train_preferences(
         optimizer = ShaPOOptimizer(base, model, subspace, seed=loop.seed, **shapo.for_optimizer())
         if loop.fused_head == "on":
             find_fused_head(model, "on")  # a perturbed head cannot be left out
-    total = loop.total_updates(len(data))
     scheduler = make_scheduler(optimizer, loop, total)
     rounding = StepRounding(model.parameters(), scheduler, warmup=loop.warmup, total=total)
     update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards, head, rounding)
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
     try:
         Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
-            update, watch if watch.has_work else None, state=state, progress=progress, name=name
+            update, watch if watch.has_work else None, state=state, save=save, progress=progress, name=name
         )
     finally:
         if isinstance(optimizer, ShaPOOptimizer):
@@ -195,6 +201,7 @@ class _Update:
             raise UserError(f"the loss is {loss}: training has diverged; lower the learning rate or rho")
         self._was_finite = True
         norm = clip_gradients(self.model.parameters(), self.loop.clip)
+        require_finite(norm)
         moved = self.rounding.step(self.optimizer)
         self.optimizer.zero_grad()
         # Accuracy and margin are those of the weights themselves, before they were moved.
@@ -298,6 +305,19 @@ def _require_an_ascent_that_fits(shapo: ShaPOConfig, loss: LossConfig, loop: Loo
         shapo.part(loop.seed).require_at_most(min(size, loop.batch_size) if shapo.per_micro_batch else loop.batch_size)
     except ValueError as error:
         raise UserError(error) from error
+
+
+def _require_shapo_updates(shapo: ShaPOConfig, total: int) -> None:
+    """Refuses a run that says ShaPO and makes plain updates alone; tells of a radius that is never reached."""
+    acting = [n for n in range(total) if (n + 1) % shapo.interval == 0 and n >= shapo.plain_updates]
+    if not acting:
+        raise UserError(
+            f"of {total} updates none would be a ShaPO update with an interval of {shapo.interval} after "
+            f"{shapo.plain_updates} plain ones: lower them, or leave rho out"
+        )
+    reached = shapo.plain_updates + max(shapo.rho_warmup, 1)
+    if acting[-1] + 1 < reached:
+        note(f"rho is reached after {reached} updates, and the last ShaPO update is number {acting[-1] + 1}")
 
 
 def _digest_subspace(subspace: Subspace) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from shapo.models.fused_head import FusedHead, find_fused_head
 from shapo.models.modes import evaluating
 from shapo.scoring.logps import response_logps
 from shapo.storage.fingerprint import digest_model, digest_rows
-from shapo.training.loop import Loop, read_state
-from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler
+from shapo.training.loop import Loop, Save, read_state
+from shapo.training.optimizers import clip_gradients, make_optimizer, make_scheduler, require_finite
 from shapo.training.order import split
 from shapo.training.rounding import StepRounding
 
@@ -31,6 +32,7 @@ def train_sft(
     output: Path,
     held_out: Sequence[tuple[str, str]] = (),
     measure: Callable[[int], dict[str, Any]] | None = None,
+    save: Save | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> None:
@@ -39,10 +41,10 @@ def train_sft(
     An evaluation logs the loss on `held_out`, and what `measure` gives when it is told the number of updates made.
 
     The loss of an update is the mean over all response tokens of its batch, so micro-batches change nothing.  Writes
-    `metrics.jsonl` and checkpoints under `output`; the caller saves the model.
+    `metrics.jsonl` and checkpoints under `output`; `save()` is called as soon as the weights are final.
 
     Raises:
-        UserError: No examples, or see `Loop.train`.
+        UserError: No examples, a loss or gradient that is not finite, or see `Loop.train`.
     """
     if not examples:
         raise UserError("there are no examples to fine-tune on")
@@ -69,7 +71,10 @@ def train_sft(
             loss = _loss_sum(model, encoder, [rows[index] for index in micro], bf16=config.bf16, head=head) / tokens
             loss.backward()
             total += loss.item()
+        if not math.isfinite(total):
+            raise UserError(f"the loss is {total}: training has diverged; lower the learning rate")
         norm = clip_gradients(model.parameters(), config.clip)
+        require_finite(norm)
         moved = rounding.step(optimizer)
         optimizer.zero_grad()
         return {"loss": total, "grad_norm": norm.item(), "tokens": tokens, **moved}
@@ -84,7 +89,8 @@ def train_sft(
             total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16, head=head).item() for batch in batches)
         return {"loss": total / sum(_response_tokens(row) for row in checks)}
 
-    loop.train(update, evaluate if checks or measure else None, state=state, progress=progress, name="sft")
+    watch = evaluate if checks or measure else None
+    loop.train(update, watch, state=state, save=save, progress=progress, name="sft")
 
 
 def _loss_sum(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -73,3 +77,61 @@ def test_a_file_is_as_readable_as_any_other_whoever_writes_it(tmp_path):
     with atomic_file(tmp_path / "a.safetensors") as temporary:
         save_file({"a": torch.zeros(1)}, temporary)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def leave(folder, *, process, host=None, ending="tmp", age=0.0):
+    """What a killed run leaves: a file under the temporary name of a process."""
+    with atomic_file(folder / "x") as temporary:
+        ours = temporary.name
+    path = folder / f".shapo-{host or ours.split('-')[1]}-{process}-0123abcd.{ending}"
+    path.write_text("half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def dead_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@pytest.mark.parametrize("process", ["dead", "an earlier one of our number"])
+def test_what_a_killed_run_left_is_removed_and_in_nobodys_way(process, tmp_path):
+    left = leave(tmp_path, process=dead_process() if process == "dead" else os.getpid())
+    (tmp_path / f".model.{os.getpid()}.tmp").mkdir()  # a name that can be guessed blocks nobody
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("a")
+    assert not left.exists()
+    assert (tmp_path / "model" / "a").read_text() == "a"
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    running = leave(tmp_path, process=os.getppid())
+    elsewhere = leave(tmp_path, process=dead_process(), host="00000000")
+    forgotten = leave(tmp_path, process=1, host="11111111", age=2 * 24 * 3600)
+    with atomic_file(tmp_path / "a"), atomic_file(tmp_path / "b") as inner:
+        inner.write_text("b")
+    assert running.exists()
+    assert elsewhere.exists()
+    assert not forgotten.exists()
+    assert (tmp_path / "b").read_text() == "b"
+
+
+def test_a_kill_between_the_two_renames_loses_no_old_version(tmp_path):
+    leave(tmp_path, process=dead_process(), ending="model.old")
+    with atomic_file(tmp_path / "a"):
+        pass
+    assert (tmp_path / "model").read_text() == "half"
+
+
+def test_links_are_replaced_and_never_followed(tmp_path):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "kept").write_text("kept")
+    (tmp_path / "model").symlink_to(tmp_path / "else")
+    (tmp_path / "file").symlink_to(tmp_path / "else" / "kept")
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("a")
+    write_json(tmp_path / "file", {})
+    assert (tmp_path / "else" / "kept").read_text() == "kept"
+    assert not (tmp_path / "model").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "file", "model"]

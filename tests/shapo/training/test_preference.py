@@ -15,8 +15,9 @@ from shapo.data.noise import flip_labels
 from shapo.errors import UserError
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
-from shapo.training.metrics import read_metrics
+from shapo.training.metrics import MetricsLog, read_metrics
 from shapo.training.preference import train_preferences
+from shapo.training.sft import train_sft
 from shapo_kernels import Subspace, losses
 
 NEURONS = {f"model.layers.{layer}.mlp.down_proj.weight": list(range(0, 64, 7)) for layer in range(2)}
@@ -35,7 +36,8 @@ def rewards(pairs):
 
 def train(model, pairs, folder, *, loop=None, loss=None, shapo=None, subspace=None, **options):
     loop = loop or LoopConfig(updates=1, batch_size=6, lr=1e-3, warmup=0)
-    subspace = subspace or (Subspace(NEURONS) if shapo else None)
+    if subspace is None and shapo:
+        subspace = Subspace(NEURONS)
     return train_preferences(
         model,
         pairs,
@@ -146,7 +148,8 @@ def test_a_shapo_update_costs_two_forward_passes_and_a_plain_one_costs_one(tiny_
 def test_both_passes_of_an_update_see_the_same_dropout(tiny_llama, pairs, tmp_path):
     for layer in tiny_llama.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    train(tiny_llama, pairs, tmp_path, shapo=ShaPOConfig(rho=1e-5))
+    loop = LoopConfig(updates=1, batch_size=6, lr=1e-3, warmup=0, dropout=True)
+    train(tiny_llama, pairs, tmp_path, loop=loop, shapo=ShaPOConfig(rho=1e-5))
     (line,) = read_metrics(tmp_path / "metrics.jsonl", "update")
     assert abs(line["gap"]) < 1e-4  # other masks would make it some hundredths
     assert line["ascent_loss"] != pytest.approx(
@@ -230,11 +233,90 @@ def test_partial_batches_are_kept(tiny_llama, pairs, tmp_path):
     assert summary["updates"] == 2 * 3
 
 
+def test_no_dropout_acts_unless_it_is_asked_for(tiny_llama, pairs, tmp_path):
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    train(tiny_llama, pairs, tmp_path)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl", "update")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy is its reference"
+
+
+def test_the_model_is_saved_before_anything_else_can_fail(tiny_llama, pairs, tmp_path, monkeypatch):
+    before, saved = state_of(tiny_llama), []
+
+    def full(self, kind, values):
+        raise UserError("cannot write metrics.jsonl: No space left on device")
+
+    def save():
+        saved.append(state_of(tiny_llama))
+        monkeypatch.setattr(MetricsLog, "write", full)
+
+    loop = LoopConfig(updates=2, batch_size=6, lr=1e-3, warmup=0)
+    with pytest.raises(UserError, match="No space left"):
+        train(tiny_llama, pairs, tmp_path, loop=loop, shapo=ShaPOConfig(rho=0.1), save=save)
+    assert len(saved) == 1
+    assert all(torch.equal(value, saved[0][name]) for name, value in tiny_llama.state_dict().items())
+    assert not torch.equal(saved[0]["lm_head.weight"], before["lm_head.weight"])
+
+
+@pytest.mark.parametrize("damage", ["a cut line", "no file"])
+def test_metrics_that_were_damaged_meanwhile_lose_no_model(damage, tiny_llama, pairs, tmp_path):
+    saved = []
+
+    def save():
+        saved.append(True)
+        path = tmp_path / "metrics.jsonl"
+        path.unlink() if damage == "no file" else path.write_text('{"kind": "upd\n')
+
+    loop = LoopConfig(updates=2, batch_size=6, warmup=0)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        train(tiny_llama, pairs, tmp_path, loop=loop, save=save)
+    assert saved == [True]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_llama, pairs, tmp_path, tiny_encoder):
+    saved, huge = [], LoopConfig(updates=1, batch_size=6, lr=1e38, optimizer="sgd", clip=0, warmup=0)
+    with pytest.raises(UserError, match="training has diverged"):
+        train(tiny_llama, pairs, tmp_path / "train", loop=huge, save=lambda: saved.append(True))
+    examples = [(pair.prompt, pair.chosen) for pair in pairs.pairs]
+    for lr in (1e38, 1e30):
+        config = LoopConfig(updates=3, batch_size=6, lr=lr, optimizer="sgd", clip=0, warmup=0)
+        with pytest.raises(UserError, match="training has diverged"):
+            train_sft(
+                tiny_llama,
+                tiny_encoder,
+                examples,
+                config=config,
+                output=tmp_path / f"{lr}",
+                progress=False,
+                save=lambda: saved.append(True),
+            )
+    assert not saved
+
+
+@pytest.mark.parametrize("options", [{"interval": 3}, {"plain_updates": 2}, {"interval": 1000}], ids=str)
+def test_a_shapo_run_without_a_shapo_update_is_refused(options, tiny_llama, pairs, tmp_path):
+    loop = LoopConfig(updates=2, batch_size=6, warmup=0)
+    with pytest.raises(UserError, match="of 2 updates none would be a ShaPO update"):
+        train(tiny_llama, pairs, tmp_path, loop=loop, shapo=ShaPOConfig(rho=0.1, **options))
+    with pytest.raises(UserError, match="the subspace selects no neuron"):
+        train(tiny_llama, pairs, tmp_path, loop=loop, shapo=ShaPOConfig(rho=0.1), subspace=Subspace({}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_radius_that_is_never_reached_is_told(tiny_llama, pairs, tmp_path, capsys):
+    loop = LoopConfig(updates=2, batch_size=6, warmup=0)
+    train(tiny_llama, pairs, tmp_path, loop=loop, shapo=ShaPOConfig(rho=0.1, rho_warmup=9))
+    assert "rho is reached after 9 updates, and the last ShaPO update is number 2" in capsys.readouterr().err
+
+
 def test_a_model_of_nan_is_not_blamed_on_the_learning_rate(tiny_llama, pairs, tmp_path):
     with torch.no_grad():
         tiny_llama.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="the first loss is nan, before any update: look at the model's weights"):
+    with pytest.raises(UserError, match="the model's log-probabilities of 12 of 12 pairs are NaN"):
         train(tiny_llama, pairs, tmp_path)
+    with pytest.raises(UserError, match="the first loss is nan, before any update: look at the model's weights"):
+        train(tiny_llama, pairs, tmp_path, loss=LossConfig("simpo"))
 
 
 def test_a_loss_that_is_not_finite_later_ends_the_run_with_one_line(tiny_llama, pairs, tmp_path):

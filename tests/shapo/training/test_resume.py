@@ -7,6 +7,7 @@ import errno
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from shapo.training.sft import train_sft
 from shapo_kernels import Subspace
 
 NEURONS = {f"model.layers.{layer}.mlp.down_proj.weight": [0, 5, 9] for layer in range(2)}
-LOOP = LoopConfig(updates=6, batch_size=4, micro_batch_size=2, lr=1e-3, warmup=2, schedule="cosine", eval_every=2)
+LOOP = LoopConfig(
+    updates=6, batch_size=4, micro_batch_size=2, lr=1e-3, warmup=2, schedule="cosine", eval_every=2, dropout=True
+)
 SHAPO = ShaPOConfig(rho=(0.05, 0.2), norm="none", interval=2)
 
 
@@ -271,3 +274,42 @@ def test_bytes_that_are_no_checkpoint_are_refused_in_one_line(content, model, pa
     with pytest.raises(UserError, match=r"checkpoint.pt is damaged or no checkpoint") as error:
         train(model, pairs, tmp_path, resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_wherever_it_is(model, pairs, tmp_path):
+    loop = LoopConfig(**{**LOOP.__dict__, "save_every": 2, "updates": 2})
+    train(model, pairs, tmp_path, loop=loop)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with zipfile.ZipFile(tmp_path / "checkpoint.pt") as file:
+        records = [file.read(info) for info in file.infolist() if info.file_size >= 64]
+    assert len(records) > 20
+    for number, record in enumerate(records[:: max(1, len(records) // 12)]):
+        damaged = bytearray(whole)
+        damaged[whole.index(record) + len(record) * number // 24] ^= 1 << number % 8
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(tmp_path / "checkpoint.pt", state["run"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state.pop("scheduler"), "scheduler is missing or of another type"),
+        (lambda state: state.update(update="2"), "update is missing or of another type"),
+        (lambda state: state.update(update=99), "the checkpoint is of update 99, and the run has 2"),
+        (lambda state: state["model"].popitem(), "does not fit this run"),
+        (lambda state: state["random"].pop("torch"), "does not fit this run"),
+        (lambda state: state["order"].update(epoch="0"), "does not fit this run"),
+    ],
+    ids=["missing", "mistyped", "too far", "a tensor missing", "no random state", "no epoch"],
+)
+def test_a_checkpoint_that_is_not_whole_is_one_line(edit, message, model, pairs, tmp_path):
+    loop = LoopConfig(**{**LOOP.__dict__, "save_every": 2, "updates": 2})
+    start = copy.deepcopy(model)
+    train(model, pairs, tmp_path, loop=loop)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    edit(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=message):
+        train(start, pairs, tmp_path, loop=loop, resume=True)
