@@ -5,6 +5,7 @@ What one update is, the caller says; this module knows no loss.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Loop:
         *,
         state: dict[str, Any] | None = None,
         save: Save | None = None,
+        check: Callable[[], float] | None = None,
         progress: bool = True,
         name: str = "train",
     ) -> None:
@@ -69,15 +71,15 @@ class Loop:
         `evaluate(done)` is called before the first update, every `eval_every` updates and after the last, with the
         number of updates made.  A checkpoint is written every `save_every` updates and on the first Ctrl-C, after the
         update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.  `save()` is called
-        as soon as the weights are final, before anything else can fail.
+        as soon as the weights are final, before anything else can fail; `check()` gives their loss on some examples.
 
         Raises:
-            UserError: The final weights are not finite; no room to write.
+            UserError: The final weights or their loss are not finite; no room to write.
             KeyboardInterrupt: After Ctrl-C.
         """
         done, position = self._start(state)
         if done == self.total:
-            self._finish(save)
+            self._finish(save, check)
         self.model.train(self.config.dropout)
         with (
             MetricsLog(self.output / METRICS, position=position) as log,
@@ -96,7 +98,7 @@ class Loop:
                 # not see.
                 times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
                 if done == self.total:
-                    self._finish(save)
+                    self._finish(save, check)
                 log.write("update", {"update": done, "lr": lr, **values, **times})
                 bar.update()
                 bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
@@ -107,11 +109,16 @@ class Loop:
                 if interrupt.requested:
                     raise KeyboardInterrupt(self._farewell(done))
 
-    def _finish(self, save: Save | None) -> None:
+    def _finish(self, save: Save | None, check: Callable[[], float] | None) -> None:
         broken = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
         if broken is not None:
             raise UserError(
                 f"training has diverged: {broken} has values that are NaN or infinite; no model is saved, "
+                "lower the learning rate or rho"
+            )
+        if save is not None and check is not None and not math.isfinite(loss := check()):
+            raise UserError(
+                f"training has diverged: the loss of the final weights is {loss}; no model is saved, "
                 "lower the learning rate or rho"
             )
         if save is not None:

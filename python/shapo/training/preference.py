@@ -28,6 +28,7 @@ from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
 from shapo.models.fused_head import FusedHead, find_fused_head
+from shapo.models.modes import evaluating
 from shapo.notes import note
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps, cached_logps, compute_logps
 from shapo.scoring.objective import make_batch, make_loss
@@ -124,7 +125,13 @@ def train_preferences(
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
     try:
         Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
-            update, watch if watch.has_work else None, state=state, save=save, progress=progress, name=name
+            update,
+            watch if watch.has_work else None,
+            state=state,
+            save=save,
+            check=update.check,
+            progress=progress,
+            name=name,
         )
     finally:
         if isinstance(optimizer, ShaPOOptimizer):
@@ -212,6 +219,12 @@ class _Update:
             gap = self._aggregate(descent, ascent.indices) - before
             values |= {"ascent_loss": before, "gap": gap, "shapo": dict(self.optimizer.stats)}
         return values
+
+    def check(self) -> float:
+        """The loss of one micro-batch at the weights as they are."""
+        size = min(self.loop.micro_batch_size or self.loop.batch_size, len(self.data))
+        with evaluating(self.model), torch.no_grad():
+            return self._forward(range(size), None).per_pair.mean().item()
 
     def _ascend(self, micro_batches: Sequence[list[int]], number: int, seen: _Pass) -> None:
         drawn = self._part.draw([len(micro) for micro in micro_batches], self.optimizer.updates, number)

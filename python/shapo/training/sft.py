@@ -89,8 +89,13 @@ def train_sft(
             total = sum(_loss_sum(model, encoder, batch, bf16=config.bf16, head=head).item() for batch in batches)
         return {"loss": total / sum(_response_tokens(row) for row in checks)}
 
+    def check() -> float:
+        size = config.micro_batch_size or config.batch_size
+        with evaluating(model), torch.no_grad():
+            return _loss_sum(model, encoder, rows[:size], bf16=config.bf16, head=head).item()
+
     watch = evaluate if checks or measure else None
-    loop.train(update, watch, state=state, save=save, progress=progress, name="sft")
+    loop.train(update, watch, state=state, save=save, check=check, progress=progress, name="sft")
 
 
 def _loss_sum(
