@@ -91,10 +91,10 @@ def may_overlap(tensor: Tensor) -> bool:
     """Whether two elements of a tensor may share memory (expanded, unfolded, ``as_strided``)."""
     if torch.compiler.is_compiling():  # which can sort no sizes that vary
         return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if not tensor.numel():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return False
         if size > 1:
             if stride <= reach:
                 return True

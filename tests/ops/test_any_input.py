@@ -287,9 +287,14 @@ def test_log_probabilities_from_hidden_states(data):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+def soft_labels(z):
+    """-q log sigmoid(0.3 z) - (1 - q) log sigmoid(-0.3 z) for q = 0.9, whose terms are all of one sign."""
+    return 0.9 * torch.nn.functional.softplus(-0.3 * z) + 0.1 * torch.nn.functional.softplus(0.3 * z)
+
+
 PAIRS = {
     "dpo": (4, {"beta": 0.3}, lambda z: torch.nn.functional.softplus(-0.3 * z)),
-    "cdpo": (4, {"beta": 0.3, "epsilon": 0.1}, lambda z: torch.nn.functional.softplus(-0.3 * z) + 0.03 * z),
+    "cdpo": (4, {"beta": 0.3, "epsilon": 0.1}, soft_labels),
     "hinge": (4, {"beta": 0.3}, lambda z: torch.relu(1 - 0.3 * z)),
     "ipo": (4, {"beta": 0.5}, lambda z: (z - 1) ** 2),
     "simpo": (2, {"beta": 0.3, "gamma": 0.0}, lambda z: torch.nn.functional.softplus(-0.3 * z)),
