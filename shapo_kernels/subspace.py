@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SubspaceError
-from .interop.names import owners, parameter_aliases, parameters_by_name
+from .interop.names import aliases, module_aliases, owners, parameter_aliases, parameters_by_name
 from .interop.quantised import acting_shape, is_quantised
 
 FORMAT = "shapo-subspace"
@@ -38,6 +38,7 @@ class Subspace(Mapping[str, Tensor]):
             intermediate]``, 0 for the rows of a ``Conv1D`` weight ``[intermediate, hidden]``; or a mapping name -> 0 |
             1.
         metadata: strings to keep beside the indices, saved with them; not compared by ``==``.
+        own_layer: names whose weight is perturbed in the layer of that name only, where it is tied to others.
 
     Raises:
         SubspaceError: an index that is negative, repeated or not an integer; an axis other than 0 or 1.
@@ -49,6 +50,7 @@ class Subspace(Mapping[str, Tensor]):
         axis: int | Mapping[str, int] = 1,
         *,
         metadata: Mapping[str, str] | None = None,
+        own_layer: Collection[str] = (),
     ) -> None:
         checked = {name: _sorted_indices(name, values) for name, values in indices.items()}
         self._indices = {name: index for name, index in checked.items() if index.numel()}
@@ -56,6 +58,9 @@ class Subspace(Mapping[str, Tensor]):
         if isinstance(axis, Mapping) and (extra := set(axis) - set(indices)):
             raise SubspaceError(f"axis names {sorted(extra)[0]!r}, which has no indices: name selected weights only")
         self.metadata: dict[str, str] = dict(metadata or {})
+        if unknown := set(own_layer) - set(indices):
+            raise SubspaceError(f"own_layer names {sorted(unknown)[0]!r}, which has no indices")
+        self._own_layer = frozenset(own_layer) & set(self._indices)
 
     # -- what it holds
 
@@ -71,7 +76,8 @@ class Subspace(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Subspace):
             return NotImplemented
-        return self._axes == other._axes and all(torch.equal(index, other[name]) for name, index in self.items())
+        same_use = self._axes == other._axes and self._own_layer == other._own_layer
+        return same_use and all(torch.equal(index, other[name]) for name, index in self.items())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -91,6 +97,10 @@ class Subspace(Mapping[str, Tensor]):
     def axis(self, name: str) -> int:
         """The neuron axis of a weight."""
         return self._axes[name]
+
+    def own_layer(self, name: str) -> bool:
+        """Whether the weight is perturbed in the layer of that name only, and not where it is tied to others."""
+        return name in self._own_layer
 
     # -- how it is made
 
@@ -185,6 +195,34 @@ class Subspace(Mapping[str, Tensor]):
                 indices[name] = torch.arange(parameter.shape[0] if parameter.dim() else 1)
         return cls(indices, axis=0, metadata={"method": "full"})
 
+    @classmethod
+    def head(cls, model: nn.Module, name: str | None = None) -> Subspace:
+        """The whole output projection, where it gives the logits: a tied embedding is not moved.
+
+        SAM on the output layer alone (logits-SAM, arXiv:2603.18258). With ``reuse_prefix=True`` an update computes
+        every block once.
+
+        Args:
+            model: transformers' models say which layer it is (``get_output_embeddings``).
+            name: of the layer, in other models.
+
+        Raises:
+            SubspaceError: no such layer.
+        """
+        modules = module_aliases(model)
+        if name is not None and name not in modules:
+            raise SubspaceError(f"the model has no layer {name!r}")
+        head = modules[name] if name is not None else _output_embeddings(model)
+        own = name or next((n for n, module in modules.items() if module is head), None)
+        weight = getattr(head, "weight", None)
+        if own is None or head is None or not isinstance(weight, Tensor):
+            raise SubspaceError(
+                "the model names no output projection with a weight: give its layer, Subspace.head(model, 'head')"
+            )
+        rows = (acting_shape(weight, [(head, "weight")]) or tuple(weight.shape))[0]
+        unwrapped = aliases(f"{own}.weight")[-1]
+        return cls({unwrapped: torch.arange(rows)}, axis=0, metadata={"method": "head"}, own_layer=[unwrapped])
+
     # -- how it is kept
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,6 +235,7 @@ class Subspace(Mapping[str, Tensor]):
             "version": "1",
             "axis": json.dumps(self._axes),
             "order": json.dumps(list(self._indices)),
+            "own_layer": json.dumps(sorted(self._own_layer)),
             "metadata": json.dumps(self.metadata),
         }
         # Beside its target, so that the rename stays on one file system and a full disk leaves an older file as it was.
@@ -233,8 +272,8 @@ class Subspace(Mapping[str, Tensor]):
             )
         try:
             axes, order = json.loads(header["axis"]), json.loads(header["order"])
-            metadata = json.loads(header["metadata"])
-            return cls({name: tensors[name] for name in order}, axes, metadata=metadata)
+            metadata, own_layer = json.loads(header["metadata"]), json.loads(header.get("own_layer", "[]"))
+            return cls({name: tensors[name] for name in order}, axes, metadata=metadata, own_layer=own_layer)
         except (KeyError, ValueError) as error:
             raise SubspaceError(f"{os.fspath(path)!r} is a damaged subspace file: {error}") from error
 
@@ -295,6 +334,14 @@ class Subspace(Mapping[str, Tensor]):
 def _check_initialised(name: str, parameter: Tensor) -> None:
     if nn.parameter.is_lazy(parameter):
         raise SubspaceError(f"{name!r} has no shape yet: run a forward pass through its lazy layer first")
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    for module in model.modules():
+        asked = getattr(type(module), "get_output_embeddings", None)
+        if asked is not None and isinstance(found := asked(module), nn.Module):
+            return found
+    return None
 
 
 def _sorted_indices(name: str, values: Any) -> Tensor:

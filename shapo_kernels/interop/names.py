@@ -16,7 +16,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under its name in the unwrapped model; a tied one under each of its names."""
     parameters: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        unwrapped = _aliases(name)[-1]
+        unwrapped = aliases(name)[-1]
         clash = parameters.get(unwrapped, parameter) is not parameter
         parameters[name if clash else unwrapped] = parameter
     return parameters
@@ -30,7 +30,7 @@ def parameter_aliases(model: nn.Module) -> dict[str, nn.Parameter]:
     named = list(model.named_parameters(remove_duplicate=False))
     parameters: dict[str, nn.Parameter] = dict(named)
     for name, parameter in named:
-        for alias in _aliases(name):
+        for alias in aliases(name):
             parameters.setdefault(alias, parameter)
     return parameters
 
@@ -45,16 +45,17 @@ def module_aliases(model: nn.Module) -> dict[str, nn.Module]:
     named = dict(model.named_modules())
     modules = dict(named)
     for name, module in named.items():
-        for alias in _aliases(name):
+        for alias in aliases(name):
             modules.setdefault(alias, module)
     return modules
 
 
-def _aliases(name: str) -> list[str]:
-    aliases = [name, plain_name(name)]
-    while prefix := next((p for p in _PREFIXES if aliases[-1].startswith(p)), None):
-        aliases.append(aliases[-1][len(prefix) :])
-    return aliases
+def aliases(name: str) -> list[str]:
+    """A name as it stands, then with ever more wrappers seen through; the last is the unwrapped model's."""
+    found = [name, plain_name(name)]
+    while prefix := next((p for p in _PREFIXES if found[-1].startswith(p)), None):
+        found.append(found[-1][len(prefix) :])
+    return found
 
 
 def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SubspaceError, UnsupportedLayout
 from ..interop.discovery import Layouts
-from ..interop.names import owners
+from ..interop.names import module_aliases, owners
 from ..interop.peft import reading_base_weights
 from ..interop.quantised import acting_shape, is_quantised
 from ..interop.sharding import Block, Layout
@@ -30,6 +30,7 @@ class Candidate:
         modules: the layers that hold it, and under which attribute.
         adapter: the adapter that reads it beside calling its layer, if any.
         delta: it must be perturbed without being written.
+        one_use: it is perturbed in ``modules`` only, whichever other layers hold it.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class Candidate:
     layout: Layout
     adapter: str | None
     delta: bool
+    one_use: bool = False
 
     @property
     def name(self) -> str:
@@ -134,13 +136,24 @@ def bind(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool = True
         for why_not in DEMANDS:
             if (reason := why_not(weight)) is not None:
                 raise SubspaceError(reason)
-        if not (delta or weight.quantised or weight.layout.gathered):
+        if not (weight.delta or weight.quantised or weight.layout.gathered):
             _check_own_memory(weight, written)
         index = torch.unique(torch.cat([subspace[name] for name in weight.names]))
         layout, axis = weight.layout, weight.axes[0]
         partial = bool(layout.shape) and index.numel() < layout.shape[axis]
-        tapped = weight.linear and (partial or delta or layout.gathered or weight.quantised)
-        targets.append(Target(weight.names, weight.parameter, index, axis, weight.modules, layout, tapped=tapped))
+        tapped = weight.linear and (partial or weight.delta or layout.gathered or weight.quantised)
+        targets.append(
+            Target(
+                weight.names,
+                weight.parameter,
+                index,
+                axis,
+                weight.modules,
+                layout,
+                tapped=tapped,
+                one_use=weight.one_use,
+            )
+        )
     return targets
 
 
@@ -154,17 +167,26 @@ def _candidates(model: nn.Module, subspace: Subspace, *, delta: bool, sync: bool
     for name, parameter in resolved.items():
         grouped.setdefault(id(parameter), []).append(name)
     owner_of, read_by = owners(model), reading_base_weights(model)
+    layers = module_aliases(model) if any(subspace.own_layer(name) for name in resolved) else {}
     candidates = []
     for names in grouped.values():
         parameter = resolved[names[0]]
         modules = owner_of[id(parameter)]
+        if any(subspace.own_layer(name) for name in names):
+            own = [layers[name.rpartition(".")[0]] for name in names]
+            if not all(subspace.own_layer(name) for name in names):
+                raise SubspaceError(
+                    f"{' and '.join(map(repr, names))} are one tied weight, one of them in its own layer only"
+                )
+            modules = [(module, attribute) for module, attribute in modules if any(module is one for one in own)]
+        one_use = subspace.own_layer(names[0])
         try:
             layout = _acting(layouts.of(parameter), parameter, modules)
         except UnsupportedLayout as error:
             raise SubspaceError(f"{names[0]!r} cannot be perturbed: {error}") from error
         adapter = next((read_by[id(module)] for module, _ in modules if id(module) in read_by), None)
         axes = tuple(subspace.axis(name) for name in names)
-        candidates.append(Candidate(tuple(names), axes, parameter, modules, layout, adapter, delta))
+        candidates.append(Candidate(tuple(names), axes, parameter, modules, layout, adapter, delta or one_use, one_use))
     return candidates
 
 

@@ -16,6 +16,7 @@ from ..interop.torch_private import is_dtensor
 from ..ops.subspace_update import compute_dtype_of
 from .descent_guard import DescentGuard
 from .taps import Tap, stores_features_first
+from .weight_tap import WeightTap
 
 # A weight's compact memory is kept between updates where it is at most this share of the weight. Allocating it anew for
 # 28 layers (1 % of 3072 x 2048 each) cost 1400 page faults an update: 3 to 14 ms on a virtual machine, where norm,
@@ -34,6 +35,7 @@ class Target:
         modules: the layers that compute with it, and under which attribute they hold it.
         layout: how it lies over ranks.
         tapped: put taps on the layers (they must all be linear); otherwise the parameter itself is differentiated.
+        one_use: other layers that hold the weight, if any, are not to see it move.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Target:
         layout: Layout,
         *,
         tapped: bool,
+        one_use: bool = False,
     ) -> None:
         self.names, self.parameter, self.modules, self.layout = names, parameter, modules, layout
+        self.one_use = one_use
         self._bound_shape = lasting_shape(parameter)
         self.quantised = is_quantised(parameter)
         shape = layout.shape
@@ -63,8 +67,9 @@ class Target:
         self.taps: tuple[Tap, ...] = ()
         if tapped:
             tap_index = None if self._whole else self._index
+            kind = WeightTap if one_use and self._whole and not layout.computed_over else Tap
             self.taps = tuple(
-                Tap(
+                kind(
                     features_first=bool(stores_features_first(module, quantised=self.quantised)),
                     axis=axis,
                     index=tap_index,

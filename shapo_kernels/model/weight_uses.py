@@ -30,7 +30,7 @@ def note_calls(targets: Sequence[Target]) -> None:
     """Taps start to note their calls for :func:`used_beside_calls`, which keeps the calls' graphs alive."""
     for target in targets:
         for tap in target.taps:
-            tap.calls = None if target.layout.held_over else []
+            tap.calls = None if target.layout.held_over or target.one_use else []
 
 
 def forget_calls(targets: Sequence[Target]) -> None:

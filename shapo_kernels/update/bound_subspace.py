@@ -85,6 +85,18 @@ class BoundSubspace:
             return f"{self._why_no_gradients}: use ascent='selective'"
         if any_gathered(targets) and needs_gradients:
             return "the selected weights are sharded: use ascent='selective' with perturbation='delta' or 'auto'"
+        one_use = next((target.name for target in targets if target.one_use), None)
+        if one_use is not None and needs_gradients:
+            return (
+                f"{one_use!r} is perturbed in its own layer only: "
+                "use ascent='selective' with perturbation='delta' or 'auto'"
+            )
+        if one_use is not None and not suits_delta(targets):
+            name = next(target.name for target in targets if not target.taps)
+            return (
+                f"{one_use!r}, in its own layer only, takes a delta, which {name!r} cannot: "
+                "select weights of linear layers only"
+            )
         quantised = next((target.name for target in targets if target.quantised), None)
         if quantised is not None and (needs_gradients or self._relative):
             return (
@@ -258,7 +270,7 @@ class BoundSubspace:
             )
 
     def _choose(self, targets: list[Target]) -> Perturbation:
-        if self._perturbation == "delta":
+        if self._perturbation == "delta" or any(target.one_use for target in targets):
             return Delta()
         if self._perturbation == "in_place" or suits_in_place(targets) or not suits_delta(targets):
             return InPlace(self._rounding)

@@ -198,6 +198,11 @@ class TwoPassUpdate:
             raise RuntimeError(f"{reason}: use `with opt.ascent():` instead")
         if self.bound.gathered:
             raise RuntimeError("the selected weights are sharded: use `with opt.ascent():` or a closure instead")
+        if any(target.one_use for target in self.bound.targets):
+            raise RuntimeError(
+                "a weight is perturbed in one layer only, and .grad holds the gradient of all its layers: "
+                "use `with opt.ascent():` or a closure instead"
+            )
         if replay_rng:
             raise RuntimeError(
                 "replay_rng=True must see pass 1 begin: use `with opt.ascent():` or a closure, "
