@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_local_task_serves_the_folder_and_scores_by_a_judge(tiny_llama, tiny_tokenizer, tmp_path):
     inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")

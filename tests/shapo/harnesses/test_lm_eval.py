@@ -12,6 +12,8 @@ from shapo.cli import main
 from shapo.errors import UserError
 from shapo.harnesses.lm_eval import run_tasks
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     {"q": "one and", "choices": [" two", " a diary"], "answer": 0},
     {"q": "ask", "choices": [" her", " Mia"], "answer": 1},
