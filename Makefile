@@ -12,10 +12,15 @@ STAMP := $(VENV)/.installed
 TRAIN := $(VENV)/.installed-train
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo real test lint bench install clean
 
 demo: $(TRAIN)
 	$(BIN)/shapo demo --output runs/demo
+
+# A real aligned model and real answers, half an hour on two cores; goes on where it was stopped.
+real: $(TRAIN)
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python examples/real_model.py runs/real
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

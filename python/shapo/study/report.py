@@ -43,10 +43,39 @@ def write_report(folder: Path) -> Path:
         "comparisons": comparison_table(done, plan.beta),
     }
     write_json(folder / "report.json", {"settings": settings, **tables})
+    _plot(folder / "figure1.png", done)
     write_text(folder / "report.md", _render(plan, rows, done, tables))
     if tables["methods"] or tables["figure1"]:  # a page needs something to draw
         write_text(folder / "report.html", render(collect([folder]), title="ShaPO on a real model"))
     return folder / "report.md"
+
+
+def _plot(path: Path, rows: Mapping[str, Row]) -> None:
+    """Figure 1's curves as `shapo sharpness` draws them, where there is a row of all parameters to compare with."""
+    from shapo.plots import plot_sharpness
+    from shapo.sharpness import FULL, Curve, Point, Sharpness
+
+    found = _of(rows, "figure1")
+    if "all" not in found:
+        return
+    full = {point["rho"]: float(np.mean(point["rise"])) for point in found["all"]["points"]}
+    curves = []
+    for name, row in sorted(found.items(), key=lambda item: item[0] != "all"):
+        points = []
+        for point in row["points"]:
+            rise, rho = float(np.mean(point["rise"])), point["rho"]
+            points.append(Point(rho, rho / row["weight_norm"], rise, rise / full[rho]))
+        curves.append(
+            Curve(
+                FULL if name == "all" else name, row["neurons"], row["weight_norm"], row["gradient_share"], points, []
+            )
+        )
+    pairs = len(found["all"]["groups"])
+    plot_sharpness(
+        path,
+        Sharpness(found["all"]["loss_at_theta"], float("nan"), pairs, curves),
+        title=f"Figure 1, {pairs} test pairs",
+    )
 
 
 def figure_table(rows: Mapping[str, Row], family: str) -> list[dict[str, Any]]:
@@ -171,6 +200,9 @@ def _render(plan: Plan, rows: Mapping[str, Row], done: Mapping[str, Row], tables
         *_section("## Choice of the learning rate on the selection split", _tuning_markdown(done)),
         *_section("## Methods", _methods_markdown(tables["methods"])),
         *_section("## Clean test loss against a baseline, pair by pair", _comparisons_markdown(tables["comparisons"])),
+        *_section(
+            "## Failed", "\n".join(f"* `{name}`: {row['error']}" for name, row in rows.items() if "error" in row)
+        ),
         "## Not run",
         "",
         _missing_markdown(missing) or "Everything was run.",
