@@ -267,7 +267,7 @@ def test_inputs_of_any_number_of_dimensions_are_taken(ascent, perturbation, shap
         assert_as_written_out(model, LAYER, x, loss, ascent=ascent, perturbation=perturbation)
     else:
         before = bits(model)
-        update(wrap(model, LAYER, ascent=ascent, perturbation=perturbation), model, x, loss)
+        update(wrap(model, LAYER, ascent=ascent, perturbation=perturbation), model, x, loss, moves=False)
         assert same_bits(model, before)
 
 

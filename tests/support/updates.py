@@ -18,13 +18,21 @@ def wrap(model, subspace, *, base=torch.optim.SGD, lr=0.1, rho=0.3, **options):
     return sk.ShaPOOptimizer(base(model.parameters(), lr=lr), model, subspace, rho=rho, **options)
 
 
-def update(opt, model, data, loss):
+def update(opt, model, data, loss, *, moves=True):
+    due = opt.due
     with opt.ascent():
         opt.ascend(loss(model, data))
     with opt.perturbed():
         loss(model, data).backward()
+    if due and moves:
+        assert_moved(opt)
     opt.step()
     opt.zero_grad()
+
+
+def assert_moved(opt):
+    """Two ways of an update agree where nothing moves too: the last one must have moved something."""
+    assert opt.stats["epsilon_norm"] > 0
 
 
 def bits(model):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import shapo_kernels as sk
+from tests.support.updates import assert_moved
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 
@@ -28,6 +29,7 @@ def by_context(opt, model, data, loss):
         opt.ascend(loss(model, data))
     with opt.perturbed():
         loss(model, data).backward()
+    assert_moved(opt)
     opt.step()
     opt.zero_grad()
 
@@ -40,6 +42,7 @@ def by_closure(opt, model, data, loss):
         return value
 
     opt.step(closure)
+    assert_moved(opt)
     opt.zero_grad()
 
 
@@ -150,6 +153,7 @@ def test_each_micro_batch_may_have_its_own_perturbation(toy, batch, loss, subspa
         with single.perturbed():
             loss(other, piece).backward()
         expected.append([p.grad for p in other.parameters()])
+    assert_moved(opt)
     for p, grads in zip(model.parameters(), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(p.grad, sum(grads), rtol=1e-12, atol=1e-14)
 

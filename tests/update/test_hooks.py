@@ -114,7 +114,13 @@ def test_an_update_that_overflows_under_a_global_hook_is_skipped_as_without_one(
     x[0, 0] = value
     handle = GLOBAL["a look"]()
     try:
-        update(opt, model, (x, y), lambda model, data: (model.layer(data[0])[:, :3] - data[1]).square().mean())
+        update(
+            opt,
+            model,
+            (x, y),
+            lambda model, data: (model.layer(data[0])[:, :3] - data[1]).square().mean(),
+            moves=False,
+        )
     finally:
         handle.remove()
     assert opt.stats["skipped"] == 1

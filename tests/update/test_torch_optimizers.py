@@ -87,6 +87,7 @@ def test_a_shapo_update_equals_the_one_written_out_around_the_bare_optimizer(inf
         opt.step(closure_for(model, opt))
         opt.zero_grad()
         two_passes(bare_model, bare, 0.1)
+        assert opt.stats["epsilon_norm"] == pytest.approx(0.1, rel=1e-5)
     for a, b in zip(model.parameters(), bare_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
