@@ -292,3 +292,18 @@ def test_lengths_that_differ_are_a_programming_error() -> None:
     features, unsafe, groups, _ = separable(80)
     with pytest.raises(ValueError, match="80 labels, 79 groups"):
         train_probe(features, unsafe, groups[1:])
+
+
+def test_the_default_recipe_reaches_the_minimum_and_the_published_one_stops_far_from_it():
+    generator = torch.Generator().manual_seed(0)
+    unsafe = [index % 2 == 0 for index in range(200)]
+    signs = torch.tensor([1.0 if label else -1.0 for label in unsafe])
+    features = torch.randn(200, 16, generator=generator)
+    features[:, 0] += 0.5 * signs
+    groups = list(range(200))
+    trained = train_probe(features, unsafe, groups, progress=False)
+    long = train_probe(features, unsafe, groups, lr=0.02, epochs=3000, progress=False)
+    short = train_probe(features, unsafe, groups, progress=False, **probing.PUBLISHED)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(trained.direction, long.direction, dim=0) > 0.99
+    assert (short.direction.norm() / long.direction.norm()) < 0.01

@@ -120,11 +120,14 @@ def run_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def load_model(name: str, arguments: argparse.Namespace) -> Any:
-    """The model `name` in the precision and on the device of the command line."""
+def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True) -> Any:
+    """The model `name` in the precision and on the device of the command line; `slow` if it is to compute much."""
     from shapo.models import loading
 
-    return loading.load_model(name, dtype=arguments.dtype, device=arguments.device)
+    model = loading.load_model(name, dtype=arguments.dtype, device=arguments.device)
+    if slow and not getattr(arguments, "bf16", True):
+        loading.hint_at_bf16(model)
+    return model
 
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from shapo.commands import common
 from shapo.options import Group, option, positive_int, seed_number
@@ -23,9 +24,10 @@ class ProbeOptions:
     """How the probe is trained."""
 
     layer: int = option("hidden state: -1 the last, 0 the embeddings", -1)
-    lr: float = option("learning rate (published: 1e-5 on models of 7 B)", 1e-3)
-    epochs: int = option("passes over the features", 10)
+    lr: float = option("learning rate", 0.05)
+    epochs: int = option("passes over the features", 60)
     batch_size: int = option("features an update", 256, metavar="N")
+    published: bool = option("the published recipe, far from converged: lr 1e-5, 10 epochs, batches of 256", False)
     validation: float = option("of the prompts, held out", 0.2, metavar="SHARE")
     balanced: bool = option("weight the two classes equally", False)
     keep: str = option("which epoch's weights", "last", choices=("last", "best"))
@@ -37,6 +39,14 @@ class ProbeOptions:
 
 REPLACES = ("probe.safetensors", "probe.json", "probe.png", "features.safetensors")
 OPTIONS = (Group(common.FolderOutput), common.MODEL, *common.DATA, Group(ProbeOptions, "probe"), common.QUIET)
+
+
+def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.published:
+        from shapo.probe import PUBLISHED
+
+        return dict(PUBLISHED)
+    return {"lr": arguments.lr, "epochs": arguments.epochs, "batch_size": arguments.batch_size}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,9 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         features,
         [example.unsafe for example in examples],
         [example.prompt for example in examples],
-        lr=arguments.lr,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
+        **_recipe(arguments),
         seed=arguments.seed,
         validation=arguments.validation,
         balanced=arguments.balanced,

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     require_writable(arguments.output)
     pairs = common.load_data(arguments) if arguments.method == "gradient" else None
-    model = common.load_model(arguments.model, arguments)
+    model = common.load_model(arguments.model, arguments, slow=arguments.method == "gradient")
     subspace = _select(arguments, model, pairs)
     with atomic_file(arguments.output) as temporary:
         subspace.save(temporary)

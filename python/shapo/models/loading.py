@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,27 @@ def load_model(
                 f"the {what} {name} is damaged or has diverged: {tensor} has values that are NaN or infinite"
             )
     return model.to(where).eval()
+
+
+def hint_at_bf16(model: Any) -> None:
+    """Says once that --bf16 is faster, where a float32 model takes long and the processor computes in bfloat16."""
+    parameter = next(model.parameters())
+    large = sum(p.numel() for p in model.parameters()) > 50_000_000
+    if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and large and _computes_in_bf16():
+        _say_bf16()
+
+
+@cache
+def _say_bf16() -> None:
+    note("this processor computes in bfloat16; with --bf16 this takes less time")
+
+
+def _computes_in_bf16() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(text.split()))
 
 
 def load_tokenizer(name: str) -> Any:
