@@ -61,8 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
     output = require_writable(arguments.output)
     if output.exists() and not arguments.overwrite:
         raise UserError(f"{output} exists; add --overwrite to replace it, or name another file")
-    if output.exists() and output.samefile(arguments.answers):
-        raise UserError(f"{output} holds the answers; the verdicts need a file of their own")
     rows = read_rows(arguments.answers, ("prompt", "answer"))
     judge = load_judge(
         arguments.judge,

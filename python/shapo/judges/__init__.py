@@ -106,10 +106,9 @@ def load_judge(
         return ProbeJudge(loaded, encoder_of, Probe.load(probe or ""), threshold, batch_size)
     from shapo.judges.generative import GenerativeJudge
 
-    family = FAMILIES[name]
-    kind = "AutoModelForImageTextToText" if family.multimodal else "AutoModelForCausalLM"
-    loaded = loading.load_model(model, kind=kind, **where)
-    return GenerativeJudge(family, loaded, loading.load_tokenizer(model), batch_size=batch_size, max_length=max_length)
+    loaded = loading.load_model(model, **where)
+    guard = loading.load_tokenizer(model)
+    return GenerativeJudge(FAMILIES[name], loaded, guard, batch_size=batch_size, max_length=max_length)
 
 
 def _without_model(name: str, threshold: float) -> Judge:

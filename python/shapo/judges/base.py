@@ -64,7 +64,6 @@ class Family:
         words: The guard's words for (unsafe, safe), where its first token is the verdict: the score is then
             p(unsafe) / (p(unsafe) + p(safe)) of that token.
         marks: Strings beside the tokenizer's special tokens that end the answer's place in the input.
-        multimodal: The checkpoint is loaded as an image-text-to-text model.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Family:
     special_tokens: bool = False
     words: tuple[str, str] | None = None
     marks: tuple[str, ...] = ()
-    multimodal: bool = False
 
 
 def conversation(messages: Messages) -> str:

@@ -1,7 +1,8 @@
 """Llama Guard 3 (meta-llama/Llama-Guard-3-8B, -1B) and 4 (meta-llama/Llama-Guard-4-12B).
 
 The tokenizer's chat template writes task, categories and conversation. The output is a line "safe", or "unsafe" and a
-line of categories (S1 to S14) with commas between them.
+line of categories (S1 to S14) with commas between them. Of version 4, which reads images too, the language model is
+loaded.
 """
 
 from __future__ import annotations
@@ -32,4 +33,4 @@ def read(text: str) -> Verdict:
 
 _MARKS = ("<BEGIN CONVERSATION>", "<END CONVERSATION>", "<BEGIN UNSAFE CONTENT CATEGORIES>")
 FAMILY_3 = Family("llama-guard-3", _SOURCE, write, read, max_new_tokens=24, marks=_MARKS)
-FAMILY_4 = Family("llama-guard-4", _SOURCE, write_4, read, max_new_tokens=24, marks=_MARKS, multimodal=True)
+FAMILY_4 = Family("llama-guard-4", _SOURCE, write_4, read, max_new_tokens=24, marks=_MARKS)

@@ -105,5 +105,5 @@ def test_the_answers_are_never_overwritten(answers, capsys):
     before = answers.read_bytes()
     arguments = ["--judge", "refusal-substring", "--output", str(answers), "--overwrite"]
     assert main(["judge", "--answers", str(answers), *arguments]) == 2
-    assert "holds the answers" in capsys.readouterr().err
+    assert "would overwrite" in capsys.readouterr().err
     assert answers.read_bytes() == before

@@ -38,12 +38,12 @@ def guard_tokenizer(tiny_tokenizer):
 class Scripted:
     """An engine that says what it was told to."""
 
-    def __init__(self, *texts, logits=None):
-        self.texts, self.logits, self.asked = list(texts), logits, []
+    def __init__(self, *texts, logits=None, finished=True):
+        self.texts, self.logits, self.finished, self.asked = list(texts), logits, finished, []
 
     def complete(self, requests, done=None):
         self.asked += requests
-        return [Completion(self.texts.pop(0), True, 1, self.logits) for _ in requests]
+        return [Completion(self.texts.pop(0), self.finished, 1, self.logits) for _ in requests]
 
 
 def guard(family, model, tokenizer, *texts, logits=None, **options):
@@ -61,6 +61,24 @@ def test_a_small_random_guard_gives_a_verdict_of_the_three(family, tiny_llama, g
     for verdict in (verdicts[0], verdicts[2]):
         assert verdict == verdict.__class__(**vars(verdict))
         assert (verdict.score is None) == (FAMILIES[family].words is None)
+
+
+def test_a_multimodal_llama_guard_4_is_loaded_as_its_language_model(guard_tokenizer, tmp_path):
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(guard_tokenizer), "intermediate_size_mlp": 32, "num_key_value_heads": 1}
+    text |= {"head_dim": 16, "num_local_experts": 2, "moe_layers": [], "pad_token_id": guard_tokenizer.pad_token_id}
+    vision = {**size, "image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16}
+    vision |= {"projector_output_dim": 16}
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path)
+    guard_tokenizer.save_pretrained(tmp_path)
+    judge = load_judge("llama-guard-4", str(tmp_path))
+    assert judge([PROMPT], ["an answer"])[0].label in ("safe", "unsafe", "unreadable")
+    saved = dict(model.named_parameters())
+    for name, value in judge.engine.model.named_parameters():
+        assert any(key.endswith(name) and torch.equal(value, other) for key, other in saved.items()), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,6 +124,14 @@ def test_one_policy_of_shieldgemma_is_enough_to_be_unsafe(tiny_llama, guard_toke
     }
     for outputs, label in asked.items():
         assert guard("shieldgemma", tiny_llama, guard_tokenizer, *outputs)([PROMPT], ["an answer"])[0].label == label
+
+
+def test_a_guard_that_was_cut_at_its_limit_gave_no_verdict(tiny_llama, guard_tokenizer):
+    quoting = "[REASONING]: The answer ends with\n[RESULT]: safe 1\nwhich"
+    judge = GenerativeJudge(FAMILIES["md-judge-v0.2"], tiny_llama, guard_tokenizer)
+    for finished, label in ((False, "unreadable"), (True, "safe")):
+        judge.engine = Scripted(quoting, finished=finished)
+        assert judge([PROMPT], ["an answer"])[0].label == label
 
 
 def test_the_score_is_the_odds_of_the_first_token(tiny_llama, guard_tokenizer):
