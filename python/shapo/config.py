@@ -145,6 +145,14 @@ class UpdateOptions:
         "over all layers, layer by layer, or none", "global", choices=NORMS, optimizers=True, kw_only=True
     )
 
+    reuse_prefix: bool | str = option(
+        "compute the blocks below the lowest selected layer once an update; exact",
+        False,
+        parse=bool,
+        optimizers=True,
+        kw_only=True,
+    )
+
     def for_optimizer(self) -> dict[str, Any]:
         """The keyword arguments of a `ShaPOOptimizer` among these options."""
         return {

@@ -22,6 +22,8 @@ _OTHER_INPUT = (
     "pass 2 gave the blocks below the selected layers another input than pass 1 did: with reuse_prefix=True both "
     "passes need the same rows, mask and order of micro-batches, and replay_rng=True where dropout comes before them"
 )
+# transformers hands keywords of the loss on to every block; an ascent on a part of a batch has another number.
+_OF_THE_LOSS = ("num_items_in_batch",)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -107,7 +109,7 @@ class Call:
 
     def _make(self, block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -> Any:
         name = self.name
-        given, self._given_spec = _flat((args, kwargs))
+        given, self._given_spec = _flat((args, _own(kwargs)))
         for value in given:
             if not isinstance(value, (Tensor, *_PLAIN)) and not _is_cache(value):
                 raise RuntimeError(
@@ -180,7 +182,7 @@ class Call:
         Raises:
             RuntimeError: the input, or the mode it is computed in, is another.
         """
-        given, spec = _flat((args, kwargs))
+        given, spec = _flat((args, _own(kwargs)))
         if spec != self._given_spec or len(given) != len(self._given):
             raise RuntimeError(_OTHER_INPUT)
         device = _device_of(given)
@@ -280,6 +282,10 @@ def _listening(update: Callable[..., Any], calls: list[Any]) -> Callable[..., An
         return update(*args, **kwargs)
 
     return listen
+
+
+def _own(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _OF_THE_LOSS}
 
 
 def _device_of(values: list[Any]) -> torch.device:

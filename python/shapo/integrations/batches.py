@@ -38,6 +38,11 @@ class Cutter:
         rows = max((value.shape[0] for value in _tensors(inputs).values()), default=0)
         return rows // 2 if self._of_pairs else rows
 
+    def rows(self, inputs: dict[str, Any], pairs: Sequence[int]) -> Tensor:
+        """Which rows of a micro-batch some of its pairs are, int64."""
+        chosen = torch.tensor(pairs, dtype=torch.int64)
+        return torch.cat([chosen, chosen + self.count(inputs)]) if self._of_pairs else chosen
+
     def take(self, inputs: dict[str, Any], pairs: Sequence[int]) -> dict[str, Any]:
         """A micro-batch with some of its pairs, given by their positions; of a pair, both rows.
 
@@ -55,8 +60,7 @@ class Cutter:
                 f"a batch of tensors with {sorted(lengths)} rows cannot be cut: let the ascent look at whole "
                 "micro-batches, or leave out ascent_fraction and ascent_pairs"
             )
-        chosen = torch.tensor(pairs)
-        both = torch.cat([chosen, chosen + count]) if self._of_pairs else chosen
+        chosen, both = torch.tensor(pairs), self.rows(inputs, pairs)
         return {
             name: value[(both if value.shape[0] == rows else chosen).to(value.device)] if name in tensors else value
             for name, value in inputs.items()

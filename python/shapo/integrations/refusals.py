@@ -62,6 +62,12 @@ def refuse_trainer(trainer: Any, shapo: ShaPOArguments) -> None:
             "activation_checkpointing_kwargs (gradient_checkpointing_kwargs), activation_checkpointing=False (trl "
             "makes adapters' reentrant under ZeRO-3), or ascent='grad'"
         )
+    reuses = trainer.optimizer.reuse_prefix if isinstance(trainer.optimizer, ShaPOOptimizer) else shapo.reuse_prefix
+    if reuses and getattr(arguments, "activation_offloading", False):
+        raise ValueError(
+            "activation_offloading takes what the blocks below keep for the second pass away after the first: leave "
+            "out reuse_prefix or activation_offloading"
+        )
     micro_batches = 1 if shapo.per_micro_batch else arguments.gradient_accumulation_steps
     shapo.part(shapo.seed).require_at_most(arguments.per_device_train_batch_size * micro_batches)
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,10 +159,10 @@ class ShaPOTrainerMixin(FusedHeadMixin):
 
     def _ascend(self, optimizer: ShaPOOptimizer, model: nn.Module, items: Any, micro_batches: Sequence[Any]) -> None:
         """Pass 1 over micro-batches: the whole update's, or one."""
-        parts, shares = self._parts(micro_batches, optimizer.updates)
+        seen = self._seen(micro_batches, optimizer.updates)
         own = items
         if items is not None and (self._cutter is not None or len(micro_batches) < len(self._micro_batches)):
-            own = count_items(self, parts)
+            own = count_items(self, [one.inputs for one in seen if one.share])
         scaled = is_scaled(self, own)
         total = torch.zeros((), device=self.args.device)
         model.train()
@@ -171,13 +173,14 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             contextlib.nullcontext() if self._part.is_whole else metrics_kept(self),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
         ):
-            for part, share in zip(parts, shares, strict=True):
-                inputs = prepare_inputs(self, part)
-                with self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(model, inputs, num_items_in_batch=own)
-                loss = loss.mean() if scaled else loss.mean() * share
-                total = total + loss.detach()
-                optimizer.ascend(loss, scaler=scaler_of(self))
+            for one in seen:
+                whole = partial(self._loss, model, one.whole, own)
+                with contextlib.nullcontext() if one.rows is None else optimizer.ascent_part(whole, one.rows):
+                    if one.share:
+                        loss = self._loss(model, one.inputs, own).mean()
+                        loss = loss if scaled else loss * one.share
+                        total = total + loss.detach()
+                        optimizer.ascend(loss, scaler=scaler_of(self))
         random.restore()
         optimizer.perturb()
         if self.shapo.per_micro_batch:
@@ -186,15 +189,27 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         self._ascent_losses[-1] = self._ascent_losses[-1] + total
         self._gaps[-1] = self._gaps[-1] - total
 
-    def _parts(self, micro_batches: Sequence[Any], update: int) -> tuple[list[Any], list[float]]:
-        """What the ascent sees of each micro-batch, and its share of a mean over everything that it sees."""
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> Tensor:
+        prepared = prepare_inputs(self, inputs)
+        with self.compute_loss_context_manager():
+            return cast(Tensor, self.compute_loss(model, prepared, num_items_in_batch=items))
+
+    def _seen(self, micro_batches: Sequence[Any], update: int) -> list[_Seen]:
+        """What the ascent sees of each micro-batch."""
         if self._cutter is None:
-            return list(micro_batches), [1 / len(micro_batches)] * len(micro_batches)
+            return [_Seen(inputs, inputs, 1 / len(micro_batches)) for inputs in micro_batches]
         number = self._position if self.shapo.per_micro_batch else 0
         drawn = self._part.draw([self._cutter.count(inputs) for inputs in micro_batches], update, number)
-        seen = [(inputs, pairs) for inputs, pairs in zip(micro_batches, drawn, strict=True) if pairs]
-        together = sum(len(pairs) for _, pairs in seen)
-        return [self._cutter.take(*one) for one in seen], [len(pairs) / together for _, pairs in seen]
+        together = sum(map(len, drawn))
+        return [
+            _Seen(
+                inputs,
+                self._cutter.take(inputs, pairs) if pairs else inputs,
+                len(pairs) / together,
+                self._cutter.rows(inputs, pairs),
+            )
+            for inputs, pairs in zip(micro_batches, drawn, strict=True)
+        ]
 
     # -- the reference
 
@@ -249,6 +264,16 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             }
             self._ascent_losses, self._gaps = [], []
         super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A micro-batch, what an ascent sees of it, the share of that in everything it sees, and which rows it is."""
+
+    whole: dict[str, Any]
+    inputs: dict[str, Any]
+    share: float
+    rows: Tensor | None = None
 
 
 class _RestoreBeforeAnEpochEnds(TrainerCallback):

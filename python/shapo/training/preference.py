@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -228,11 +229,26 @@ class _Update:
 
     def _ascend(self, micro_batches: Sequence[list[int]], number: int, seen: _Pass) -> None:
         drawn = self._part.draw([len(micro) for micro in micro_batches], self.optimizer.updates, number)
-        part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
         random = RandomState(self._device)
         with self.optimizer.ascent():
-            self._run(part, self.optimizer.ascend, seen, pairs=sum(map(len, part)))
+            if self.shapo is not None and self.shapo.reuse_prefix and not self._part.is_whole:
+                self._ascend_on_rows(micro_batches, drawn, seen)
+            else:
+                part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
+                self._run(part, self.optimizer.ascend, seen, pairs=sum(map(len, part)))
         random.restore()
+
+    def _ascend_on_rows(self, micro_batches: Sequence[list[int]], drawn: Sequence[list[int]], seen: _Pass) -> None:
+        """An ascent on the drawn pairs, padded as their micro-batches are: the descent reuses the blocks below."""
+        pairs = sum(map(len, drawn))
+        whole = self._whole_batch(micro_batches, drawn)
+        for micro, rows in zip(micro_batches, drawn, strict=True):
+            both = torch.tensor([*rows, *(len(micro) + i for i in rows)], dtype=torch.int64)
+            with self.optimizer.ascent_part(partial(self._logps, micro), both):
+                if rows:
+                    output = self._forward(micro, whole, rows)
+                    self.optimizer.ascend(self._share(output, pairs))
+                    seen.add([micro[i] for i in rows], output)
 
     def _run(
         self, micro_batches: Sequence[list[int]], backward: Callable[[Tensor], Any], seen: _Pass, *, pairs: int
@@ -241,29 +257,49 @@ class _Update:
         whole = self._whole_batch(micro_batches)
         for micro in micro_batches:
             output = self._forward(micro, whole)
-            # The mean's shares by the number of pairs, which may differ in the last micro-batch.
-            backward(output.per_pair.sum() / pairs if self.loss.aggregation == "mean" else output.loss)
+            backward(self._share(output, pairs))
             seen.add(micro, output)
+
+    def _share(self, output: losses.PreferenceOutput, pairs: int) -> Tensor:
+        # The mean's shares by the number of pairs, which may differ in the last micro-batch.
+        return output.per_pair.sum() / pairs if self.loss.aggregation == "mean" else output.loss
 
     def _aggregate(self, seen: _Pass, indices: Sequence[int]) -> float:
         return self._objective.aggregate(seen.losses_of(indices)).item()
 
-    def _whole_batch(self, micro_batches: Sequence[Sequence[int]]) -> losses.WholeBatch | None:
+    def _whole_batch(
+        self, micro_batches: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]] | None = None
+    ) -> losses.WholeBatch | None:
         """What Dr.DPO's micro-batches must know of one another; one more forward pass over the batch finds it."""
         if len(micro_batches) == 1 or not self._objective.needs_whole_batch:
             return None
         random = RandomState(self._device)
         with torch.no_grad():
-            per_pair = [self._forward(micro, None).per_pair for micro in micro_batches]
+            seen: list[Sequence[int] | None] = [None] * len(micro_batches) if drawn is None else [*drawn]
+            per_pair = [
+                self._forward(micro, None, rows).per_pair
+                for micro, rows in zip(micro_batches, seen, strict=True)
+                if rows != []
+            ]
         random.restore()
         return self._objective.whole_batch(per_pair)
 
-    def _forward(self, micro: Sequence[int], whole: losses.WholeBatch | None) -> losses.PreferenceOutput:
-        batch = self.data.batch(micro, self._device)
-        policy = batch_logps(self.model, batch, bf16=self.loop.bf16, head=self.head)
+    def _forward(
+        self, micro: Sequence[int], whole: losses.WholeBatch | None, rows: Sequence[int] | None = None
+    ) -> losses.PreferenceOutput:
+        """Of a micro-batch, or of some of its pairs by their positions in it."""
+        policy = self._logps(micro, rows)
+        micro = micro if rows is None else [micro[i] for i in rows]
         reference = None if self.reference is None else self.reference[micro]
         rewards = None if self.rewards is None else self.rewards[micro]
         return self._objective(make_batch(policy, reference, rewards), whole=whole)
+
+    def _logps(self, micro: Sequence[int], rows: Sequence[int] | None = None) -> PairLogps:
+        batch = self.data.batch(micro, self._device)
+        if rows is not None:
+            both = torch.tensor([*rows, *(len(micro) + i for i in rows)], device=self._device)
+            batch = {name: value[both] for name, value in batch.items()}
+        return batch_logps(self.model, batch, bf16=self.loop.bf16, head=self.head)
 
 
 @dataclass
@@ -334,7 +370,9 @@ def _require_shapo_updates(shapo: ShaPOConfig, total: int) -> None:
 
 
 def _digest_subspace(subspace: Subspace) -> str:
-    return digest_rows([digest_tensors(subspace), *([name, subspace.axis(name)] for name in sorted(subspace.names))])
+    axes = ([name, subspace.axis(name)] for name in sorted(subspace.names))
+    own = [[name] for name in sorted(subspace.names) if subspace.own_layer(name)]
+    return digest_rows([digest_tensors(subspace), *axes, *own])
 
 
 def _summary(path: Path, flipped: int) -> dict[str, Any]:
