@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from shapo import options
+from shapo import options, recipe
 from shapo.errors import UserError, explained
 
 COMMANDS = (
@@ -54,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         module, parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+        groups = _groups(parsed.command)
+        values = recipe.merged(parsed, groups)
         with _alone(module, parsed):
             module.run(parsed)
+            if parsed.command in recipe.COMMANDS:
+                recipe.write(values, parsed.command, groups)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
@@ -82,7 +86,8 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         if "\0" in text:
             raise UserError(f"the argument {text!a} holds a null character")
     try:
-        parsed = build_parser().parse_args(arguments)
+        expanded = recipe.expand(arguments, {name: _groups(name) for name in recipe.COMMANDS})
+        parsed = build_parser().parse_args(expanded)
     except ValueError as error:  # argparse's own, over a value of --
         raise UserError(f"the command line cannot be read: {error}") from error
     return importlib.import_module(_module(parsed.command)), parsed
@@ -93,11 +98,12 @@ def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
     """Inside, no output of the command is one of its inputs, and nobody else writes into its folder."""
     from shapo.storage.outputs import check_outputs, locked
 
-    replaced = options.named_files(module.OPTIONS, parsed, "writes")
+    groups = _groups(parsed.command)
+    replaced = options.named_files(groups, parsed, "writes")
     folder = Path(parsed.output) if getattr(module, "REPLACES", ()) else None
     if folder is not None:
         replaced += [("--output", folder / name) for name in module.REPLACES]
-    check_outputs(replaced, options.named_files(module.OPTIONS, parsed, "reads"))
+    check_outputs(replaced, options.named_files(groups, parsed, "reads"))
     with locked(folder) if folder is not None else nullcontext():
         yield
 
@@ -117,8 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        options.add(command, module.OPTIONS)
+        options.add(command, _groups(name))
     return parser
+
+
+def _groups(command: str) -> Sequence[options.Group]:
+    own: Sequence[options.Group] = importlib.import_module(_module(command)).OPTIONS
+    return [*own, options.Group(recipe.RecipeOption)] if command in recipe.COMMANDS else own
 
 
 def _module(command: str) -> str:

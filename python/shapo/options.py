@@ -105,7 +105,12 @@ def add(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> None:
                     exclusive[told.alone] = target.add_mutually_exclusive_group()
                 place = exclusive[told.alone]
             given = (name,) if told.positional else (typed(name),)
-            place.add_argument(*given, **_argument(group, field, told))
+            argument = _argument(group, field, told)
+            place.add_argument(*given, **argument)
+            if argument.get("action") == "store_true":
+                # What takes back a recipe's true; one line of the help tells of all of them.
+                back = {"dest": name, "action": "store_false", "default": argument["default"]}
+                place.add_argument(typed(f"no_{name}"), help=argparse.SUPPRESS, **back)
 
 
 def read(table: type[Table], parsed: argparse.Namespace, **more: Any) -> Table:
