@@ -135,11 +135,14 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> P
     from torch import nn
 
     from shapo.data.tokens import PairEncoder
+    from shapo.notes import note
 
     learned = any(
         isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|.*position.*)$", name)
         for name, module in model.named_modules()
     )
+    if getattr(tokenizer, "chat_template", None) and not arguments.chat_template:
+        note("the tokenizer has a chat template, which chat models are trained with; --chat-template uses it")
     return PairEncoder(
         tokenizer,
         max_length=arguments.max_length,
