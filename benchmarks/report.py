@@ -22,6 +22,7 @@ TITLES = {
     "subspace_update": "Norm, perturb and restore of all layers",
     "column_cosine": "Cosine of every neuron with a direction",
     "shapo_update": "A ShaPO update against a plain DPO update",
+    "reused_prefix": "A ShaPO update above some blocks, these computed twice and once",
     "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
     "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
     "linear_sequence_logps_step": "Log-probabilities from hidden states at the size of a preference step",
