@@ -65,23 +65,29 @@ def probe_scores(model: nn.Module, direction: Tensor) -> dict[str, Tensor]:
 
 
 def select_by_probe(
-    model: nn.Module, direction: Tensor, percent: float, *, metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    direction: Tensor,
+    percent: float,
+    *,
+    depth: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
 ) -> Subspace:
     """The critical neurons as published: those most opposed to "unsafe", the lowest `percent` over all layers together.
 
     Args:
         model: a supported architecture; see `architectures`.
         direction: `Probe.direction`, ``[hidden]``.
-        percent: share of all neurons, 0 < percent <= 100.
+        percent: share of all neurons, 0 < percent <= 100; as many are selected at any depth.
+        depth: share of the layers to select from, from the top, in (0, 1].
         metadata: text to keep with the subspace, such as the probe's data.
 
     Raises:
         UserError: see `probe_scores`; a percentage out of range.
     """
-    vectors = value_vectors(model)
-    _check_percent(percent)
-    subspace = Subspace.top(probe_scores(model, direction), percent, axis=vectors.axis)
-    return _described(subspace, vectors, "probe", percent, metadata)
+    vectors, share = _upper(model, percent, depth)
+    scores = probe_scores(model, direction)
+    subspace = Subspace.top({name: scores[name] for name in vectors.names}, share, axis=vectors.axis)
+    return _described(subspace, vectors, "probe", percent, depth, metadata)
 
 
 def gradient_scores(
@@ -95,6 +101,7 @@ def gradient_scores(
     rewards: PairRewards | None = None,
     batch_size: int = 8,
     bf16: bool = False,
+    depth: float = 1.0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Name -> ``[neurons]`` fp64: the norm of the alignment loss's mean gradient on each value vector.
@@ -115,6 +122,7 @@ def gradient_scores(
         rewards: the reward model's scores of `pairs`, for the reward level.
         batch_size: pairs that go through the model together.
         bf16: compute under bf16 autocast.
+        depth: share of the layers, from the top, in (0, 1].
         progress: show a progress bar.
 
     Raises:
@@ -129,7 +137,7 @@ def gradient_scores(
     if reference is not None and not config.uses_reference:
         raise UserError(f"the loss {config.name} does not use a reference; leave it out")
     data = TokenizedPairs(pairs, encoder)
-    vectors = value_vectors(model)
+    vectors = value_vectors(model).upper(depth)
     weights = _plain_weights(vectors)
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()]
     device = next(iter(weights.values())).device
@@ -170,16 +178,18 @@ def select_by_gradient(
     rewards: PairRewards | None = None,
     batch_size: int = 8,
     bf16: bool = False,
+    depth: float = 1.0,
     progress: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Subspace:
     """The neurons on which the alignment loss has the largest gradient; arguments as for `gradient_scores`.
 
+    `percent` is a share of all neurons; as many are selected at any depth.
+
     Raises:
         UserError: see `gradient_scores`; a percentage out of range.
     """
-    vectors = value_vectors(model)
-    _check_percent(percent)
+    vectors, share = _upper(model, percent, depth)
     scores = gradient_scores(
         model,
         encoder,
@@ -190,31 +200,38 @@ def select_by_gradient(
         rewards=rewards,
         batch_size=batch_size,
         bf16=bf16,
+        depth=depth,
         progress=progress,
     )
     if not all(values.isfinite().all() for values in scores.values()):
         raise UserError("the loss's gradient on the selection split is not finite; check the model's weights")
-    subspace = Subspace.top(scores, percent, largest=True, axis=vectors.axis)
-    name = loss if isinstance(loss, str) else loss.name
-    return _described(
-        subspace, vectors, "gradient", percent, {"loss": name, "pairs": str(len(pairs)), **(metadata or {})}
-    )
+    subspace = Subspace.top(scores, share, largest=True, axis=vectors.axis)
+    made = {"loss": loss if isinstance(loss, str) else loss.name, "pairs": str(len(pairs)), **(metadata or {})}
+    return _described(subspace, vectors, "gradient", percent, depth, made)
 
 
 def random_subspace(
-    model: nn.Module, percent: float, *, seed: int, match: str = "total", metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    percent: float,
+    *,
+    seed: int,
+    match: str = "total",
+    depth: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
 ) -> Subspace:
     """As many neurons drawn at random: over all layers together ("total"), or the same share of each ("layer").
+
+    `percent` is a share of all neurons; as many are drawn from the upper share `depth` of the layers.
 
     Raises:
         UserError: a percentage out of range, another `match`.
     """
-    vectors = value_vectors(model)
-    _check_percent(percent)
+    vectors, share = _upper(model, percent, depth)
     if match not in ("total", "layer"):
         raise UserError(f"match is {match!r}; expected total or layer")
-    subspace = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis, match=match)
-    return _described(subspace, vectors, f"random-{match}", percent, {"seed": str(seed), **(metadata or {})})
+    subspace = Subspace.random(vectors.sizes, share, seed=seed, axis=vectors.axis, match=match)
+    made = {"seed": str(seed), **(metadata or {})}
+    return _described(subspace, vectors, f"random-{match}", percent, depth, made)
 
 
 def random_like(
@@ -229,14 +246,16 @@ def random_like(
     drawn = Subspace.random_like(subspace, vectors.sizes, seed=seed)
     percent = 100 * subspace.count / sum(vectors.sizes.values())
     like = {"like": subspace.metadata.get("method", "unknown"), "seed": str(seed)}
-    return _described(drawn, vectors, "random-like", percent, {**like, **(metadata or {})})
+    return _described(drawn, vectors, "random-like", percent, 1.0, {**like, **(metadata or {})})
 
 
-def full_neurons(model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> Subspace:
-    """Every neuron: all value vectors of the model, and no other parameter."""
-    vectors = value_vectors(model)
+def full_neurons(model: nn.Module, *, depth: float = 1.0, metadata: Mapping[str, str] | None = None) -> Subspace:
+    """Every neuron of the upper share `depth` of the layers: their value vectors, and no other parameter."""
+    everything = value_vectors(model)
+    vectors = everything.upper(depth)
     subspace = Subspace({name: torch.arange(size) for name, size in vectors.sizes.items()}, vectors.axis)
-    return _described(subspace, vectors, "full-neurons", 100.0, metadata)
+    percent = 100 * subspace.count / sum(everything.sizes.values())
+    return _described(subspace, vectors, "full-neurons", percent, depth, metadata)
 
 
 def full_parameters(model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> Subspace:
@@ -247,17 +266,39 @@ def full_parameters(model: nn.Module, *, metadata: Mapping[str, str] | None = No
 
 
 def _described(
-    subspace: Subspace, vectors: ValueVectors, method: str, percent: float, metadata: Mapping[str, str] | None
+    subspace: Subspace,
+    vectors: ValueVectors,
+    method: str,
+    percent: float,
+    depth: float,
+    metadata: Mapping[str, str] | None,
 ) -> Subspace:
-    subspace.metadata.update(
-        {"method": method, "percent": f"{percent:g}", "model_type": vectors.model_type, **(metadata or {})}
-    )
+    subspace.metadata.update({"method": method, "percent": f"{percent:g}", "model_type": vectors.model_type})
+    if depth != 1:
+        subspace.metadata["depth"] = f"{depth:g}"
+    subspace.metadata.update(metadata or {})
     return subspace
 
 
-def _check_percent(percent: float) -> None:
+def _upper(model: nn.Module, percent: float, depth: float) -> tuple[ValueVectors, float]:
+    """The layers to select from, and which percentage of their neurons is `percent` of all.
+
+    Raises:
+        UserError: a percentage or a depth out of range, or more neurons than these layers have.
+    """
     if not 0 < percent <= 100:
         raise UserError(f"percent is {percent}; expected a number above 0, up to 100")
+    vectors = value_vectors(model)
+    if depth == 1:
+        return vectors, percent
+    upper = vectors.upper(depth)
+    share = percent * sum(vectors.sizes.values()) / sum(upper.sizes.values())
+    if share > 100:
+        raise UserError(
+            f"{percent:g} % of all neurons are more than the upper {len(upper.names)} of {len(vectors.names)} layers "
+            "have: choose a lower percentage or a greater depth"
+        )
+    return upper, share
 
 
 def _plain_weights(vectors: ValueVectors) -> dict[str, nn.Parameter]:

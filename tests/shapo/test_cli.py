@@ -208,6 +208,9 @@ def test_a_subspace_with_a_neuron_twice_is_refused(shapo, files, tmp_path):
         (["--method", "random", "--probe", "x"], "--probe is an option of --method probe"),
         (["--method", "neurons", "--percent", "5"], "--percent is an option of --method probe or gradient or random"),
         (["--method", "probe", "--probe", "x", "--seed", "0"], "--seed is an option of --method random"),
+        (["--method", "random", "--depth", "1.5"], "depth is 1.5"),
+        (["--method", "full", "--depth", "0.5"], "--depth is an option of --method probe or gradient or random or"),
+        (["--method", "random", "--like", "{files}/subspace.safetensors", "--depth", "0.5"], "and --depth out"),
         (["--method", "random", "--batch-size", "4"], "--batch-size is an option of --method gradient"),
         (["--method", "random", "--like", "{files}/subspace.safetensors", "--percent", "5"], "leave --percent"),
         (["--method", "probe", "--probe", "{files}/subspace.safetensors"], "no probe"),
@@ -219,6 +222,18 @@ def test_bad_input_of_select_is_one_line(arguments, message, shapo, files, tmp_p
     assert (code, error.count("\n")) == (2, 1)
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_above_a_depth_reuses_the_blocks_below(shapo, files, tmp_path):
+    upper = ["select", "--model", files / "model", "--method", "random", "--depth", "0.5", "--output", "s.safetensors"]
+    assert shapo(*upper)[0] == 0
+    assert Subspace.load(tmp_path / "s.safetensors").names == ("model.layers.1.mlp.down_proj.weight",)
+    for output, reuse in (("once", ["--reuse-prefix"]), ("twice", [])):
+        options = ["--rho", "0.1", "--subspace", tmp_path / "s.safetensors", *reuse]
+        code, _, error = shapo(*train_arguments(files, *options, "--output", output))
+        assert code == 0, error
+    (once,), (twice,) = (sorted((tmp_path / name).rglob("model.safetensors")) for name in ("once", "twice"))
+    assert once.read_bytes() == twice.read_bytes()
 
 
 def test_a_subspace_is_written_into_a_folder_that_is_not_there_yet_and_never_over_a_pipe(shapo, files, tmp_path):

@@ -316,3 +316,27 @@ def test_a_quantised_weight_is_refused(tiny_llama: LlamaForCausalLM) -> None:
     with pytest.raises(UserError, match=r"layers.1.mlp.down_proj.weight is quantised \(torch.uint8"):
         selection.select_by_probe(tiny_llama, torch.ones(32), 1)
     assert selection.random_subspace(tiny_llama, 100, seed=0).count == 128, "its size is still known"
+
+
+def test_a_depth_selects_as_many_neurons_from_the_upper_layers_alone(
+    tiny_llama: LlamaForCausalLM, pairs: list[PreferencePair], tiny_encoder: PairEncoder
+) -> None:
+    direction = torch.randn(value_vectors(tiny_llama).hidden_size, generator=torch.Generator().manual_seed(3))
+    scores = cosines(tiny_llama, direction)
+    total = sum(len(values) for values in scores.values())
+    count = round(total * 0.1)
+    by_probe = selection.select_by_probe(tiny_llama, direction, 10, depth=0.5)
+    assert {name: index.tolist() for name, index in by_probe.items()} == lowest({NAMES[1]: scores[NAMES[1]]}, count)
+    gradients = selection.gradient_scores(tiny_llama, tiny_encoder, pairs, progress=False)[NAMES[1]]
+    by_gradient = selection.select_by_gradient(tiny_llama, tiny_encoder, pairs, 10, depth=0.5, progress=False)
+    assert by_gradient.names == NAMES[1:]
+    assert by_gradient[NAMES[1]].tolist() == sorted(gradients.argsort(descending=True)[:count].tolist())
+    drawn = selection.random_subspace(tiny_llama, 10, seed=0, depth=0.5)
+    assert (drawn.names, drawn.count, drawn.metadata["depth"]) == (NAMES[1:], count, "0.5")
+    every = selection.full_neurons(tiny_llama, depth=0.3)  # of two layers, rounded up: one
+    assert (every.names, every.count) == (NAMES[1:], total // 2)
+    with pytest.raises(UserError, match="more than the upper 1 of 2 layers have"):
+        selection.select_by_probe(tiny_llama, direction, 60, depth=0.5)
+    for depth in (0.0, 1.5):
+        with pytest.raises(UserError, match="above 0, up to 1"):
+            selection.full_neurons(tiny_llama, depth=depth)

@@ -12,6 +12,9 @@
 
   full      every parameter, the uniform control (ordinary SAM)
 
+With --depth 0.25 all but the last select from the upper quarter of the blocks only, as many neurons as from all of
+them; `shapo train --reuse-prefix` then computes the other blocks once an update.
+
 Writes --output, a safetensors file; its header says how it was made.
 """
 
@@ -39,6 +42,12 @@ class SelectOptions:
     """How many neurons, chosen how; each option with the methods that use it."""
 
     percent: float = option("share of all neurons, in (0, 100]", 1.0, of=("probe", "gradient", "random"))
+    depth: float = option(
+        "share of the blocks to select from, from the top, in (0, 1]; see --reuse-prefix of shapo train",
+        1.0,
+        of=("probe", "gradient", "random", "neurons"),
+        metavar="SHARE",
+    )
     probe: str | None = option("what `shapo probe` wrote", None, of=("probe",), metavar="FILE", reads=True)
     match: str = option("drawn over all layers, or layer by layer", "total", of=("random",), choices=("total", "layer"))
     like: str | None = option(
@@ -94,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses what the method has no use for, and fills in what was not given."""
-    if arguments.like and (arguments.percent is not None or arguments.match):
-        raise UserError("--like says how many neurons of which layer; leave --percent and --match out")
+    if arguments.like and (arguments.percent is not None or arguments.match or arguments.depth is not None):
+        raise UserError("--like says how many neurons of which layer; leave --percent, --match and --depth out")
     for name, (field, told) in declared(SelectOptions).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, field.default)
@@ -103,6 +112,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"{typed(name)} is an option of --method {' or '.join(told.of)}, not of --method {arguments.method}"
             )
+    if not 0 < arguments.depth <= 1:
+        raise UserError(f"depth is {arguments.depth}, but a share of the blocks in (0, 1] is expected")
     if not 0 < arguments.percent <= 100:
         raise UserError(f"percent is {arguments.percent}, but a share in (0, 100] is expected")
     if arguments.method in ("probe", "gradient"):
@@ -122,7 +133,11 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
     if arguments.method == "probe":
         probe = Probe.load(arguments.probe)
         return selection.select_by_probe(
-            model, probe.direction, arguments.percent, metadata={**made_from, "probe": arguments.probe}
+            model,
+            probe.direction,
+            arguments.percent,
+            depth=arguments.depth,
+            metadata={**made_from, "probe": arguments.probe},
         )
     if arguments.method == "gradient":
         return selection.select_by_gradient(
@@ -133,6 +148,7 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
             loss=LossConfig(name=arguments.loss, beta=arguments.beta),
             batch_size=arguments.batch_size,
             bf16=arguments.bf16,
+            depth=arguments.depth,
             progress=not arguments.quiet,
             metadata={**made_from, "data": arguments.data},
         )
@@ -143,8 +159,13 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
                 model, like, seed=arguments.seed, metadata={**made_from, "like": arguments.like}
             )
         return selection.random_subspace(
-            model, arguments.percent, seed=arguments.seed, match=arguments.match, metadata=made_from
+            model,
+            arguments.percent,
+            seed=arguments.seed,
+            match=arguments.match,
+            depth=arguments.depth,
+            metadata=made_from,
         )
     if arguments.method == "neurons":
-        return selection.full_neurons(model, metadata=made_from)
+        return selection.full_neurons(model, depth=arguments.depth, metadata=made_from)
     return selection.full_parameters(model, metadata=made_from)

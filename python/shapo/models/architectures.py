@@ -8,8 +8,9 @@ a part of the tokens only, for which a score over all layers together has no mea
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -67,6 +68,19 @@ class ValueVectors:
     hidden_size: int
     weights: dict[str, nn.Parameter]
     model_type: str
+
+    def upper(self, depth: float) -> ValueVectors:
+        """Those of the upper share `depth` of the layers, rounded up to whole ones.
+
+        Raises:
+            UserError: a share outside (0, 1].
+        """
+        if not 0 < depth <= 1:
+            raise UserError(f"depth is {depth}; expected a share of the layers, above 0, up to 1")
+        # A share like 0.1 of 30 layers is 3, whatever the last bit of the product says.
+        names = self.names[-math.ceil(depth * len(self.names) - 1e-9) :]
+        sizes, weights = ({name: of[name] for name in names} for of in (self.sizes, self.weights))
+        return replace(self, names=names, sizes=sizes, weights=weights)  # type: ignore[arg-type]
 
 
 def value_vectors(model: nn.Module) -> ValueVectors:
