@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
+from shapo.errors import UserError
 from shapo.options import Group, option
 
 SUMMARY = "one HTML page of what runs have measured"
@@ -34,9 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.reporting.collect import collect
     from shapo.reporting.page import render
     from shapo.storage.files import require_writable, write_text
+    from shapo.storage.outputs import is_same
 
     require_writable(arguments.output)
-    page = collect(arguments.runs)
+    # An earlier page, which `runs/*` holds too, is written anew; what was measured is not written over.
+    given = [path for path in arguments.runs if Path(path).is_dir() or not is_same(Path(path), Path(arguments.output))]
+    if any(Path(path).suffix != ".html" for path in set(arguments.runs) - set(given)):
+        raise UserError(f"--output would overwrite {arguments.output}, which is one of the results; choose another")
+    page = collect(given)
     write_text(arguments.output, render(page, title=arguments.title))
     for name, reason in page.left_out:
         print(f"left out: {name}: {reason}")

@@ -105,6 +105,17 @@ def test_nothing_to_show_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_page_may_replace_an_earlier_page_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    result, before = runs.safety(tmp_path / "e.json"), (tmp_path / "e.json").read_bytes()
+    assert main(["report", "e.json", "--output", "report.html"]) == 0
+    assert main(["report", "e.json", "report.html", "--output", "report.html"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert main(["report", "e.json", "--output", str(result)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert result.read_bytes() == before
+
+
 def test_the_page_is_one_file_that_fetches_and_quotes_nothing(tmp_path):
     paths = [runs.train_run(tmp_path / "<b>&run"), runs.attack(tmp_path / "a"), runs.sharpness(tmp_path / "s")]
     paths.append(runs.safety(tmp_path / "e.json"))
