@@ -163,9 +163,10 @@ def _provenance(rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> 
         environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads of {environment['cores']} cores"
     )
     versions = f"torch {environment['torch']}" + (f", triton {environment['triton']}" if environment["gpu"] else "")
+    commits = dict.fromkeys(row.get("commit", environment["commit"]) for row in rows)
+    dates = dict.fromkeys(filter(None, (row.get("date", environment.get("date")) for row in rows)))
     sentence = (
-        f"{hardware}; {versions}, commit {environment['commit']}"
-        f"{', ' + environment['date'] if 'date' in environment else ''}; "
+        f"{hardware}; {versions}, commit {', '.join([*commits, *dates])}; "
         f"{rows[0]['rounds']} rounds, the variants in turn."
     )
     bandwidths = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]

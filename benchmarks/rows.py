@@ -123,21 +123,24 @@ def add(
 ) -> Path:
     """As :func:`write`, beside the rows of other cases measured on the same machine with the same versions.
 
-    For suites whose cases take minutes each and are measured one by one; a case is always one run.
+    For suites whose cases take minutes each and are measured one by one; a case is always one run. Rows of an earlier
+    run carry its commit and date.
     """
     path, here, cases = folder / f"{name}.json", measured_in or environment(), {}
     if path.exists():
         earlier = json.loads(path.read_text())
-        if _machine(earlier["environment"]) == _machine(here):
-            cases = _by_case(earlier["rows"])
+        then = earlier["environment"]
+        if _same_machine(then, here):
+            measured = {name: then[name] for name in ("commit", "date") if name in then}
+            cases = _by_case([{**measured, **row} for row in earlier["rows"]])
     cases |= _by_case(rows)
     return write(name, [row for case in cases.values() for row in case], folder, here)
 
 
-def _machine(environment: dict[str, Any]) -> dict[str, Any]:
-    """What rows must have in common to stand in one table: hardware and versions."""
-    apart = ("commit", "date", "copy_gb_per_s", "bf16_tflop_per_s")
-    return {name: value for name, value in environment.items() if name not in apart}
+def _same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether rows may stand in one table: hardware and versions agree, of those that both name."""
+    apart = {"commit", "date", "copy_gb_per_s", "bf16_tflop_per_s"}
+    return all(one[name] == other[name] for name in (one.keys() & other.keys()) - apart)
 
 
 def _by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

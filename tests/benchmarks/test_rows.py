@@ -28,4 +28,10 @@ def test_another_day_or_commit_of_the_same_machine_is_added_to(tmp_path):
     changed = recorded["environment"] | {"date": "2020-01-01", "commit": "1234567"}
     path.write_text(json.dumps(recorded | {"environment": changed}))
     rows.add("suite", [record("two", 1.0)], tmp_path)
-    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["one", "two"]
+    found = json.loads(path.read_text())
+    assert [(row["case"], row.get("commit"), row.get("date")) for row in found["rows"]] == [
+        ("one", "1234567", "2020-01-01"),
+        ("two", None, None),
+    ]
+    table = report.render("suite", found["rows"], found["environment"])
+    assert f"commit 1234567, {found['environment']['commit']}, 2020-01-01, {found['environment']['date']};" in table
