@@ -49,11 +49,14 @@ class LossConfig:
     )
     aggregation: str = option("how a batch's pairs come together", "mean", choices=AGGREGATIONS)
     beta_prime: float | None = option("its temperature, in nats", None, of=("drdpo",), parse=float, absent="1")
+    nll: float = option("weight of the chosen responses' negative log-likelihood per token, added to the loss", 0.0)
 
     def __post_init__(self) -> None:
         _choice("loss", self.name, LOSSES)
         _choice("aggregation", self.aggregation, AGGREGATIONS)
         _positive("beta", self.beta)
+        if not 0 <= self.nll < math.inf:
+            raise UserError(f"nll is {self.nll}, but a finite weight of at least 0 is expected")
         for name, (_, told) in declared(type(self)).items():
             if told.of:
                 self._settle(name, told)

@@ -131,6 +131,8 @@ def gradient_scores(
     config = LossConfig(name=loss, beta=beta) if isinstance(loss, str) else loss
     if config.aggregation != "mean":
         raise UserError(f"neurons are ranked by the gradient of the mean loss; the aggregation is {config.aggregation}")
+    if config.nll:
+        raise UserError("neurons are ranked by the gradient of the preference loss alone; leave nll out")
     if config.uses_rewards != (rewards is not None):
         needs = "needs" if config.uses_rewards else "does not use"
         raise UserError(f"the loss {config.name} {needs} a reward model's scores of the selection split")

@@ -1,11 +1,12 @@
 """Preference losses, how they are aggregated over a batch, and the log-probabilities that they are made of.
 
-Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``preference``, the mean and Dr.DPO in
-``aggregation``, sequence log-probabilities in ``logps``; ``registry`` names the losses and combines the pieces.
+Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``preference``, the mean, Dr.DPO and the
+likelihood term in ``aggregation``, sequence log-probabilities in ``logps``; ``registry`` names the losses and combines
+the pieces.
 """
 
 from ..ops import TokenLogps, linear_token_logps
-from .aggregation import WholeBatch, drdpo, mean, whole_batch
+from .aggregation import WholeBatch, chosen_nll, drdpo, mean, whole_batch
 from .logps import linear_sequence_logps, sequence_logps
 from .preference import cdpo, dpo, hinge, ipo, rdpo, reward_level, simpo, soft_preference, token_mean
 from .registry import AGGREGATIONS, PAIRWISE, LossSpec, PreferenceBatch, PreferenceLoss, PreferenceOutput
@@ -20,6 +21,7 @@ __all__ = [
     "TokenLogps",
     "WholeBatch",
     "cdpo",
+    "chosen_nll",
     "dpo",
     "drdpo",
     "hinge",

@@ -1,4 +1,5 @@
-"""From one loss for each pair to the loss of a batch: the mean and Dr.DPO, exact over micro-batches and ranks.
+"""From one loss for each pair to the loss of a batch: the mean and Dr.DPO, exact over micro-batches and ranks; and the
+likelihood of the chosen responses, which is added to either.
 
 Three ways to have the whole batch, which agree in value and gradient:
 
@@ -35,16 +36,23 @@ class WholeBatch:
         pairs: fp64 scalar, the number of pairs over all micro-batches and ranks.
         ranks: the number of processes that share the batch.
         beta_prime: Dr.DPO's parameter; ``None`` for the mean.
+        chosen_tokens: fp64 scalar, the number of tokens of all chosen responses, for :func:`chosen_nll`; ``None`` where
+            it was not asked for.
     """
 
     value: Tensor
     pairs: Tensor
     ranks: int
     beta_prime: float | None
+    chosen_tokens: Tensor | None = None
 
 
 def whole_batch(
-    per_pair: Tensor | Sequence[Tensor], *, beta_prime: float | None = None, group: dist.ProcessGroup | None = None
+    per_pair: Tensor | Sequence[Tensor],
+    *,
+    beta_prime: float | None = None,
+    group: dist.ProcessGroup | None = None,
+    chosen_counts: Tensor | None = None,
 ) -> WholeBatch:
     """The loss of a whole batch without a gradient, for use as ``whole`` with each of its micro-batches.
 
@@ -54,6 +62,8 @@ def whole_batch(
         beta_prime: for :func:`drdpo`; ``None`` for :func:`mean`.
         group: the processes that share the batch (``torch.distributed.group.WORLD`` for all); ``None`` is this one
             alone.
+        chosen_counts: tokens of the chosen responses of all of this rank's pairs, where :func:`chosen_nll` is to be
+            given the result.
 
     Raises:
         ValueError: no pair at all, or ``beta_prime`` not above 0.
@@ -67,14 +77,15 @@ def whole_batch(
     if group is None:
         _check_some(values)
     ranks = 1 if group is None else dist.get_world_size(group)
+    tokens = None if chosen_counts is None else _all_reduce(chosen_counts.double().sum(), group, dist.ReduceOp.SUM)
     total = torch.stack([values.sum(), values.new_full((), len(values))])
     if beta_prime is None:
         total = _all_reduce(total, group, dist.ReduceOp.SUM)
-        return WholeBatch(total[0] / total[1], total[1], ranks, None)
+        return WholeBatch(total[0] / total[1], total[1], ranks, None, tokens)
     lowest = _all_reduce(values.min() if len(values) else values.new_full((), float("inf")), group, dist.ReduceOp.MIN)
     total[0] = torch.expm1((lowest - values) / beta_prime).sum()
     total = _all_reduce(total, group, dist.ReduceOp.SUM)
-    return WholeBatch(lowest - beta_prime * torch.log1p(total[0] / total[1]), total[1], ranks, beta_prime)
+    return WholeBatch(lowest - beta_prime * torch.log1p(total[0] / total[1]), total[1], ranks, beta_prime, tokens)
 
 
 def _check_per_pair(per_pair: Tensor) -> None:
@@ -165,6 +176,53 @@ def drdpo(
     weights = (torch.exp((shared.value - losses.detach()) / beta_prime) / shared.pairs).clamp(max=1) * shared.ranks
     value = shared.value if whole is None else shared.value * weights.sum()
     return _WithGradient.apply(losses, weights, value).to(result_dtype(per_pair))
+
+
+def chosen_nll(
+    policy_chosen: Tensor,
+    chosen_counts: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    whole: WholeBatch | None = None,
+) -> Tensor:
+    """Negative log-likelihood of the chosen responses, a mean over all their tokens in the whole batch.
+
+    ``-sum_i log pi(y_w_i) / sum_i |y_w_i|``: the term of iterative RPO (arXiv:2404.19733, eq. 1) as TRL takes it, over
+    the tokens of the batch and not over means of its pairs (``loss_type=["sigmoid", "sft"]``, once ``rpo_alpha``).
+
+    Args:
+        policy_chosen: ``[B]`` sums over a response's tokens.
+        chosen_counts: ``[B]`` their numbers of tokens. A batch without a token has the value 0.
+        group: the processes that share the batch: returns the whole batch's value on every rank.
+        whole: from :func:`whole_batch` with ``chosen_counts``: returns this micro-batch's share.
+
+    Returns:
+        A scalar, fp64 for fp64 sums, else fp32.
+
+    Raises:
+        ValueError: an empty batch, shapes that differ, ``group`` beside ``whole``, or a ``whole`` that was made without
+            ``chosen_counts``.
+    """
+    _check_per_pair(policy_chosen)
+    if chosen_counts.shape != policy_chosen.shape:
+        raise ValueError(
+            f"chosen_counts has the shape {list(chosen_counts.shape)}: expected {list(policy_chosen.shape)}"
+        )
+    if whole is not None and group is not None:
+        raise ValueError("whole has been summed over its ranks already: pass either group or whole")
+    sums = -policy_chosen.double()
+    if whole is not None:
+        if whole.chosen_tokens is None:
+            raise ValueError("whole was made without chosen_counts: pass them to whole_batch")
+        share = sums.sum() * (whole.ranks / whole.chosen_tokens.clamp(min=1))
+    elif group is None:
+        _check_some(policy_chosen)
+        share = sums.sum() / chosen_counts.double().sum().clamp(min=1)
+    else:
+        total = _all_reduce(torch.stack([sums.detach().sum(), chosen_counts.double().sum()]), group, dist.ReduceOp.SUM)
+        tokens = total[1].clamp(min=1)
+        share = _WithGradient.apply(sums, (dist.get_world_size(group) / tokens).expand(len(sums)), total[0] / tokens)
+    return share.to(result_dtype(policy_chosen))
 
 
 def _check_call(

@@ -113,6 +113,8 @@ class PreferenceOutput:
         chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for
             the losses that use them, without the reference for those that have none.
         margin: ``[B]``, their difference; the pair is ranked correctly where it is above 0.
+        nll: scalar, the chosen responses' mean negative log-likelihood (or its share), without its weight; ``None``
+            where the loss has no such term. ``loss`` holds it, ``per_pair`` does not.
     """
 
     loss: Tensor
@@ -120,6 +122,7 @@ class PreferenceOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     margin: Tensor
+    nll: Tensor | None = None
 
 
 class PreferenceLoss:
@@ -129,6 +132,7 @@ class PreferenceLoss:
         name: a key of ``PAIRWISE``.
         aggregation: a key of ``AGGREGATIONS``.
         group: the processes that share a batch, see ``aggregation``; ``None`` is this one alone.
+        nll: weight of :func:`aggregation.chosen_nll`, which is added to the aggregated loss; 0 for none.
         parameters: exactly the numbers that the two need.
 
     Raises:
@@ -136,11 +140,20 @@ class PreferenceLoss:
     """
 
     def __init__(
-        self, name: str, aggregation: str = "mean", *, group: dist.ProcessGroup | None = None, **parameters: float
+        self,
+        name: str,
+        aggregation: str = "mean",
+        *,
+        group: dist.ProcessGroup | None = None,
+        nll: float = 0.0,
+        **parameters: float,
     ) -> None:
         _check_name("loss", name, PAIRWISE)
         _check_name("aggregation", aggregation, AGGREGATIONS)
-        self.name, self.aggregation, self.group = name, aggregation, group
+        check_finite("nll", nll)
+        if nll < 0:
+            raise ValueError(f"nll is {nll}: expected a weight of at least 0")
+        self.name, self.aggregation, self.group, self.nll = name, aggregation, group, nll
         self.spec = PAIRWISE[name]
         needed = self.spec.parameters + AGGREGATIONS[aggregation]
         for parameter in parameters:
@@ -156,11 +169,16 @@ class PreferenceLoss:
 
     def __repr__(self) -> str:
         numbers = "".join(f", {name}={value}" for name, value in self.parameters.items())
+        numbers += f", nll={self.nll}" if self.nll else ""
         return f"PreferenceLoss({self.name!r}, {self.aggregation!r}{numbers})"
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether micro-batches need :meth:`whole_batch`; the mean of equal micro-batches is simply averaged."""
+        """Whether micro-batches need the losses of all others: :meth:`whole_batch` of a first pass without a gradient.
+
+        The mean of equal micro-batches is simply averaged. The likelihood needs no such pass, but the number of tokens
+        of the whole batch.
+        """
         return bool(AGGREGATIONS[self.aggregation])
 
     def __call__(self, batch: PreferenceBatch, *, whole: aggregations.WholeBatch | None = None) -> PreferenceOutput:
@@ -174,7 +192,17 @@ class PreferenceLoss:
         numbers = {name: self.parameters[name] for name in self.spec.parameters}
         per_pair = self.spec.function(*logps, **rewards, **numbers)
         chosen, rejected = self._implicit_reward(logps[::2]), self._implicit_reward(logps[1::2])
-        return PreferenceOutput(self.aggregate(per_pair, whole=whole), per_pair, chosen, rejected, chosen - rejected)
+        loss, nll = self.aggregate(per_pair, whole=whole), None
+        if self.nll:
+            nll = self._nll(batch, whole)
+            loss, nll = loss + self.nll * nll, nll.detach()
+        return PreferenceOutput(loss, per_pair, chosen, rejected, chosen - rejected, nll)
+
+    def _nll(self, batch: PreferenceBatch, whole: aggregations.WholeBatch | None) -> Tensor:
+        self._check_fields(batch, _COUNTS, True)
+        assert batch.chosen_counts is not None
+        group = None if whole is not None else self.group
+        return aggregations.chosen_nll(batch.policy_chosen, batch.chosen_counts, group=group, whole=whole)
 
     def _logps(self, batch: PreferenceBatch) -> list[Tensor]:
         """Policy (chosen, rejected) and, where there is one, reference (chosen, rejected): sums or per-token means."""
@@ -200,9 +228,15 @@ class PreferenceLoss:
         reward = self.parameters["beta"] * (policy - reference[0] if reference else policy)
         return reward.to(result_dtype(*logps))
 
-    def whole_batch(self, per_pair: Tensor | Sequence[Tensor]) -> aggregations.WholeBatch:
-        """What micro-batches need to know of each other, from the ``per_pair`` of all of them."""
-        return aggregations.whole_batch(per_pair, beta_prime=self.parameters.get("beta_prime"), group=self.group)
+    def whole_batch(
+        self, per_pair: Tensor | Sequence[Tensor], *, chosen_counts: Tensor | None = None
+    ) -> aggregations.WholeBatch:
+        """What micro-batches need to know of each other, from the ``per_pair`` of all of them.
+
+        ``chosen_counts`` are the tokens of all chosen responses, which the likelihood (``nll``) needs.
+        """
+        beta_prime = self.parameters.get("beta_prime")
+        return aggregations.whole_batch(per_pair, beta_prime=beta_prime, group=self.group, chosen_counts=chosen_counts)
 
     def aggregate(self, per_pair: Tensor, *, whole: aggregations.WholeBatch | None = None) -> Tensor:
         """A batch's loss from those of its pairs."""

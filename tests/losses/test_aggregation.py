@@ -75,7 +75,7 @@ def test_gradients_of_both_orders_are_right():
 @pytest.mark.parametrize("sizes", [(13,), (4, 4, 5), (1, 12), (1,) * 13])
 def test_shares_of_micro_batches_add_up_to_the_whole_batch_in_value_and_gradient(beta_prime, sizes):
     pairs = Pairs()
-    full = aggregate(pairs.losses(slice(None)), beta_prime)
+    full = aggregate(pairs, slice(None), beta_prime)
     full.backward()
     expected = pairs.gradient()
     micro_batches = torch.arange(13).split(sizes)
@@ -84,7 +84,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole_batch_in_value_and_gradient
     assert whole.value.item() == pytest.approx(full.item(), rel=1e-12)
     total = 0.0
     for rows in micro_batches:
-        share = aggregate(pairs.losses(rows), beta_prime, whole=whole)
+        share = aggregate(pairs, rows, beta_prime, whole=whole)
         share.backward()
         total += share.item()
     assert total == pytest.approx(full.item(), rel=1e-12)
@@ -102,11 +102,14 @@ def test_the_mean_of_micro_batch_means_would_not_be_exact():
 @pytest.mark.slow
 def test_two_ranks_have_the_value_and_the_averaged_gradient_of_the_whole_batch(tmp_path):
     uneven, one_rank_idle = 4, 13
-    cases = [{"first": f, "beta_prime": b} for f in (uneven, one_rank_idle) for b in (None, 0.05, 1.0, 1e6)]
+    cases = [{"first": f, "kind": k} for f in (uneven, one_rank_idle) for k in (None, 0.05, 1.0, 1e6, "nll")]
     pairs = Pairs()
     for case, ranks in zip(cases, run_ranks(tmp_path, 2, cases, "rank_aggregation.py"), strict=True):
-        per_pair, beta_prime = pairs.losses(slice(None)), case["beta_prime"]
-        full = per_pair.mean() if beta_prime is None else losses.drdpo(per_pair, beta_prime=beta_prime)
+        per_pair, kind = pairs.losses(slice(None)), case["kind"]
+        if kind == "nll":
+            full = per_pair.sum() / pairs.counts(slice(None)).sum()
+        else:
+            full = per_pair.mean() if kind is None else losses.drdpo(per_pair, beta_prime=kind)
         full.backward()
         expected = pairs.gradient()
         for at_once, in_micro_batches in ranks:

@@ -207,3 +207,51 @@ def test_every_loss_runs_through_a_shapo_update():
         opt.step()
         assert torch.isfinite(model[2].weight).all()
         assert not torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize(("name", "aggregation"), COMBINATIONS)
+def test_the_likelihood_of_the_chosen_responses_is_added_to_every_loss_and_aggregation(name, aggregation):
+    fields = make_fields(name)
+    batch = losses.PreferenceBatch(**fields)
+    plain, with_term = make_loss(name, aggregation)(batch), make_loss(name, aggregation, nll=0.7)(batch)
+    likelihood = -fields["policy_chosen"].sum() / fields["chosen_counts"].sum()
+    torch.testing.assert_close(with_term.loss, plain.loss + 0.7 * likelihood)
+    torch.testing.assert_close(with_term.nll, likelihood.detach())
+    torch.testing.assert_close(with_term.per_pair, plain.per_pair)
+    assert plain.nll is None
+    (gradient,) = torch.autograd.grad(with_term.loss - plain.loss, fields["policy_chosen"])
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -0.7 / int(fields["chosen_counts"].sum())))
+
+
+@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+def test_shares_of_micro_batches_add_up_with_the_likelihood(aggregation):
+    fields = make_fields("dpo")
+    loss = make_loss("dpo", aggregation, nll=0.7)
+    expected = loss(losses.PreferenceBatch(**fields))
+    whole = loss.whole_batch(expected.per_pair, chosen_counts=fields["chosen_counts"])
+    parts = [
+        loss(losses.PreferenceBatch(**{key: value[rows] for key, value in fields.items()}), whole=whole)
+        for rows in (slice(0, 2), slice(2, 7))
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), expected.loss)
+    torch.testing.assert_close(sum(part.nll for part in parts), expected.nll)
+    names = [fields["policy_chosen"], fields["policy_rejected"]]
+    shares = torch.autograd.grad(sum(part.loss for part in parts), names)
+    for share, whole_gradient in zip(shares, torch.autograd.grad(expected.loss, names), strict=True):
+        torch.testing.assert_close(share, whole_gradient)
+
+
+def test_a_likelihood_that_cannot_be_taken_is_refused():
+    fields = make_fields("dpo")
+    loss = make_loss("dpo", nll=1.0)
+    with pytest.raises(ValueError, match="needs chosen_counts"):
+        loss(losses.PreferenceBatch(**{**fields, "chosen_counts": None}))
+    with pytest.raises(ValueError, match="whole was made without chosen_counts"):
+        loss(losses.PreferenceBatch(**fields), whole=loss.whole_batch(torch.zeros(7)))
+    with pytest.raises(ValueError, match=r"chosen_counts has the shape \[6\]: expected \[7\]"):
+        losses.chosen_nll(fields["policy_chosen"], fields["chosen_counts"][:6])
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="nll is"):
+            make_loss("dpo", nll=weight)
+    assert "nll=1.0" in repr(loss)
+    assert losses.chosen_nll(torch.zeros(2), torch.zeros(2)).item() == 0

@@ -94,6 +94,49 @@ def test_loss_and_rewards_equal_those_of_the_dpo_trainer(
         assert ours.margin.mean().item() == pytest.approx(margin, rel=1e-4)
 
 
+@pytest.mark.parametrize("weight", [0.25, 2.0])
+def test_the_likelihood_term_equals_that_of_the_dpo_trainer(weight, models, tokenizer, rows, tmp_path):
+    """What was rpo_alpha is now a second loss type with a weight."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    policy, reference = models
+    arguments = DPOConfig(
+        output_dir=str(tmp_path),
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, weight],
+        beta=0.3,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    trainer = DPOTrainer(
+        policy, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+
+    def ours():
+        halves = {}
+        for key, model in (("policy", trainer.model), ("ref", reference)):
+            with torch.set_grad_enabled(key == "policy"):
+                output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            sums, counts = losses.sequence_logps(output.logits, labels)
+            halves[f"{key}_chosen"], halves[f"{key}_rejected"] = sums.chunk(2)
+        halves["chosen_counts"], halves["rejected_counts"] = counts.chunk(2)
+        return losses.PreferenceLoss("dpo", beta=0.3, nll=weight)(losses.PreferenceBatch(**halves)).loss
+
+    def gradient(loss):
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(trainer.model.parameters()))])
+
+    theirs, mine = trainer.compute_loss(trainer.model, dict(batch)), ours()
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient(mine), gradient(theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_sequence_logps_sums_what_trl_selects():
     from trl.trainer.utils import selective_log_softmax
 

@@ -1,4 +1,4 @@
-"""What each rank of the test of Dr.DPO and the mean does: its rows of a batch, at once and in micro-batches."""
+"""What each rank of the test of aggregations does: its rows of a batch, at once and in micro-batches."""
 
 import torch
 import torch.distributed as dist
@@ -18,16 +18,22 @@ class Pairs:
     def losses(self, rows):
         return torch.nn.functional.softplus(self.inputs[rows] @ self.parameters) * 3
 
+    def counts(self, rows):
+        """Tokens of the chosen responses."""
+        return (torch.arange(len(self.inputs)) + 1)[rows]
+
     def gradient(self):
         gradient, self.parameters.grad = self.parameters.grad, None
         return gradient
 
 
-def aggregate(per_pair, beta_prime, **keywords):
-    """Dr.DPO, or the mean where ``beta_prime`` is None."""
-    if beta_prime is None:
-        return losses.mean(per_pair, **keywords)
-    return losses.drdpo(per_pair, beta_prime=beta_prime, **keywords)
+def aggregate(pairs, rows, kind, **keywords):
+    """Dr.DPO of a beta', the mean where ``kind`` is None, the likelihood where it is "nll"."""
+    if kind == "nll":
+        return losses.chosen_nll(-pairs.losses(rows), pairs.counts(rows), **keywords)
+    if kind is None:
+        return losses.mean(pairs.losses(rows), **keywords)
+    return losses.drdpo(pairs.losses(rows), beta_prime=kind, **keywords)
 
 
 def averaged(gradient):
@@ -38,18 +44,21 @@ def averaged(gradient):
 
 def both_ways(case):
     """(value, gradient averaged over the ranks) of the batch at once, and of its micro-batches' shares."""
-    group, pairs, beta_prime = dist.group.WORLD, Pairs(), case["beta_prime"]
+    group, pairs, kind = dist.group.WORLD, Pairs(), case["kind"]
     rows = torch.arange(13)[case["first"] :] if dist.get_rank() else torch.arange(13)[: case["first"]]
-    loss = aggregate(pairs.losses(rows), beta_prime, group=group)
+    loss = aggregate(pairs, rows, kind, group=group)
     loss.backward()
     at_once = loss.detach(), averaged(pairs.gradient())
     micro_batches = rows.split(3) if len(rows) else (rows,)
     with torch.no_grad():
         all_losses = [pairs.losses(part) for part in micro_batches]
-        whole = losses.whole_batch(all_losses, beta_prime=beta_prime, group=group)
+        beta_prime = None if kind == "nll" else kind
+        whole = losses.whole_batch(
+            all_losses, beta_prime=beta_prime, group=group, chosen_counts=pairs.counts(rows) if kind == "nll" else None
+        )
     value = torch.zeros((), dtype=torch.float64)
     for part in micro_batches:
-        share = aggregate(pairs.losses(part), beta_prime, whole=whole)
+        share = aggregate(pairs, part, kind, whole=whole)
         share.backward()
         value += share.detach()
     dist.all_reduce(value)

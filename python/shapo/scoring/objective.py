@@ -17,7 +17,7 @@ def make_loss(config: LossConfig) -> PreferenceLoss:
         for name in ("beta", "epsilon", "gamma", "beta_reward", "beta_prime")
         if (value := getattr(config, name)) is not None
     }
-    return PreferenceLoss(config.name, config.aggregation, **parameters)
+    return PreferenceLoss(config.name, config.aggregation, nll=config.nll, **parameters)
 
 
 def make_batch(policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> PreferenceBatch:
@@ -39,7 +39,7 @@ def make_batch(policy: PairLogps, reference: PairLogps | None, rewards: PairRewa
 def pair_losses(
     config: LossConfig, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None
 ) -> Tensor:
-    """The loss of each pair `[B]`, whatever the aggregation.
+    """The loss of each pair `[B]`, whatever the aggregation, without the likelihood term.
 
     Raises:
         ValueError: The loss needs what is None, or does not use what is given.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -147,17 +147,19 @@ class _Pass:
 
     indices: list[int] = field(default_factory=list)
     per_pair: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
     margins: list[Tensor] = field(default_factory=list)
 
-    def add(self, indices: Sequence[int], output: losses.PreferenceOutput) -> None:
+    def add(self, indices: Sequence[int], policy: PairLogps, output: losses.PreferenceOutput) -> None:
         self.indices.extend(indices)
         self.per_pair.append(output.per_pair.detach())
+        self.chosen.append(policy.chosen.detach())
         self.margins.append(output.margin)
 
-    def losses_of(self, indices: Sequence[int]) -> Tensor:
-        """The losses of the pairs of `indices`, all of which were seen."""
+    def of(self, values: list[Tensor], indices: Sequence[int]) -> Tensor:
+        """What was seen of the pairs of `indices`: `per_pair`, their losses, or `chosen`, their log-probabilities."""
         position = {index: number for number, index in enumerate(self.indices)}
-        return torch.cat(self.per_pair)[[position[index] for index in indices]]
+        return torch.cat(values)[[position[index] for index in indices]]
 
     def accuracy_and_margin(self) -> dict[str, float]:
         margins = torch.cat(self.margins)
@@ -196,9 +198,9 @@ class _Update:
             for number, own in enumerate([[micro] for micro in micro_batches] if each else [micro_batches]):
                 self._ascend(own, number, ascent)
                 with self.optimizer.perturbed():
-                    self._run(own, Tensor.backward, descent, pairs=len(indices))
+                    self._run(own, Tensor.backward, descent, indices)
         else:
-            self._run(micro_batches, Tensor.backward, descent, pairs=len(indices))
+            self._run(micro_batches, Tensor.backward, descent, indices)
         loss = self._aggregate(descent, indices)
         if not math.isfinite(loss):
             # Tokens and rewards are numbers by now, so what is left is the model before and the updates after.
@@ -215,6 +217,8 @@ class _Update:
         # Accuracy and margin are those of the weights themselves, before they were moved.
         seen = ascent if ascent.indices else descent
         values: dict[str, Any] = {"loss": loss, **seen.accuracy_and_margin(), "grad_norm": norm.item(), **moved}
+        if self.loss.nll:
+            values["nll"] = self._nll(seen, seen.indices)
         if ascent.indices:
             before = self._aggregate(ascent, ascent.indices)
             gap = self._aggregate(descent, ascent.indices) - before
@@ -225,74 +229,88 @@ class _Update:
         """The loss of one micro-batch at the weights as they are."""
         size = min(self.loop.micro_batch_size or self.loop.batch_size, len(self.data))
         with evaluating(self.model), torch.no_grad():
-            return self._forward(range(size), None).per_pair.mean().item()
+            return self._forward(range(size), None)[1].per_pair.mean().item()
 
     def _ascend(self, micro_batches: Sequence[list[int]], number: int, seen: _Pass) -> None:
         drawn = self._part.draw([len(micro) for micro in micro_batches], self.optimizer.updates, number)
+        part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
+        indices = [index for micro in part for index in micro]
         random = RandomState(self._device)
         with self.optimizer.ascent():
             if self.shapo is not None and self.shapo.reuse_prefix and not self._part.is_whole:
-                self._ascend_on_rows(micro_batches, drawn, seen)
+                self._ascend_on_rows(micro_batches, drawn, seen, indices)
             else:
-                part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
-                self._run(part, self.optimizer.ascend, seen, pairs=sum(map(len, part)))
+                self._run(part, self.optimizer.ascend, seen, indices)
         random.restore()
 
-    def _ascend_on_rows(self, micro_batches: Sequence[list[int]], drawn: Sequence[list[int]], seen: _Pass) -> None:
+    def _ascend_on_rows(
+        self, micro_batches: Sequence[list[int]], drawn: Sequence[list[int]], seen: _Pass, indices: Sequence[int]
+    ) -> None:
         """An ascent on the drawn pairs, padded as their micro-batches are: the descent reuses the blocks below."""
-        pairs = sum(map(len, drawn))
-        whole = self._whole_batch(micro_batches, drawn)
+        whole = self._whole_batch(micro_batches, indices, drawn)
         for micro, rows in zip(micro_batches, drawn, strict=True):
             both = torch.tensor([*rows, *(len(micro) + i for i in rows)], dtype=torch.int64)
             with self.optimizer.ascent_part(partial(self._logps, micro), both):
                 if rows:
-                    output = self._forward(micro, whole, rows)
-                    self.optimizer.ascend(self._share(output, pairs))
-                    seen.add([micro[i] for i in rows], output)
+                    policy, output = self._forward(micro, whole, rows)
+                    self.optimizer.ascend(output.loss)
+                    seen.add([micro[i] for i in rows], policy, output)
 
     def _run(
-        self, micro_batches: Sequence[list[int]], backward: Callable[[Tensor], Any], seen: _Pass, *, pairs: int
+        self,
+        micro_batches: Sequence[list[int]],
+        backward: Callable[[Tensor], Any],
+        seen: _Pass,
+        indices: Sequence[int],
     ) -> None:
-        """Forward and backward over micro-batches, whose losses are shares of a mean over `pairs`."""
-        whole = self._whole_batch(micro_batches)
+        """Forward and backward over micro-batches, whose losses are shares of that of the pairs `indices`."""
+        whole = self._whole_batch(micro_batches, indices)
         for micro in micro_batches:
-            output = self._forward(micro, whole)
-            backward(self._share(output, pairs))
-            seen.add(micro, output)
-
-    def _share(self, output: losses.PreferenceOutput, pairs: int) -> Tensor:
-        # The mean's shares by the number of pairs, which may differ in the last micro-batch.
-        return output.per_pair.sum() / pairs if self.loss.aggregation == "mean" else output.loss
+            policy, output = self._forward(micro, whole)
+            backward(output.loss)
+            seen.add(micro, policy, output)
 
     def _aggregate(self, seen: _Pass, indices: Sequence[int]) -> float:
-        return self._objective.aggregate(seen.losses_of(indices)).item()
+        loss = self._objective.aggregate(seen.of(seen.per_pair, indices)).item()
+        return loss + self.loss.nll * self._nll(seen, indices) if self.loss.nll else loss
+
+    def _nll(self, seen: _Pass, indices: Sequence[int]) -> float:
+        return -seen.of(seen.chosen, indices).double().sum().item() / max(1, self.data.chosen_tokens(indices))
 
     def _whole_batch(
-        self, micro_batches: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]] | None = None
+        self,
+        micro_batches: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        drawn: Sequence[Sequence[int]] | None = None,
     ) -> losses.WholeBatch | None:
-        """What Dr.DPO's micro-batches must know of one another; one more forward pass over the batch finds it."""
-        if len(micro_batches) == 1 or not self._objective.needs_whole_batch:
+        """What micro-batches must know of all the pairs, `indices`; Dr.DPO's need one more forward pass for it."""
+        tokens = torch.tensor(self.data.chosen_tokens(indices), dtype=torch.float64, device=self._device)
+        if not self._objective.needs_whole_batch:
+            # Shares by the numbers of pairs and of tokens, which may differ in the last micro-batch.
+            pairs = torch.tensor(len(indices), dtype=torch.float64, device=self._device)
+            return losses.WholeBatch(torch.zeros_like(pairs), pairs, 1, None, tokens)
+        if len(micro_batches) == 1:
             return None
         random = RandomState(self._device)
         with torch.no_grad():
             seen: list[Sequence[int] | None] = [None] * len(micro_batches) if drawn is None else [*drawn]
             per_pair = [
-                self._forward(micro, None, rows).per_pair
+                self._forward(micro, None, rows)[1].per_pair
                 for micro, rows in zip(micro_batches, seen, strict=True)
                 if rows != []
             ]
         random.restore()
-        return self._objective.whole_batch(per_pair)
+        return replace(self._objective.whole_batch(per_pair), chosen_tokens=tokens)
 
     def _forward(
         self, micro: Sequence[int], whole: losses.WholeBatch | None, rows: Sequence[int] | None = None
-    ) -> losses.PreferenceOutput:
+    ) -> tuple[PairLogps, losses.PreferenceOutput]:
         """Of a micro-batch, or of some of its pairs by their positions in it."""
         policy = self._logps(micro, rows)
         micro = micro if rows is None else [micro[i] for i in rows]
         reference = None if self.reference is None else self.reference[micro]
         rewards = None if self.rewards is None else self.rewards[micro]
-        return self._objective(make_batch(policy, reference, rewards), whole=whole)
+        return policy, self._objective(make_batch(policy, reference, rewards), whole=whole)
 
     def _logps(self, micro: Sequence[int], rows: Sequence[int] | None = None) -> PairLogps:
         batch = self.data.batch(micro, self._device)

@@ -4,6 +4,7 @@ happened.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -100,7 +101,16 @@ def test_ways_to_perturb_and_to_ascend_agree(ascent, perturbation, tiny_llama, p
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(aggregation="drdpo", beta_prime=0.5)], ids=["mean", "drdpo"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(aggregation="drdpo", beta_prime=0.5),
+        LossConfig(nll=0.5),
+        LossConfig(aggregation="drdpo", nll=0.5),
+    ],
+    ids=["mean", "drdpo", "mean-nll", "drdpo-nll"],
+)
 @pytest.mark.parametrize("size", [1, 4])
 def test_micro_batches_equal_the_whole_batch(loss, size, tiny_llama, pairs, tmp_path):
     start = state_of(tiny_llama)
@@ -116,6 +126,21 @@ def test_micro_batches_equal_the_whole_batch(loss, size, tiny_llama, pairs, tmp_
     for one, other in zip(whole, parts, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["gap"] == pytest.approx(one["gap"], rel=1e-2)
+
+
+def test_the_likelihood_term_is_the_cross_entropy_of_the_chosen_responses(tiny_llama, pairs, tmp_path):
+    batch = pairs.batch(range(len(pairs)), torch.device("cpu"))
+    chosen = {name: value[: len(pairs)] for name, value in batch.items()}
+    with torch.no_grad():
+        expected = tiny_llama.eval()(**chosen).loss.item()
+    loop = LoopConfig(updates=1, batch_size=len(pairs), micro_batch_size=5, lr=1e-3, warmup=0)
+    for name, shapo in (("plain", None), ("shapo", ShaPOConfig(rho=0.1))):
+        model = copy.deepcopy(tiny_llama)
+        train(model, pairs, tmp_path / name, loop=loop, loss=LossConfig(nll=0.5), shapo=shapo)
+        (row,) = read_metrics(tmp_path / name / "metrics.jsonl", "update")
+        assert row["nll"] == pytest.approx(expected, rel=1e-5)
+        # The policy still is its reference, so DPO's loss is log 2.
+        assert row["ascent_loss" if shapo else "loss"] == pytest.approx(math.log(2) + 0.5 * expected, rel=1e-5)
 
 
 def test_the_reference_is_asked_once_for_each_response_and_not_at_all_from_the_cache(tiny_llama, pairs, tmp_path):
