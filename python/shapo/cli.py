@@ -6,11 +6,12 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shapo import options, recipe
 from shapo.errors import UserError, explained
@@ -26,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "judge",
     "attack",
+    "data",
     "report",
     "import-gguf",
     "safety-pairs",
@@ -56,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module, parsed = _parse(sys.argv[1:] if arguments is None else arguments)
         groups = _groups(parsed.command)
         values = recipe.merged(parsed, groups)
-        with _alone(module, parsed):
+        with _alone(module, parsed), warnings.catch_warnings():
+            warnings.showwarning = _warn
             module.run(parsed)
             if parsed.command in recipe.COMMANDS:
                 recipe.write(values, parsed.command, groups)
@@ -134,6 +137,12 @@ def _groups(command: str) -> Sequence[options.Group]:
 
 def _module(command: str) -> str:
     return f"shapo.commands.{command.replace('-', '_')}"
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Where in the code it was given tells a user of the command nothing.
+    if issubclass(category, UserWarning):
+        print("shapo: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _complain(message: str) -> int:

@@ -33,6 +33,7 @@ class Option:
         flag: The option's name where it is not the field's, with underscores.
         absent: What a default of None means, as text for the help.
         repeated: The option may be given several times, a positional one as several values; the value is a list.
+        required: A repeated option that must be given at least once; others are so where they have no default.
         alone: Options of one command with the same `alone` exclude each other.
         positional: The value stands by itself, without the option's name.
         reads: The value is, or names, a file or folder that is read.
@@ -48,6 +49,7 @@ class Option:
     flag: str | None = None
     absent: str | None = None
     repeated: bool = False
+    required: bool = False
     alone: str | None = None
     positional: bool = False
     reads: bool = False
@@ -131,7 +133,8 @@ def named_files(groups: Sequence[Group], parsed: argparse.Namespace, use: str) -
             value = getattr(parsed, name, None)
             if value and getattr(told, use):
                 for text in value if isinstance(value, list) else [value]:
-                    for form in {text, text.partition("=")[2] or text}:  # NAME=FILE
+                    for form in {text, text.partition("=")[2] or text, text.rpartition(":")[0] or text}:
+                        # FILE, NAME=FILE or FILE:WEIGHT
                         found.append((typed(name), Path(form).expanduser()))
     return found
 
@@ -207,6 +210,7 @@ def _argument(group: Group, field: dataclasses.Field[Any], told: Option) -> dict
             "metavar": told.metavar,
             "type": told.parse,
             "action": "append",
+            "required": told.required and not group.optional,
             "default": None if group.given_only else [],
         }
     if default is False:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from shapo.data.pairs import PreferencePair
-from shapo.data.tokens import Encoded, PairEncoder
+from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from shapo.models.modes import evaluating
 from shapo.models.wrappers import unwrap
@@ -119,6 +119,7 @@ def extract_features(
         raise UserError("there are no examples to extract features from")
     inner = unwrap(model)
     encoded = [encoder.encode(example.prompt, example.response) for example in examples]
+    warn_of_cuts(encoded, encoder.max_length)
     key = {}
     if cache is not None:
         key = _cache_key(inner, encoded, layer, bf16)

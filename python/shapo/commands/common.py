@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,14 @@ class ModelOptions:
 class SourceOption:
     """Which preference pairs."""
 
-    data: str = option("preference pairs: a local file, a folder of splits or a hub name", metavar="SOURCE", reads=True)
+    data: list[str] = option(
+        "preference pairs: a local file, a folder of splits or a hub name; several times for several, which "
+        "SOURCE:WEIGHT makes a mixture",
+        repeated=True,
+        required=True,
+        metavar="SOURCE",
+        reads=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,10 @@ class FormatOptions:
         "PKU-SafeRLHF: which of its two preferences is meant", "safer", choices=("safer", "better")
     )
     split: str | None = option("split of a folder or of a data set on the hub", None, metavar="NAME", absent="train")
-    limit: int | None = option("use the first N pairs alone", None, parse=positive_int, metavar="N", absent="all")
+    limit: int | None = option(
+        "use the first N pairs alone, of a mixture N in all", None, parse=positive_int, metavar="N", absent="all"
+    )
+    stream: bool = option("read a data set on the hub row by row instead of downloading it first", False)
 
 
 @dataclass(frozen=True)
@@ -155,15 +166,17 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> P
 
 def load_data(arguments: argparse.Namespace, *, evaluation: bool = False) -> PairSet:
     """The pairs of --data, or those of --eval-data in the same format; prints a line on what was dropped and why."""
-    from shapo.data.formats import load_pairs
-
-    prefix = "eval_" if evaluation else ""
-    pairs = load_pairs(
-        getattr(arguments, f"{prefix}data"),
-        format=arguments.format,
-        split=getattr(arguments, f"{prefix}split"),
-        limit=getattr(arguments, f"{prefix}limit"),
-        preference=arguments.preference,
-    )
+    if evaluation:
+        pairs = load_sources([arguments.eval_data], arguments, split=arguments.eval_split, limit=arguments.eval_limit)
+    else:
+        pairs = load_sources(arguments.data, arguments)
     print(pairs.summary())
     return pairs
+
+
+def load_sources(sources: Sequence[str], arguments: argparse.Namespace, **changes: Any) -> PairSet:
+    """The pairs of some sources, read as the options for data say."""
+    from shapo.data.mixture import load_mixture
+
+    options = {name: getattr(arguments, name) for name in ("format", "split", "limit", "preference", "stream")}
+    return load_mixture(sources, **{**options, **changes})

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         balanced=arguments.balanced,
         keep=arguments.keep,
         progress=not arguments.quiet,
-        metadata={"model": arguments.model, "data": arguments.data},
+        metadata={"model": arguments.model, "data": " ".join(arguments.data)},
     )
     probe.save(output / "probe.safetensors")
     curve = [epoch.validation_accuracy for epoch in probe.curve]

@@ -54,10 +54,10 @@ class SelectOptions:
         "a subspace whose number of neurons in each layer is taken", None, of=("random",), metavar="FILE", reads=True
     )
     seed: int = option("of the draw", 0, of=("random",), parse=seed_number)
-    data: str | None = option(
-        "held-out preference pairs: a local file, a folder of splits or a hub name",
-        None,
+    data: list[str] = option(
+        "held-out preference pairs: a local file, a folder of splits or a hub name; several times for several",
         of=("gradient",),
+        repeated=True,
         metavar="SOURCE",
         reads=True,
     )
@@ -107,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--like says how many neurons of which layer; leave --percent, --match and --depth out")
     for name, (field, told) in declared(SelectOptions).items():
         if getattr(arguments, name) is None:
-            setattr(arguments, name, field.default)
+            setattr(arguments, name, [] if told.repeated else field.default)
         elif arguments.method not in told.of:
             raise UserError(
                 f"{typed(name)} is an option of --method {' or '.join(told.of)}, not of --method {arguments.method}"
@@ -150,7 +150,7 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
             bf16=arguments.bf16,
             depth=arguments.depth,
             progress=not arguments.quiet,
-            metadata={**made_from, "data": arguments.data},
+            metadata={**made_from, "data": " ".join(arguments.data)},
         )
     if arguments.method == "random":
         if arguments.like:

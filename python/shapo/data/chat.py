@@ -58,6 +58,7 @@ class ChatTemplate:
         self._closing = _common_end(first, second)
         self._end_of_turn = self._closing.rstrip() if eos else ""
         self.adds_eos = eos and not self._end_of_turn
+        self._marks = self._splitting_tokens()
 
     def turn(self, messages: Sequence[Message], responses: Sequence[str]) -> Turn:
         """The generation prompt after `messages`, and the whole conversation with each of the responses.
@@ -70,6 +71,16 @@ class ChatTemplate:
         # The break between turns behind the end of turn is nothing that a model generates.
         ended = (whole.removesuffix(self._closing) + self._end_of_turn for whole in answered)
         return Turn(messages, responses, opened, tuple(ended))
+
+    def split_place(self, turn: Turn) -> int:
+        """Length of a beginning of all texts of `turn` that can be tokenised once, by itself; 0 where there is none.
+
+        Tokenizers take special tokens out first and everything between two of them by itself, so the texts may be
+        divided before the last one of the generation prompt without changing an id.
+        """
+        if not all(whole.startswith(turn.opened) for whole in turn.answered):
+            return 0
+        return max((turn.opened.rfind(mark) for mark in self._marks), default=0)
 
     def boundary(self, turn: Turn, opened: Sequence[int], answered: Sequence[Sequence[int]]) -> int:
         """Number of leading tokens of every answered conversation that are its prompt.
@@ -146,6 +157,17 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of its own and may fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the chat template refuses a conversation: {reason}") from error
+
+    def _splitting_tokens(self) -> tuple[str, ...]:
+        """Special tokens of the generation prompt, where dividing before one of them changes no id."""
+        opened = self._render([_question()], add_generation_prompt=True)
+        found = [str(token) for token in set(self._tokenizer.all_special_tokens) if opened.rfind(token) > 0]
+        whole = self._ids(opened)
+        places = {mark: opened.rfind(mark) for mark in found}
+        return tuple(mark for mark, at in places.items() if self._ids(opened[:at]) + self._ids(opened[at:]) == whole)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _content_form(self) -> bool:
         """Whether content is to be given in parts: the first of the two forms in which question and answer are shown.

@@ -49,6 +49,7 @@ def load_pairs(
     split: str | None = None,
     limit: int | None = None,
     preference: str = "safer",
+    stream: bool = False,
 ) -> PairSet:
     """Read preference pairs.
 
@@ -59,6 +60,7 @@ def load_pairs(
         limit: stop after this many pairs.
         preference: for PKU-SafeRLHF, whether "safer" (`safer_response_id`) or "better" (`better_response_id`, the more
             helpful) is the chosen one; other formats have one preference only and refuse "better".
+        stream: read a hub data set row by row, so that with a `limit` little is downloaded.
 
     Returns:
         The pairs in file order, with a count of unused rows by reason.
@@ -68,7 +70,7 @@ def load_pairs(
     """
     if preference not in PREFERENCES:
         raise UserError(f"preference is {preference!r}; expected one of {', '.join(PREFERENCES)}")
-    rows, name, chosen = _open(source, split, format, PAIR_READERS, _detect_pairs, limit)
+    rows, name, chosen = _open(source, split, format, PAIR_READERS, _detect_pairs, limit, stream)
     if preference != "safer" and chosen != "pku":
         raise UserError(f"preference={preference!r} is for the format pku; {name} is of the format {chosen}")
     pairs: list[PreferencePair] = []
@@ -150,12 +152,13 @@ def _open(
     formats: Mapping[str, object],
     detect: Callable[[Sequence[Row], str], str],
     limit: int | None,
+    stream: bool = False,
 ) -> tuple[Iterator[Row], str, str]:
     if format != "auto" and format not in formats:
         raise UserError(f"format is {format!r}; expected auto or one of {', '.join(formats)}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; expected at least 1")
-    rows, name = read_rows(source, split)
+    rows, name = read_rows(source, split, stream=stream)
     first = list(islice(rows, _SEEN_FIRST if limit is None else min(limit, _SEEN_FIRST)))
     if not first:
         raise UserError(f"{name} is empty; expected at least one row")

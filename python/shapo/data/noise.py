@@ -10,7 +10,7 @@ from dataclasses import replace
 from shapo.data.pairs import PreferencePair
 from shapo.errors import UserError
 
-__all__ = ["flip_labels"]
+__all__ = ["flip_labels", "rank"]
 
 
 def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> list[PreferencePair]:
@@ -32,12 +32,13 @@ def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> l
     """
     if not (math.isfinite(rate) and 0 <= rate <= 1):
         raise UserError(f"the noise rate is {rate}; expected a share between 0 and 1")
-    order = sorted(range(len(pairs)), key=lambda position: _rank(seed, position))
+    order = sorted(range(len(pairs)), key=lambda position: rank(seed, position))
     chosen = set(order[: round(rate * len(pairs))])
     return [_flip(pair) if position in chosen else pair for position, pair in enumerate(pairs)]
 
 
-def _rank(seed: int, position: int) -> bytes:
+def rank(seed: int, position: int) -> bytes:
+    """A place in an order of positions that looks drawn and depends on no random generator."""
     return hashlib.sha256(f"{seed}:{position}".encode()).digest()
 
 

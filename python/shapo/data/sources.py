@@ -27,7 +27,9 @@ _DEFAULT_SPLIT = "train"
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.+-]+)?")
 
 
-def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None = None) -> tuple[Iterator[Row], str]:
+def read_rows(
+    source: str | os.PathLike[str] | Iterable[Row], split: str | None = None, *, stream: bool = False
+) -> tuple[Iterator[Row], str]:
     """Rows of `source`, and the name that errors and reports give it.
 
     Args:
@@ -35,6 +37,7 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None 
             split (``train.jsonl``); a hub name, ``owner/name`` or ``owner/name:configuration`` (where there is no such
             configuration, a folder of that name); or rows already in memory.
         split: which file of a folder, or which split of a hub data set ("train" where none is given).
+        stream: take the rows of a hub data set as they are drawn; else it is downloaded whole, and kept, first.
 
     Raises:
         UserError: the source is missing, or a split of a single file is asked for. While rows are drawn: an empty file,
@@ -57,7 +60,7 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Row], split: str | None 
         raise UserError(f"no such file: {name}")
     else:
         chosen = split or _DEFAULT_SPLIT
-        return _hub_rows(name, chosen), f"{name} [{chosen}]"
+        return _hub_rows(name, chosen, stream), f"{name} [{chosen}]"
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path}: cannot read this type of file; expected one of {', '.join(_suffixes())}")
@@ -200,22 +203,26 @@ def _kind(value: object) -> str:
     )
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
+def _hub_rows(name: str, split: str, stream: bool) -> Iterator[Row]:
     import datasets
 
     repository, _, configuration = name.partition(":")
+    options: dict[str, Any] = {"split": split, **({"streaming": True} if stream else {})}
+    empty = True
     try:
         try:
-            rows = datasets.load_dataset(repository, configuration or None, split=split)
+            rows = datasets.load_dataset(repository, configuration or None, **options)
         except ValueError as error:
             if not configuration or "BuilderConfig" not in str(error):
                 raise
-            rows = datasets.load_dataset(repository, data_dir=configuration, split=split)
+            rows = datasets.load_dataset(repository, data_dir=configuration, **options)
+        for row in rows:
+            empty = False
+            yield row
     except Exception as error:  # the client's failures share no base class
         raise UserError(_hub_failure(name, error)) from error
-    if not len(rows):
+    if empty:
         raise UserError(f"{name} [{split}] is empty; expected at least one row")
-    yield from rows
 
 
 def _hub_failure(name: str, error: Exception) -> str:

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +38,7 @@ from shapo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder", "cut_summary"]
+__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder", "warn_of_cuts"]
 
 IGNORE_INDEX = -100
 
@@ -120,16 +122,22 @@ class PairEncoder:
 
     def encode(self, prompt: str, response: str) -> Encoded:
         """Encode one prompt with one response. For the two responses of a pair use `encode_pair`."""
-        return self._encode([(prompt, (response,))])[0][0]
+        ((encoded,),) = self._encode([(prompt, (response,))], named=False)
+        return encoded
 
     def encode_pair(self, prompt: str, chosen: str, rejected: str) -> tuple[Encoded, Encoded]:
         """Encode both responses after one and the same prompt, cut by the longer response where it must be cut."""
-        return self.encode_pairs([(prompt, chosen, rejected)])[0]
+        ((first, second),) = self._encode([(prompt, (chosen, rejected))], named=False)
+        return first, second
 
     def encode_pairs(self, pairs: Iterable[tuple[str, str, str]]) -> list[tuple[Encoded, Encoded]]:
         """`encode_pair` of every (prompt, chosen, rejected); an error names the pair, counted from 1."""
-        encoded = self._encode([(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs])
-        return [(chosen, rejected) for chosen, rejected in encoded]
+        return list(self.each_pair(pairs))
+
+    def each_pair(self, pairs: Iterable[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
+        """`encode_pairs` as an iterator, which holds the tokens of a few hundred pairs at once."""
+        examples = ((prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs)
+        return ((chosen, rejected) for chosen, rejected in self._encode(examples))
 
     def encode_prompt(self, prompt: str, *, max_new_tokens: int = 0) -> list[int]:
         """The prompt's ids for generation, cut as if a response of `max_new_tokens` tokens followed."""
@@ -172,19 +180,20 @@ class PairEncoder:
             "tokenizer": _tokenizer_hash(self.tokenizer),
         }
 
-    def _encode(self, examples: Sequence[tuple[str, Sequence[str]]]) -> list[list[Encoded]]:
+    def _encode(self, examples: Iterable[tuple[str, Sequence[str]]], *, named: bool = True) -> Iterator[list[Encoded]]:
         """Every prompt with each of its responses, after one and the same form of the prompt."""
-        encoded = []
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            tokens = self._tokenise(chunk, start)
-            for number, ((prompt, responses), ids) in enumerate(zip(chunk, tokens, strict=True), start + 1):
-                with _named(number, len(examples)):
-                    encoded.append(self._fit(prompt, responses, *ids))
-        return encoded
+        remaining, done = iter(examples), 0
+        while chunk := list(islice(remaining, _CHUNK)):
+            numbers = [number if named else 0 for number in range(done + 1, done + 1 + len(chunk))]
+            tokens = self._tokenise(chunk, numbers)
+            for number, (prompt, responses), ids in zip(numbers, chunk, tokens, strict=True):
+                with _about_pair(number):
+                    encoded = self._fit(prompt, responses, *ids)
+                yield encoded
+            done += len(chunk)
 
     def _tokenise(
-        self, examples: Sequence[tuple[str, Sequence[str]]], done: int = 0
+        self, examples: Sequence[tuple[str, Sequence[str]]], numbers: Sequence[int] = (0,)
     ) -> list[tuple[list[int], list[list[int]]]]:
         """The ids of every prompt and of its responses, uncut."""
         if self._chat is None:
@@ -196,21 +205,26 @@ class PairEncoder:
                 for _, responses in examples
             ]
         turns = []
-        for number, (prompt, responses) in enumerate(examples, done + 1):
-            with _named(number, len(examples) + done):
+        for number, (prompt, responses) in zip(numbers, examples, strict=True):
+            with _about_pair(number):
                 answers = [response.removeprefix(" ") for response in responses]
                 turns.append(self._chat.turn(parse_transcript(prompt), answers))
         return self._divide(turns)
 
     def _divide(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[list[int]]]]:
         assert self._chat is not None
-        ids = iter(self._ids([text for turn in turns for text in (turn.opened, *turn.answered)]))
+        places = [self._chat.split_place(turn) for turn in turns]
+        texts = []
+        for turn, place in zip(turns, places, strict=True):
+            texts += [turn.opened[:place], *(text[place:] for text in (turn.opened, *turn.answered))]
+        ids = iter(self._ids(texts))
         end = [int(self.tokenizer.eos_token_id)] if self._chat.adds_eos else []
         divided = []
         for turn in turns:
-            opened, answered = next(ids), [next(ids) for _ in turn.answered]
+            head, opened, answered = next(ids), next(ids), [next(ids) for _ in turn.answered]
             length = self._chat.boundary(turn, opened, answered)
-            divided.append(((answered or [opened])[0][:length], [whole[length:] + end for whole in answered]))
+            prompt = head + (answered or [opened])[0][:length]
+            divided.append((prompt, [whole[length:] + end for whole in answered]))
         return divided
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -266,14 +280,16 @@ class PairEncoder:
             )
 
 
-def cut_summary(examples: Iterable[Encoded], max_length: int) -> str:
-    """A line on how many of `examples` were cut, empty where none was."""
+def warn_of_cuts(examples: Iterable[Encoded], max_length: int) -> None:
+    """One warning with the numbers of prompts and responses that the length has cut; none where nothing was."""
     cut = [example for example in examples if example.prompt_cut or example.response_cut]
-    if not cut:
-        return ""
-    prompts = sum(example.prompt_cut > 0 for example in cut)
-    responses = sum(example.response_cut > 0 for example in cut)
-    return f"longer than {max_length} tokens: {len(cut)} texts, cut in {prompts} prompts and {responses} responses"
+    if cut:
+        prompts = sum(example.prompt_cut > 0 for example in cut)
+        responses = sum(example.response_cut > 0 for example in cut)
+        warnings.warn(
+            f"{len(cut)} texts have more than {max_length} tokens: {prompts} prompts, {responses} responses are cut",
+            stacklevel=3,
+        )
 
 
 def _without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
@@ -285,12 +301,12 @@ def _without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | Non
 
 
 @contextmanager
-def _named(number: int, of: int) -> Iterator[None]:
-    """Errors inside tell which of several pairs they are about."""
+def _about_pair(number: int) -> Iterator[None]:
+    """Errors inside tell the pair, unless its number is 0."""
     try:
         yield
     except UserError as error:
-        raise (UserError(f"pair {number}: {error}") if of > 1 else error) from error
+        raise (UserError(f"pair {number}: {error}") if number else error) from error
 
 
 def _keep_end(prompt: list[int], room: int, head: int) -> list[int]:

@@ -8,7 +8,7 @@ tokens, and computed anew where either differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shapo.data.pairs import PreferencePair
-from shapo.data.tokens import Encoded, PairEncoder
+from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead, find_fused_head, unusable
 from shapo.models.modes import evaluating
@@ -74,6 +74,7 @@ class TokenizedPairs:
         encoded = encoder.encode_pairs((pair.prompt, pair.chosen, pair.rejected) for pair in self.pairs)
         self.chosen = [chosen for chosen, _ in encoded]
         self.rejected = [rejected for _, rejected in encoded]
+        warn_of_cuts([*self.chosen, *self.rejected], encoder.max_length)
         self.flipped = torch.tensor([pair.flipped for pair in self.pairs])
 
     def __len__(self) -> int:
@@ -92,6 +93,10 @@ class TokenizedPairs:
         """The chosen responses of `indices`, then the rejected ones: tensors `[2 B, T]`."""
         rows = [self.chosen[index] for index in indices] + [self.rejected[index] for index in indices]
         return {name: value.to(device) for name, value in self._encoder.collate(rows).items()}
+
+    def chosen_tokens(self, indices: Iterable[int]) -> int:
+        """Tokens of the chosen responses of `indices` that have a log-probability: not one at position 0."""
+        return sum(len(row) - max(row.prompt_length, 1) for row in (self.chosen[index] for index in indices))
 
     def length(self, index: int) -> int:
         """Tokens of the longer response with its prompt."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shapo.config import LoopConfig, identity
-from shapo.data.tokens import Encoded, PairEncoder
+from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead, find_fused_head
 from shapo.models.modes import evaluating
@@ -50,6 +50,7 @@ def train_sft(
         raise UserError("there are no examples to fine-tune on")
     rows = [encoder.encode(prompt, response) for prompt, response in examples]
     checks = [encoder.encode(prompt, response) for prompt, response in held_out]
+    warn_of_cuts([*rows, *checks], encoder.max_length)
     head = find_fused_head(model, config.fused_head)
     optimizer = make_optimizer(model.parameters(), config)
     run = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shapo.data.pairs import render_transcript
-from shapo.data.tokens import PairEncoder, cut_summary
+from shapo.data.tokens import PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from tests.support.chat_templates import chat_tokenizer, shipped_templates
 
@@ -90,6 +90,21 @@ def test_what_is_trained_is_the_answered_turn_of_the_template(name: str, trained
     tokenizer = chat_tokenizer(TEMPLATES[name])
     encoded = PairEncoder(tokenizer, chat_template=True).encode(render_transcript(QUESTION), " Yes.")
     assert tokenizer.decode(encoded.input_ids[encoded.prompt_length :]) == trained
+
+
+def test_a_prompt_that_is_tokenised_apart_gives_the_ids_of_the_whole() -> None:
+    """Under a tokenizer that writes a mark before the first word alone, dividing must not give a second first word."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer = chat_tokenizer(TEMPLATES["zephyr"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    messages = [{"role": "user", "content": "</s> May I?"}]
+    whole = rendered(tokenizer, [*messages, {"role": "assistant", "content": "No."}])
+    encoded = PairEncoder(tokenizer, chat_template=True).encode(render_transcript(messages), " No.")
+    assert encoded.input_ids == whole[: len(encoded)]
+    assert tokenizer.decode(whole[len(encoded) :]).replace("\u2581", "").strip() == ""
 
 
 def test_without_eos_the_end_of_turn_is_not_learned() -> None:
@@ -188,5 +203,8 @@ def test_cut_texts_are_counted() -> None:
     tokenizer = chat_tokenizer(HEADED)
     encoder = PairEncoder(tokenizer, max_length=10, max_prompt_length=8)
     encoded = [encoder.encode("a" * size, "b" * other) for size, other in ((2, 2), (20, 1), (2, 20), (20, 20))]
-    assert cut_summary(encoded, 10) == "longer than 10 tokens: 3 texts, cut in 2 prompts and 2 responses"
-    assert cut_summary(encoded[:1], 10) == ""
+    with pytest.warns(UserWarning, match="3 texts have more than 10 tokens: 2 prompts, 2 responses are cut"):
+        warn_of_cuts(encoded, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_cuts(encoded[:1], 10)

@@ -168,3 +168,44 @@ def test_a_hub_failure_is_one_clear_line(hub: Callable[..., Hub], failure: Excep
         load_pairs("owner/name")
     assert hint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def hub_of_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[bool]:
+    """`datasets` itself, which reads owner/name from a local folder; lists whether it was asked to stream."""
+    import datasets
+
+    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+        lines = "".join(json.dumps({"prompt": row["prompt"], "chosen": "a", "rejected": "b"}) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    asked, load, cache = [], datasets.load_dataset, str(tmp_path_factory.mktemp("cache"))
+
+    def load_local(name: str, configuration: str | None, **options: Any) -> Any:
+        assert name == "owner/name"
+        asked.append(options.get("streaming", False))
+        return load(str(tmp_path), configuration, cache_dir=cache, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    return asked
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_data_set_is_read_whole_or_row_by_row(hub_of_a_folder: list[bool], stream: bool) -> None:
+    found = load_pairs("owner/name", split="train", stream=stream)
+    assert [pair.prompt for pair in found] == [row["prompt"] for row in ROWS]
+    assert len(load_pairs("owner/name", split="test", stream=stream)) == 1
+    assert len(load_pairs("owner/name", stream=stream, limit=2)) == 2
+    assert hub_of_a_folder == [stream] * 3
+
+
+def test_a_failure_while_rows_are_streamed_is_one_clear_line(hub: Callable[..., Hub]) -> None:
+    def rows() -> Any:
+        yield {"prompt": "p", "chosen": "a", "rejected": "b"}
+        raise ConnectionError("Couldn't connect\nlong trace")
+
+    hub(rows())
+    with pytest.raises(UserError, match="cannot load the data set owner/name: Couldn't connect") as error:
+        load_pairs("owner/name")
+    assert "\n" not in str(error.value)
