@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
     }
     write_json(folder / "report.json", {"settings": settings, **tables})
     _plot(folder / "figure1.png", done)
-    write_text(folder / "report.md", _render(plan, rows, done, tables))
+    write_text(folder / "report.md", f"# A study of the method on a real model\n\n{render_tables(plan, rows)}\n")
     if tables["methods"] or tables["figure1"]:  # a page needs something to draw
         write_text(folder / "report.html", render(collect([folder]), title="ShaPO on a real model"))
     return folder / "report.md"
@@ -177,38 +177,39 @@ def _of(rows: Mapping[str, Row], family: str) -> dict[str, Row]:
     }
 
 
-def _render(plan: Plan, rows: Mapping[str, Row], done: Mapping[str, Row], tables: Mapping[str, Any]) -> str:
+def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str:
+    """All tables in Markdown, with headings of a level, and what failed or was not run."""
+    done = {name: row for name, row in rows.items() if "error" not in row}
     wanted = [job.name for job in study_jobs(plan)]
     missing = [name for name in wanted if name not in done]
     seconds = sum(row["seconds"] for row in rows.values())
-    parts = [
-        "# A study of the method on a real model",
-        "",
-        f"{len(done)} of {len(wanted)} jobs done, {seconds / 60:.0f} minutes of one worker. "
-        "Intervals are 95 % bootstrap intervals that draw prompts.",
-        "",
-        "## Figure 1: rise of the preference loss at a distance rho along its gradient inside a subspace",
-        "",
-        _figure_markdown(tables["figure1"]),
-        "",
-        *_section(
-            "## The same for the language-modelling loss of harmless answers", _figure_markdown(tables["benign"])
+    processor = sum(row["cpu_seconds"] for row in rows.values())
+    failed = "\n".join(f"* `{name}`: {row['error']}" for name, row in rows.items() if "error" in row)
+    sections = (
+        (
+            "Rise of the preference loss at a distance rho along its gradient inside a subspace (Figure 1)",
+            _figure_markdown(figure_table(done, "figure1")),
         ),
-        *_section("## Several ascent steps", _steps_markdown(done)),
-        *_section("## Shares of the squared gradient, and overlaps", _shares_markdown(done)),
-        *_section("## Radii at matched loss increase", _match_markdown(done)),
-        *_section("## Choice of the learning rate on the selection split", _tuning_markdown(done)),
-        *_section("## Methods", _methods_markdown(tables["methods"])),
-        *_section("## Clean test loss against a baseline, pair by pair", _comparisons_markdown(tables["comparisons"])),
-        *_section(
-            "## Failed", "\n".join(f"* `{name}`: {row['error']}" for name, row in rows.items() if "error" in row)
+        (
+            "The same for the language-modelling loss of harmless answers",
+            _figure_markdown(figure_table(done, "benign")),
         ),
-        "## Not run",
-        "",
-        _missing_markdown(missing) or "Everything was run.",
-        "",
-    ]
-    return "\n".join(parts)
+        ("Several ascent steps", _steps_markdown(done)),
+        ("Neurons with the largest gradient", _largest_markdown(done)),
+        ("Shares of the squared gradient, and overlaps", _shares_markdown(done)),
+        ("Radii at matched loss increase", _match_markdown(done)),
+        ("Learning rates on the selection split", _tuning_markdown(done)),
+        ("Methods", _methods_markdown(method_table(done, plan.beta))),
+        ("Clean test loss against a baseline, pair by pair", _comparisons_markdown(comparison_table(done, plan.beta))),
+        ("Failed", failed),
+        ("Not run", _missing_markdown(missing) or "Everything was run."),
+    )
+    start = (
+        f"{len(done)} of {len(wanted)} jobs done in {processor / 60:.0f} minutes of processor time "
+        f"({seconds / 60:.0f} by the clock). Intervals are 95 % bootstrap intervals that draw prompts."
+    )
+    parts = [f"{level} {title}\n\n{body}" for title, body in sections if body]
+    return "\n\n".join([start, *parts])
 
 
 def _missing_markdown(missing: Sequence[str]) -> str:
@@ -220,10 +221,6 @@ def _missing_markdown(missing: Sequence[str]) -> str:
     text = ", ".join(f"`{name}`" for name in missing[:shown])
     more = ", ".join(f"{count} of {family}" for family, count in families.items())
     return f"{text}; and {more}" if more else text
-
-
-def _section(title: str, body: str) -> list[str]:
-    return [title, "", body, ""] if body else []
 
 
 def _figure_markdown(table: Sequence[Mapping[str, Any]]) -> str:
@@ -262,6 +259,15 @@ def _steps_markdown(rows: Mapping[str, Row]) -> str:
             found = clustered([rises], row["groups"], lambda mean: mean)
             lines.append((space, f"{row['settings']['rho']:g}", steps, _interval(found, "+.4f")))
     return _markdown(("subspace", "rho", "steps", "rise"), lines) if lines else ""
+
+
+def _largest_markdown(rows: Mapping[str, Row]) -> str:
+    lines = [
+        (title, str(rank), one["weight"].split(".")[2], str(one["neuron"]), f"{100 * one['share']:.2f}")
+        for name, title in (("gradient", "preference, selection split"), ("benign", "harmless answers"))
+        for rank, one in enumerate(rows.get(name, {}).get("largest", ()), 1)
+    ]
+    return _markdown(("loss", "rank", "layer", "neuron", "of all neurons' squared gradient %"), lines) if lines else ""
 
 
 def _shares_markdown(rows: Mapping[str, Row]) -> str:

@@ -100,7 +100,7 @@ class Trial:
                     f"{self.folder} holds rows of another {' and '.join(different)}; choose another --output"
                 )
             return
-        write_json(path, {**made_from, "model_name": model, "versions": versions()})
+        write_json(path, {**made_from, "model_name": Path(model).name, "versions": versions()})
 
     # -- scores and subspaces
 
