@@ -1,7 +1,8 @@
 """What each kernel could reach on an H200, from its binary: bytes, instructions an element, occupancy, a time.
 
 A predicted time is the larger of two: the bytes at the rate of a copy, and the instructions at one a clock and
-scheduler. Neither latency nor launches are in it, so it is a bound from below. A measured time stands beside it where
+scheduler, or for the products of a library their operations at the rate of a large product. Neither latency nor
+launches are in it, so it is a bound from below. A measured time stands beside it where
 ``python -m benchmarks.gpu`` has recorded one for the same case.
 """
 
@@ -17,8 +18,8 @@ from functools import cache
 from benchmarks.binaries import aot, nvcc, sass
 from benchmarks.rows import RESULTS
 
-# An H200: 132 multiprocessors of four schedulers; SM clock and the rate of a copy as read from one.
-COPY, CLOCK, SCHEDULERS, LANES = 4.3e12, 1.98e9, 132 * 4, 32
+# An H200: 132 multiprocessors of four schedulers; its clock, and rates of a copy and of a large bf16 product.
+COPY, PRODUCT, CLOCK, SCHEDULERS, LANES = 4.3e12, 788e12, 1.98e9, 132 * 4, 32
 TARGET = "sm_90"
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 228 * 1024, 64, 32
 
@@ -66,6 +67,7 @@ class Work:
     variant: str
     parts: Sequence[Part] = ()
     moved: tuple[int, int] | None = None
+    operations: int = 0
 
     def bytes(self) -> tuple[int, int]:
         return self.moved or tuple(sum(part.moved[n] for part in self.parts) for n in (0, 1))  # type: ignore[return-value]
@@ -73,7 +75,8 @@ class Work:
     def predicted(self) -> tuple[float, float]:
         """Seconds, by sectors of 32 and of 64 bytes."""
         if self.moved is not None:
-            return self.moved[0] / COPY, self.moved[1] / COPY
+            low, high = (max(moved / COPY, self.operations / PRODUCT) for moved in self.moved)
+            return low, high
         times = [sum(max(part.moved[n] / COPY, part.issue_seconds()) for part in self.parts) for n in (0, 1)]
         return times[0], times[1]
 
@@ -125,14 +128,18 @@ TOKENS, VOCABULARY = 8 * 512, 32000
 
 def _touched(sector: int, itemsize: int) -> int:
     """Bytes of the sectors that hold the selected columns of all layers, as many as are expected to be touched."""
-    columns = sector // itemsize
-    sectors = INTERMEDIATE // columns
-    missed = math.comb(INTERMEDIATE - columns, SELECTED) / math.comb(INTERMEDIATE, SELECTED)
-    return round(LAYERS * HIDDEN * sectors * (1 - missed)) * sector
+    return round(LAYERS * HIDDEN * _sectors(INTERMEDIATE, SELECTED, sector, itemsize)) * sector
+
+
+def _sectors(columns: int, selected: int, sector: int, itemsize: int) -> float:
+    """Sectors of a row that random columns are expected to touch."""
+    each = sector // itemsize
+    missed = math.comb(columns - each, selected) / math.comb(columns, selected)
+    return columns // each * (1 - missed)
 
 
 def works() -> list[Work]:
-    return [*_subspace(), *_logps()]
+    return [*_subspace(), *_neurons(), *_logps()]
 
 
 def _subspace() -> list[Work]:
@@ -159,6 +166,28 @@ def _subspace() -> list[Work]:
         Work("the same by index_select", suite, case, "index_select", moved=indexed),
         # Mask, norm, scale, add, subtract: 2 + 1 + 2 + 3 + 3 passes.
         Work("the same on whole tensors, foreach", suite, case, "dense, foreach", moved=(11 * dense, 11 * dense)),
+    ]
+
+
+def _neurons() -> list[Work]:
+    """Products of the library on features that are gathered and padded before: nothing here has a kernel of ours."""
+    suite, tokens, neurons, padded = "gpu_neurons", 4096, 81, 96
+    shape = f"{tokens} tokens, {HIDDEN} x {neurons} of {INTERMEDIATE}, bfloat16"
+    output, features = 2 * tokens * HIDDEN, 2 * tokens * padded
+    gathered = [round(_sectors(INTERMEDIATE, neurons, s, 2) * s * tokens) + features for s in (32, 64)]
+    product, layer = 2 * tokens * HIDDEN * padded, 2 * tokens * HIDDEN * INTERMEDIATE
+    update, gradient = 2 * output + features, output + features + 4 * HIDDEN * padded
+    both = lambda moved: (gathered[0] + moved, gathered[1] + moved)  # noqa: E731
+    whole = 2 * tokens * INTERMEDIATE + 2 * HIDDEN * INTERMEDIATE + output
+    base = "cuBLAS on gathered inputs"
+    return [
+        Work("delta of a layer", suite, f"update, {shape}", "shapo_kernels, in place", (), both(update), product),
+        Work("its product alone", suite, f"update, {shape}", base, (), (update, update), product),
+        Work("the layer itself", suite, f"update, {shape}", "the layer itself", (), (whole, whole), layer),
+        Work(
+            "gradient of a layer's neurons", suite, f"gradient, {shape}", "shapo_kernels", (), both(gradient), product
+        ),
+        Work("its product alone, gradient", suite, f"gradient, {shape}", base, (), (gradient, gradient), product),
     ]
 
 
@@ -196,7 +225,7 @@ def table() -> str:
             )
         name = "together" if work.parts else "passes over memory"
         low, high = (1e3 * seconds for seconds in work.predicted())
-        said = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} ({high:.2f})"
+        said = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} ({high:.3f})"
         lines.append(f"| {work.title} | {name} | | | | {_gb(work.bytes())} | | | {said} | {measured(work)} |")
     return "\n".join(lines)
 
@@ -213,5 +242,5 @@ def measured(work: Work) -> str:
     run = json.loads(path.read_text())
     for row in run["rows"]:
         if (row["case"], row["variant"]) == (work.case, work.variant):
-            return f"{row['p50_ms']:.2f}, {run['environment']['date']}"
+            return f"{row['p50_ms']:.3f}, {run['environment']['date']}"
     return "not yet"

@@ -2,35 +2,36 @@
 
 ``python -m benchmarks.binaries.table`` compiles every Triton specialisation for every target and csrc/cuda for the
 default architectures (some minutes; Triton keeps what it has compiled), and refuses to write where one spills or breaks
-its limits.
+its limits. ``--floors`` writes the predicted and measured times alone, which is enough where rows have been recorded.
 A fingerprint of the sources is written too, by which a test notices kernels that changed since.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import multiprocessing
 import sys
 from pathlib import Path
 
 from benchmarks.binaries import aot, floors, nvcc
+from benchmarks.report import between_markers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "gpu_kernels.md"
-BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
+FLOORS = ("<!-- floors -->", "<!-- /floors -->")
+KERNELS = ("<!-- kernels -->", "<!-- /kernels -->")
 
 
 def main() -> None:
-    parts = (
-        f"Fingerprint of the sources: `{fingerprint()}`.",
-        f"### What could be reached\n\n{floors.table()}",
-        _triton_table(),
-        _cuda_table(),
-    )
-    text = "\n\n".join(parts)
-    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    DOCUMENT.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--floors", action="store_true", help="predicted and measured times alone")
+    options = parser.parse_args()
+    text = between_markers(DOCUMENT.read_text(), floors.table(), FLOORS)
+    if not options.floors:
+        head = f"Fingerprint of the sources: `{fingerprint()}`."
+        text = between_markers(text, f"{head}\n\n{_triton_table()}\n\n{_cuda_table()}", KERNELS)
+    DOCUMENT.write_text(text)
 
 
 def fingerprint() -> str:

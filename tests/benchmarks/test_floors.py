@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks.binaries import floors, sass, table
-from benchmarks.gpu import logps, subspace
+from benchmarks.gpu import logps, neurons, subspace
 
 # A branch on a dtype, as nvcc writes it: two loads of 16 bits on one side, of 32 on the other, then a common end.
 BRANCHES = """
@@ -77,6 +77,11 @@ def test_the_sectors_that_are_expected_are_those_that_random_columns_touch(secto
 def test_every_prediction_belongs_to_a_case_that_the_gpu_runner_times():
     cases = {("gpu_subspace_update", size.name) for size in subspace.SIZES}
     cases |= {("gpu_sequence_logps", f"{' x '.join(map(str, shape))} bfloat16") for shape in logps.LOGITS}
+    cases |= {
+        ("gpu_neurons", f"{name}, {tokens} tokens, {hidden} x {count} of {width}, bfloat16")
+        for tokens, hidden, width, count, _ in neurons.CASES
+        for name in ("update", "gradient")
+    }
     for work in floors.works():
         assert (work.suite, work.case) in cases
         assert work.parts or work.moved
