@@ -19,7 +19,22 @@ if TYPE_CHECKING:
 
 LOSSES = ("dpo", "cdpo", "rdpo", "ipo", "ipo_mean", "simpo", "hinge", "reward_level")
 AGGREGATIONS = ("mean", "drdpo")
-OPTIMIZERS = ("adamw", "rmsprop", "sgd")
+OPTIMIZERS = (
+    "adamw",
+    "adam",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "sgd",
+    "adagrad",
+    "adafactor",
+    "torchao_adamw_8bit",
+    "torchao_adamw_4bit",
+    "torchao_adamw_fp8",
+    "bnb_adamw_8bit",
+    "bnb_paged_adamw_8bit",
+    "bnb_lion_8bit",
+)
 SCHEDULES = ("constant", "linear", "cosine")
 ASCENTS = ("selective", "grad")
 PERTURBATIONS = ("auto", "in_place", "delta")
@@ -212,10 +227,13 @@ class LoopConfig:
     updates: int | None = option("number of updates, instead of epochs", None, parse=whole, metavar="N", alone="length")
     batch_size: int = option("examples an update", 16, metavar="N")
     micro_batch_size: int | None = option(
-        "examples through the model at once", None, parse=whole, metavar="N", absent="the batch"
+        "examples through the model at once", None, parse=whole, metavar="N", absent="the batch", alone="micro"
+    )
+    accumulate: int | None = option(
+        "micro-batches an update, instead of their size", None, parse=whole, metavar="N", absent="1", alone="micro"
     )
     lr: float = option("learning rate after the warm-up", 5e-7)
-    optimizer: str = option("base optimizer", "adamw", choices=OPTIMIZERS)
+    optimizer: str = option("base optimizer, of torch, torchao or bitsandbytes", "adamw", choices=OPTIMIZERS)
     weight_decay: float = option("of the base optimizer", 0.0)
     warmup: int = option("linear rise of the learning rate from lr / UPDATES", 10, metavar="UPDATES")
     schedule: str = option("learning rate after the warm-up", "constant", choices=SCHEDULES)
@@ -238,6 +256,8 @@ class LoopConfig:
         _at_least("the batch size", self.batch_size, 1)
         if self.micro_batch_size is not None:
             _at_least("the micro-batch size", self.micro_batch_size, 1)
+        if self.accumulate is not None:
+            self._settle_accumulation(self.accumulate)
         _positive("the learning rate", self.lr)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
@@ -251,13 +271,20 @@ class LoopConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}, but a finite value of at least 0 is expected")
 
+    def _settle_accumulation(self, accumulate: int) -> None:
+        _at_least("the number of micro-batches", accumulate, 1)
+        size = math.ceil(self.batch_size / accumulate)
+        if self.micro_batch_size not in (None, size):
+            raise UserError("micro_batch_size and accumulate say the same thing; give one of them")
+        object.__setattr__(self, "micro_batch_size", size)
+
     def total_updates(self, examples: int) -> int:
         """Updates of the whole run over `examples` examples; the last batch of an epoch may be a partial one."""
         return self.updates if self.updates is not None else self.epochs * math.ceil(examples / self.batch_size)
 
 
-# Fields that say when something is written, not what is learned.
-_UNRELATED_TO_WEIGHTS = ("eval_every", "save_every")
+# Fields that say when something is written, not what is learned; accumulate has become the micro-batches' size.
+_UNRELATED_TO_WEIGHTS = ("eval_every", "save_every", "accumulate")
 
 
 def identity(config: LossConfig | ShaPOConfig | LoopConfig) -> dict[str, Any]:

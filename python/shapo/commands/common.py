@@ -87,6 +87,28 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class AdaptOptions:
+    """What of the model is trained, and how its memory is kept small."""
+
+    lora: str | None = option(
+        "train an adapter (PEFT) instead of the weights: r=16,alpha=32,dropout=0,targets=q_proj,v_proj",
+        None,
+        metavar="SPEC",
+        absent="all weights; targets: all linear layers",
+    )
+    adapter: str | None = option(
+        "--lora: save the model with the adapter merged into it, or the adapter apart",
+        None,
+        choices=("merged", "apart"),
+        absent="merged",
+    )
+    gradient_checkpointing: bool = option("keep each block's input alone, and compute the rest again", False)
+    attn: str | None = option(
+        "attention: eager, sdpa, flash_attention_2 ...", None, metavar="NAME", absent="transformers' choice"
+    )
+
+
+@dataclass(frozen=True)
 class FolderOutput:
     """Where a command of several files writes."""
 
@@ -107,6 +129,7 @@ class QuietOption:
     quiet: bool = option("no progress bars", False)
 
 
+ADAPT = Group(AdaptOptions, "model")
 MODEL, TOKENS, QUIET = Group(ModelOptions, "model"), Group(TokenOptions, "tokens"), Group(QuietOption)
 DATA = (Group(SourceOption, "data"), Group(FormatOptions, "data"), TOKENS)
 
@@ -139,6 +162,36 @@ def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True) -
     if slow and not getattr(arguments, "bf16", True):
         loading.hint_at_bf16(model)
     return model
+
+
+def adapted(model: Any, arguments: argparse.Namespace) -> Any:
+    """The model as --attn, --lora and --gradient-checkpointing want it trained.
+
+    Raises:
+        UserError: transformers cannot give it, or see `add_lora`.
+    """
+    from shapo.models import adapters, blocks
+
+    if arguments.adapter and not arguments.lora:
+        raise UserError("--adapter says how the adapter of --lora is saved; give that too")
+    if arguments.attn:
+        blocks.set_attention(model, arguments.attn)
+    if arguments.lora:
+        model = adapters.add_lora(model, adapters.Lora.parse(arguments.lora), seed=arguments.seed)
+    if arguments.gradient_checkpointing:
+        blocks.checkpoint_blocks(model)
+    return model
+
+
+def save_adapted(folder: Path, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Saves a trained model, its adapter merged into it or (--adapter apart) alone."""
+    from shapo.models import adapters, loading
+
+    if arguments.adapter == "apart":
+        loading.save_model(folder, model, tokenizer)
+    else:
+        with adapters.merged(model) as (whole, weights):
+            loading.save_model(folder, whole, tokenizer, weights)
 
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:

@@ -28,6 +28,7 @@ REPLACES = ("model", "metrics.jsonl", "run.json", "checkpoint.pt")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,
+    common.ADAPT,
     *common.DATA,
     Group(SftOptions),
     *common.loop_options(lr=1e-5, batch_size=32),
@@ -37,7 +38,7 @@ OPTIONS = (
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.errors import UserError
-    from shapo.models.loading import load_tokenizer, save_model
+    from shapo.models.loading import load_tokenizer
     from shapo.storage.files import write_json
     from shapo.training.sft import train_sft
     from shapo.versions import versions
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     training, held_out = pairs[: len(pairs) - arguments.held_out], pairs[len(pairs) - arguments.held_out :]
     model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
+    model = common.adapted(model, arguments)
     examples = [(pair.prompt, pair.chosen) for pair in training]
     if arguments.responses == "both":
         examples += [(pair.prompt, pair.rejected) for pair in training]
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         config=config,
         output=output,
         held_out=[(pair.prompt, pair.chosen) for pair in held_out],
-        save=lambda: save_model(output / "model", model, tokenizer),
+        save=lambda: common.save_adapted(output / "model", model, tokenizer, arguments),
         resume=arguments.resume,
         progress=not arguments.quiet,
     )

@@ -1,8 +1,9 @@
 """Preference training: any loss, mean or Dr.DPO, plain or ShaPO.
 
-Plain training is the default; --rho makes it ShaPO, inside --subspace (a file from `shapo select`) or in all parameters
-(--subspace full).  Radii are in weight units; with --relative-rho they are multiples of ||W_S||, the norm of the
-selected weights, which is printed either way because a radius says little without it.
+Plain training is the default; --rho makes it ShaPO, inside --subspace (a file from `shapo select`), in all parameters
+(--subspace full) or in the adapters of --lora (--subspace adapters).  Radii are in weight units; with --relative-rho
+they are multiples of ||W_S||, the norm of the selected weights, which is printed either way because a radius says
+little without it.
 
 The reward level (--loss reward_level) takes its labels from --reward-model in the place of the data's, at any
 aggregation, plain or ShaPO. The model that training starts from is the reference; it is asked once, before the first
@@ -60,7 +61,10 @@ class SubspaceOption:
     """Where weights are perturbed."""
 
     subspace: str | None = option(
-        "a file of `shapo select`, or full for all parameters", None, metavar="FILE", reads=True
+        "a file of `shapo select`, full for all parameters, adapters for those of --lora",
+        None,
+        metavar="FILE",
+        reads=True,
     )
 
 
@@ -80,6 +84,7 @@ OPTIONS = (
         "model",
         helps={"model": "the model to start from, which is the reference too: a local folder or a hub name"},
     ),
+    common.ADAPT,
     *common.DATA,
     Group(HeldOutOptions),
     Group(LossConfig, "loss"),
@@ -93,7 +98,8 @@ OPTIONS = (
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.errors import UserError
-    from shapo.models.loading import load_tokenizer, save_model
+    from shapo.models.adapters import adapters_subspace
+    from shapo.models.loading import load_tokenizer
     from shapo.versions import versions
 
     if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
@@ -107,12 +113,14 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.training.preference import train_preferences
     from shapo_kernels import Subspace
 
-    subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace != "full" else None
+    named = arguments.subspace in ("full", "adapters")
+    subspace = Subspace.load(arguments.subspace) if shapo and not named else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
     held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
     model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
+    model = common.adapted(model, arguments)
     if shapo and subspace is None:
-        subspace = Subspace.full(model)
+        subspace = adapters_subspace(model) if arguments.subspace == "adapters" else Subspace.full(model)
     if subspace is not None:
         subspace.validate(model)
     rewards = _rewards(arguments, pairs, output, loss.beta_reward or 1.0) if loss.uses_rewards else None
@@ -127,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
         rewards=rewards,
         evaluation=TokenizedPairs(held_out, encoder) if held_out else None,
         output=output,
-        save=lambda: save_model(output / "model", model, tokenizer),
+        save=lambda: common.save_adapted(output / "model", model, tokenizer, arguments),
         resume=arguments.resume,
         progress=not arguments.quiet,
     )

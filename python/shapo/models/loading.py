@@ -109,10 +109,10 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model and tokenizer in Hugging Face's format, the folder replaced in one step."""
+def save_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Model and tokenizer in Hugging Face's format, the folder replaced in one step; `weights` instead of its own."""
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 
@@ -10,17 +11,44 @@ import torch
 from shapo.config import LoopConfig
 from shapo.errors import UserError
 
+# Name on the command line -> module and class. Those of torchao and bitsandbytes hold their states in few bits.
+_CLASSES = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adam": ("torch.optim", "Adam"),
+    "nadam": ("torch.optim", "NAdam"),
+    "radam": ("torch.optim", "RAdam"),
+    "rmsprop": ("torch.optim", "RMSprop"),
+    "sgd": ("torch.optim", "SGD"),
+    "adagrad": ("torch.optim", "Adagrad"),
+    "adafactor": ("torch.optim", "Adafactor"),
+    "torchao_adamw_8bit": ("torchao.optim", "AdamW8bit"),
+    "torchao_adamw_4bit": ("torchao.optim", "AdamW4bit"),
+    "torchao_adamw_fp8": ("torchao.optim", "AdamWFp8"),
+    "bnb_adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "bnb_paged_adamw_8bit": ("bitsandbytes.optim", "PagedAdamW8bit"),
+    "bnb_lion_8bit": ("bitsandbytes.optim", "Lion8bit"),
+}
+
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW, RMSprop (the published recipe's) or SGD over the parameters that take a gradient, otherwise with torch's
-    defaults.
+    """The optimizer of `config` over the parameters that take a gradient, with its library's other defaults.
+
+    Raises:
+        UserError: Nothing takes a gradient, its library is not installed, or it needs a GPU and there is none.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    if not trainable:
+        raise UserError("no weight of the model takes a gradient, so there is nothing to train")
+    module, name = _CLASSES[config.optimizer]
+    library = module.partition(".")[0]
+    if library == "bitsandbytes" and trainable[0].device.type != "cuda":
+        raise UserError(f"the optimizer {config.optimizer} needs a GPU, but the weights are on {trainable[0].device}")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"the optimizer {config.optimizer} needs {library}: pip install {library}") from error
+    optimizer: torch.optim.Optimizer = made(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    return optimizer
 
 
 def make_scheduler(

@@ -28,6 +28,7 @@ from torch import Tensor
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
+from shapo.models.adapters import adapter_identity
 from shapo.models.fused_head import FusedHead, find_fused_head
 from shapo.models.modes import evaluating
 from shapo.notes import note
@@ -100,6 +101,7 @@ def train_preferences(
         "data": data.digest(),
         "rewards": rewards.digest() if rewards else None,
         "subspace": _digest_subspace(subspace) if subspace else None,
+        **adapter_identity(model),
         **identity(loop),
         **{f"loss.{key}": value for key, value in identity(loss).items()},
         **({f"shapo.{key}": value for key, value in identity(shapo).items()} if shapo else {}),

@@ -13,6 +13,7 @@ from torch import Tensor
 from shapo.config import LoopConfig, identity
 from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
+from shapo.models.adapters import adapter_identity
 from shapo.models.fused_head import FusedHead, find_fused_head
 from shapo.models.modes import evaluating
 from shapo.scoring.logps import response_logps
@@ -57,6 +58,7 @@ def train_sft(
         "kind": "sft",
         "model": digest_model(model),
         "data": digest_rows([row.prompt_length, *row.input_ids] for row in rows),
+        **adapter_identity(model),
         **identity(config),
     }
     state = read_state(output, run, resume=resume)
