@@ -13,6 +13,15 @@ CHUNK = 256
 """Requests handed over at once, so that an interrupted run has something to go on from."""
 
 
+def require_vllm() -> Any:
+    """The package; raises UserError where it is not installed."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError("--engine vllm needs the package vllm and a GPU; `pip install vllm`, or use hf") from error
+    return vllm
+
+
 class VLLMEngine:
     """A model folder served by vLLM in this process. Greedy at temperature 0, a seed a request otherwise.
 
@@ -30,10 +39,7 @@ class VLLMEngine:
         temperature: float = 0.0,
         dtype: str = "auto",
     ) -> None:
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError("--engine vllm needs the package vllm and a GPU; `pip install vllm`, or use hf") from error
+        vllm = require_vllm()
         self._vllm, self.end, self.max_new_tokens, self.temperature = vllm, end, max_new_tokens, temperature
         # "vllm": vLLM's own defaults, not those of the model's generation_config.
         self.engine = vllm.LLM(model=model, dtype=dtype, generation_config="vllm")

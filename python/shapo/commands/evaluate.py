@@ -140,6 +140,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--lm-eval-path and --lm-eval-limit say how --lm-eval works; give that too")
     if not 0 <= arguments.temperature < math.inf:
         raise UserError(f"the temperature is {arguments.temperature}, but a finite value of at least 0 is expected")
+    if arguments.engine == "vllm":
+        from shapo.answers.vllm import require_vllm
+
+        require_vllm()
     if not arguments.beta > 0:
         raise UserError(f"beta is {arguments.beta}, but a value above 0 is expected")
 
