@@ -173,11 +173,16 @@ class Subspace(Mapping[str, Tensor]):
         """As many neurons of each weight as ``subspace`` has, drawn at random: the layer-matched control.
 
         Raises:
-            SubspaceError: a name of the subspace that ``sizes`` lacks.
+            SubspaceError: a name of the subspace that ``sizes`` lacks, or has fewer neurons for.
         """
-        for name in subspace:
+        for name, index in subspace.items():
             if name not in sizes:
                 raise SubspaceError(f"sizes has no {name!r}, which the subspace selects from")
+            if sizes[name] < index.numel():
+                raise SubspaceError(
+                    f"{name!r} has {sizes[name]} neurons, but the subspace selects {index.numel()} of it: "
+                    "is it for another model?"
+                )
         counts = {name: index.numel() for name, index in subspace.items()}
         generator = torch.Generator().manual_seed(seed)
         return cls(_draw({name: sizes[name] for name in subspace}, counts, generator), dict(subspace._axes))
@@ -273,8 +278,10 @@ class Subspace(Mapping[str, Tensor]):
         try:
             axes, order = json.loads(header["axis"]), json.loads(header["order"])
             metadata, own_layer = json.loads(header["metadata"]), json.loads(header.get("own_layer", "[]"))
+            if not all(isinstance(text, str) for text in (*order, *own_layer, *metadata, *metadata.values())):
+                raise ValueError("names and metadata are not all text")
             return cls({name: tensors[name] for name in order}, axes, metadata=metadata, own_layer=own_layer)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SubspaceError(f"{os.fspath(path)!r} is a damaged subspace file: {error}") from error
 
     # -- how it meets a model

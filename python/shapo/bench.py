@@ -5,6 +5,7 @@ A number here is a ratio between contenders on one machine at one moment, and no
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shapo.errors import UserError
 from shapo_kernels import Subspace, backends, ops
 
 
@@ -25,6 +27,24 @@ class _Contender:
     call: Callable[[], Any]
     result: Callable[[], Tensor]
     eager: bool
+
+
+def require_memory(layers: int, hidden: int, intermediate: int, device: torch.device) -> None:
+    """Refuses sizes that do not fit, which the system would answer by killing the process.
+
+    Raises:
+        UserError: Weights, gradients, masks and copies need more than is free.
+    """
+    needed = 5 * 4 * layers * hidden * intermediate
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise UserError(
+            f"{layers} weights of {hidden} x {intermediate} need {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free: lower --layers, --hidden or --intermediate"
+        )
 
 
 def run_benchmarks(

@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     What a file or an argument can cause is one line; a mistake in the program keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     try:
         module, parsed = _parse(sys.argv[1:] if arguments is None else arguments)
         groups = _groups(parsed.command)
@@ -88,11 +90,10 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
             raise UserError(f"the argument {text!a} is not UTF-8, so no report could name it") from None
         if "\0" in text:
             raise UserError(f"the argument {text!a} holds a null character")
-    try:
-        expanded = recipe.expand(arguments, {name: _groups(name) for name in recipe.COMMANDS})
-        parsed = build_parser().parse_args(expanded)
-    except ValueError as error:  # argparse's own, over a value of --
-        raise UserError(f"the command line cannot be read: {error}") from error
+        if text.startswith("--") and text.endswith("=--"):  # argparse would take it for an empty list
+            raise UserError(f"{text.removesuffix('=--')} is given no value")
+    expanded = recipe.expand(arguments, {name: _groups(name) for name in recipe.COMMANDS})
+    parsed = build_parser().parse_args(expanded)
     return importlib.import_module(_module(parsed.command)), parsed
 
 

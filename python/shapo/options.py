@@ -144,6 +144,13 @@ def given(table: type, parsed: argparse.Namespace) -> list[str]:
     return [typed(name) for name in declared(table) if getattr(parsed, name, None) is not None]
 
 
+def fill(table: type, parsed: argparse.Namespace) -> None:
+    """Puts in the defaults of a `given_only` group where nothing was given."""
+    for name, (field, _) in declared(table).items():
+        if getattr(parsed, name, None) is None:
+            setattr(parsed, name, None if field.default is MISSING else field.default)
+
+
 def typed(name: str) -> str:
     """An option's name as it is typed."""
     return f"--{name.replace('_', '-')}"

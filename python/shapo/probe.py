@@ -26,6 +26,7 @@ from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from shapo.models.modes import evaluating
 from shapo.models.wrappers import unwrap
+from shapo.storage.caches import header_of, load_cached, save_cached
 from shapo.storage.files import atomic_file
 from shapo.storage.fingerprint import digest_model, digest_rows
 
@@ -123,17 +124,14 @@ def extract_features(
     key = {}
     if cache is not None:
         key = _cache_key(inner, encoded, layer, bf16)
-        found = _read_cache(Path(cache), key)
+        found = _read_cache(Path(cache), key, len(encoded))
         if found is not None:
             return found
     features = _compute_features(inner, encoder, encoded, batch_size, layer, progress, bf16)
     if not features.isfinite().all():
         raise UserError("the model's hidden states are not finite; check its weights and precision")
     if cache is not None:
-        from safetensors.torch import save_file
-
-        with atomic_file(cache) as temporary:
-            save_file({"features": features}, temporary, metadata=key)
+        save_cached(cache, key, {"features": features})
     return features
 
 
@@ -195,21 +193,14 @@ def _cache_key(model: nn.Module, encoded: Sequence[Encoded], layer: int, bf16: b
     }
 
 
-def _read_cache(path: Path, key: Mapping[str, str]) -> Tensor | None:
-    """The features where the file was made from `key`, None where there is none or it is out of date."""
-    from safetensors import SafetensorError, safe_open
-
+def _read_cache(path: Path, key: Mapping[str, str], length: int) -> Tensor | None:
+    """The features where the file was made from `key`, None where there is none or it is out of date or damaged."""
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            features = file.get_tensor("features") if header == key else None
-    except (OSError, SafetensorError):
-        header, features = {}, None
-    if header.get("format") != _CACHE_FORMAT:
+    if header_of(path).get("format") != _CACHE_FORMAT:
         raise UserError(f"{path} is no readable feature cache and is left as it is; remove it or give another path")
-    return features
+    found = load_cached(path, key, ("features",), length)
+    return None if found is None else found["features"]
 
 
 @dataclass(frozen=True)
@@ -279,11 +270,23 @@ class Probe:
                     raise UserError(f"{path} is no probe; write one with `shapo probe`")
                 record: dict[str, Any] = json.loads(header["record"])
                 record["curve"] = tuple(Epoch(**epoch) for epoch in record["curve"])
-                return cls(weight=file.get_tensor("weight"), bias=file.get_tensor("bias"), **record)
+                probe = cls(weight=file.get_tensor("weight"), bias=file.get_tensor("bias"), **record)
+                probe._check()
+                return probe
         except OSError as error:
             raise UserError(f"cannot read the probe {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is a damaged probe file: {error}") from error
+
+    def _check(self) -> None:
+        """Raises ValueError for what `save` has never written."""
+        numbers = (self.accuracy, self.majority, self.balanced_accuracy, self.epoch)
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError("an accuracy is no number")
+        if self.weight.dim() != 2 or len(self.weight) != 2 or list(self.bias.shape) != [2]:
+            raise ValueError(f"weights of shape {list(self.weight.shape)} and {list(self.bias.shape)}")
+        if not (self.weight.is_floating_point() and self.weight.isfinite().all() and self.bias.isfinite().all()):
+            raise ValueError("weights that are not finite")
 
 
 _PROBE_FORMAT = "shapo-probe"

@@ -36,6 +36,7 @@ from shapo_kernels.interop.names import owners
 from shapo_kernels.model.taps import stores_features_first
 
 FULL = "all parameters"
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ def measure(
         def point(mover: _Mover, rho: float) -> Point:
             with mover.moved(rho):
                 increase = loss.value() - base
+            if not math.isfinite(increase):
+                raise UserError(f"at rho {rho:g} the loss is not finite; give smaller radii")
             bar.update()
             worst = full.get(rho, increase if mover is movers[0] else 0.0)
             ratio = rho / mover.weight_norm if mover.weight_norm else math.nan
@@ -243,6 +246,8 @@ class _Mover:
     @contextmanager
     def moved(self, rho: float) -> Iterator[None]:
         """Inside, theta + rho g_S / ||g_S||; theta bit for bit on leaving."""
+        if self.gradient_norm > 0 and not rho / self.gradient_norm * self.gradient_norm <= _FLOAT32_MAX:
+            raise UserError(f"rho is {rho:g}, which no weight can hold; give smaller radii")
         try:
             if self.gradient_norm > 0:
                 for optimizer in self._optimizers:

@@ -55,7 +55,7 @@ def shapo(capsys, tmp_path, monkeypatch):
 
 def train_arguments(files: Path, *more: object) -> list[object]:
     base = ["train", "--model", files / "model", "--data", files / "train.jsonl", "--limit", 12, "--output", "out"]
-    return [*base, *TOKENS, "--updates", 2, "--batch-size", 4, "--lr", "1e-3", "--quiet", *more]
+    return [*base, *TOKENS, "--updates", 2, "--batch-size", 4, "--lr", "1e-3", "--warmup", 1, "--quiet", *more]
 
 
 def test_the_usual_way_from_sft_to_evaluation(shapo, files, tmp_path):

@@ -38,7 +38,7 @@ OPTIONS = (Group(BenchOptions), common.QUIET)
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from shapo.bench import run_benchmarks
+    from shapo.bench import require_memory, run_benchmarks
     from shapo.errors import UserError
     from shapo.models.loading import device_of
     from shapo.storage.files import require_writable, write_json
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.percent <= 100:
         raise UserError(f"--percent is {arguments.percent}, but a share in (0, 100] is expected")
     require_writable(arguments.output)
+    require_memory(arguments.layers, arguments.hidden, arguments.intermediate, device_of(arguments.device))
     result = run_benchmarks(
         layers=arguments.layers,
         hidden=arguments.hidden,

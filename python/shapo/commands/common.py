@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ class TokenOptions:
 class RunOptions:
     """What a training command does with a run that is there already."""
 
-    resume: bool = option("go on from the checkpoint in --output, bit for bit", False)
-    overwrite: bool = option("replace a finished or started run in --output", False)
+    resume: bool = option("go on from the checkpoint in --output, bit for bit", False, alone="existing")
+    overwrite: bool = option("replace a finished or started run in --output", False, alone="existing")
 
 
 @dataclass(frozen=True)
@@ -196,25 +195,26 @@ def save_adapted(folder: Path, model: Any, tokenizer: Any, arguments: argparse.N
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:
     """The template, which refuses what `model` has no embeddings for: on a GPU that would be an assertion of CUDA's."""
-    from torch import nn
-
     from shapo.data.tokens import PairEncoder
+    from shapo.models.architectures import learned_positions
     from shapo.notes import note
 
-    learned = any(
-        isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|.*position.*)$", name)
-        for name, module in model.named_modules()
-    )
     if getattr(tokenizer, "chat_template", None) and not arguments.chat_template:
         note("the tokenizer has a chat template, which chat models are trained with; --chat-template uses it")
-    return PairEncoder(
+    encoder = PairEncoder(
         tokenizer,
         max_length=arguments.max_length,
         max_prompt_length=read(TokenOptions, arguments).prompt_length(),
         chat_template=arguments.chat_template,
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        positions=getattr(model.config, "max_position_embeddings", None) if learned else None,
+        positions=learned_positions(model),
     )
+    if encoder.pad_token_id >= (embeddings := len(model.get_input_embeddings().weight)):
+        raise UserError(
+            f"the tokenizer pads with id {encoder.pad_token_id}, but the model has {embeddings} token embeddings; "
+            "give the tokenizer another pad_token"
+        )
+    return encoder
 
 
 def load_data(arguments: argparse.Namespace, *, evaluation: bool = False) -> PairSet:

@@ -48,8 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from shapo.demo import report
     from shapo.demo.run import run_demo
+    from shapo.demo.settings import methods
 
-    jobs = arguments.jobs or (1 if device.type == "cuda" else min(4, _cores()))
+    jobs = min(arguments.jobs, len(methods())) if arguments.jobs else (1 if device.type == "cuda" else min(4, _cores()))
     options = {"size": arguments.size, "seed": arguments.seed, "device": str(device), "progress": not arguments.quiet}
     try:
         results = run_demo(output, jobs=jobs, **options)

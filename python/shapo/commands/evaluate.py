@@ -29,7 +29,7 @@ from typing import Any
 
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.options import Group, option, positive_int, seed_number
+from shapo.options import Group, fill, given, option, positive_int, seed_number
 
 SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
 
@@ -94,7 +94,7 @@ OPTIONS = (
     Group(common.FormatOptions, "data"),
     common.TOKENS,
     Group(PairOptions),
-    Group(AnswerOptions, "answers"),
+    Group(AnswerOptions, "answers", given_only=True),
     Group(VerdictOptions, "verdicts"),
     Group(HarnessOptions, "lm-eval"),
     common.QUIET,
@@ -138,14 +138,20 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--second-judge and --against are compared with --verdicts; give that too")
     if (arguments.lm_eval_path or arguments.lm_eval_limit) and not arguments.lm_eval:
         raise UserError("--lm-eval-path and --lm-eval-limit say how --lm-eval works; give that too")
-    if not 0 <= arguments.temperature < math.inf:
-        raise UserError(f"the temperature is {arguments.temperature}, but a finite value of at least 0 is expected")
+    useless = [] if arguments.prompts else given(AnswerOptions, arguments)
+    if useless:
+        raise UserError(f"{useless[0]} says how --prompts are answered; give that too")
+    fill(AnswerOptions, arguments)
     if arguments.engine == "vllm":
         from shapo.answers.vllm import require_vllm
 
         require_vllm()
-    if not arguments.beta > 0:
-        raise UserError(f"beta is {arguments.beta}, but a value above 0 is expected")
+    if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < math.inf:
+        raise UserError(
+            f"the temperature is {arguments.temperature}, but 0 (greedy) or a number from 0.001 on is expected"
+        )
+    if not 0 < arguments.beta < math.inf:
+        raise UserError(f"beta is {arguments.beta}, but a finite value above 0 is expected")
 
 
 def _with_model(arguments: argparse.Namespace) -> dict[str, Any]:

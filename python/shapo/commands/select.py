@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.commands import common
 from shapo.config import LOSSES
 from shapo.errors import UserError
-from shapo.options import Group, declared, option, positive_int, seed_number, typed
+from shapo.options import Group, declared, fill, given, option, positive_int, seed_number, typed
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -79,8 +79,8 @@ OPTIONS = (
     Group(MethodOptions),
     common.MODEL,
     Group(SelectOptions, "selection", given_only=True),
-    Group(common.FormatOptions, "data"),
-    common.TOKENS,
+    Group(common.FormatOptions, "data", given_only=True),
+    Group(common.TokenOptions, "tokens", given_only=True),
     common.QUIET,
 )
 
@@ -105,6 +105,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuses what the method has no use for, and fills in what was not given."""
     if arguments.like and (arguments.percent is not None or arguments.match or arguments.depth is not None):
         raise UserError("--like says how many neurons of which layer; leave --percent, --match and --depth out")
+    for table in (common.FormatOptions, common.TokenOptions):
+        if arguments.method != "gradient" and (useless := given(table, arguments)):
+            raise UserError(f"{useless[0]} says how --data is read, an option of --method gradient; leave it out")
+        fill(table, arguments)
     for name, (field, told) in declared(SelectOptions).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, [] if told.repeated else field.default)

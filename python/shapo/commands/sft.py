@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.versions import versions
 
     config = read(LoopConfig, arguments)
+    if arguments.eval_every and not arguments.held_out:
+        raise UserError("--eval-every has nothing to evaluate on; keep pairs for it with --held-out")
     output = common.run_folder(arguments)
     pairs = list(common.load_data(arguments))
     if not 0 <= arguments.held_out < len(pairs):

@@ -12,6 +12,7 @@ Writes to --output: sharpness.json and sharpness.png.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.tables import table
     from shapo.versions import versions
 
-    if not (arguments.beta > 0 and arguments.random >= 0):
-        raise UserError("--beta must be above 0 and --random at least 0")
+    if not (0 < arguments.beta < math.inf and 0 <= arguments.random <= 1000):
+        raise UserError("--beta must be a finite number above 0, and --random from 0 to 1000")
     output = require_writable(arguments.output, folder=True)
     files = _named_files(arguments.subspace, {name for _, *names in _controls(arguments) for name in names})
     pairs = common.load_data(arguments)

@@ -104,6 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
         raise UserError("--eval-limit and --eval-split say which part of --eval-data; give that too")
+    if arguments.eval_every and not (arguments.eval_data or arguments.noise):
+        raise UserError("--eval-every has nothing to evaluate on; give --eval-data, or --noise to watch its flips")
+    if arguments.noise_seed and not arguments.noise:
+        raise UserError("--noise-seed says which labels --noise flips; give that too")
     loop, loss, shapo = read(LoopConfig, arguments), _loss_config(arguments), _shapo_config(arguments)
     output = common.run_folder(arguments)
 

@@ -235,7 +235,7 @@ def _train(task: Task) -> dict[str, Any]:
         ),
         shapo=ShaPOConfig(rho=method.rho) if space else None,
         subspace=space,
-        rewards=_rewards(output) if method.reward_level else None,
+        rewards=_rewards(output, len(data)) if method.reward_level else None,
         evaluation=test.subset(range(min(size.curve_pairs, len(test)))),
         output=folder,
         progress=False,
@@ -341,8 +341,8 @@ def _loss(method: Method) -> LossConfig:
     return LossConfig("dpo", beta=BETA)
 
 
-def _rewards(output: Path) -> PairRewards:
-    found = load_cached(output / "rewards.safetensors", _REWARDS_KEY)
+def _rewards(output: Path, pairs: int) -> PairRewards:
+    found = load_cached(output / "rewards.safetensors", _REWARDS_KEY, ("chosen", "rejected"), pairs)
     if found is None:
         raise RuntimeError(f"{output / 'rewards.safetensors'} has gone while the demo was running")
     return PairRewards(**found)

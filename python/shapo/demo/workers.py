@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,7 +32,7 @@ def workers(count: int) -> Iterator[Spread]:
         yield lambda jobs: map(_call, jobs)
         return
     # Spawned, not forked: a fork after OpenMP or CUDA has started may hang.
-    with multiprocessing.get_context("spawn").Pool(count, _start) as pool:
+    with multiprocessing.get_context("spawn").Pool(count, _start, (os.getpid(),)) as pool:
         yield lambda jobs: pool.imap(_call, jobs)
         # In good order, so that they clear up after themselves; after an exception the pool terminates them.
         pool.close()
@@ -48,12 +50,20 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _start() -> None:
+def _start(parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Ctrl-C is for the parent, which ends its workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
     # tqdm's own lock is a named semaphore, which a worker that is ended early would leave behind.
     tqdm.set_lock(threading.RLock())
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has gone: a parent that is killed cannot end its workers."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _call(job: Job[Argument, Result]) -> Result:

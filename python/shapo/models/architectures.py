@@ -19,7 +19,7 @@ from shapo.errors import UserError
 from shapo.models.wrappers import unwrap
 from shapo_kernels.interop.names import plain_name
 
-__all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "value_vectors"]
+__all__ = ["ARCHITECTURES", "Architecture", "ValueVectors", "learned_positions", "value_vectors"]
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,12 @@ def _unsupported(model: nn.Module, model_type: str) -> str:
     experts = any(getattr(config, setting, None) for setting in _EXPERT_SETTINGS)
     kind = "is a mixture of experts, which is not supported" if experts else "is not supported"
     return f"model type {model_type!r} {kind}; supported types: {', '.join(ARCHITECTURES)}"
+
+
+def learned_positions(model: Any) -> int | None:
+    """Number of a model's learned positions; None where positions are computed."""
+    learned = any(
+        isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|.*position.*)$", name)
+        for name, module in model.named_modules()
+    )
+    return getattr(model.config, "max_position_embeddings", None) if learned else None

@@ -28,6 +28,8 @@ from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_rows
 from shapo_kernels import losses
 
+LOGPS = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -47,12 +49,7 @@ class PairLogps:
 
     def tensors(self) -> dict[str, Tensor]:
         """The four tensors by name, in the order of the constructor."""
-        return {
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-            "chosen_tokens": self.chosen_tokens,
-            "rejected_tokens": self.rejected_tokens,
-        }
+        return {name: getattr(self, name) for name in LOGPS}
 
 
 class TokenizedPairs:
@@ -185,7 +182,7 @@ def cached_logps(
     """`compute_logps`, or what an earlier call wrote to `path` from the same weights, tokens, precision and head."""
     precision = "bf16" if bf16 else "full"
     key = {"model": model_digest, "data": data.digest(), "precision": precision, "fused_head": fused_head}
-    found = load_cached(path, key)
+    found = load_cached(path, key, LOGPS, len(data))
     if found is not None:
         return PairLogps(**found)
     values = compute_logps(model, data, bf16=bf16, fused_head=fused_head, **options)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from shapo.data.chat import ChatTemplate
 from shapo.data.pairs import PreferencePair, parse_transcript
 from shapo.errors import UserError
+from shapo.models.architectures import learned_positions
 from shapo.models.loading import load_model, load_tokenizer
 from shapo.models.modes import evaluating
 from shapo.storage.caches import load_cached, save_cached
@@ -99,7 +100,14 @@ class RewardScorer:
             # The model finds the last token of a row by the padding id of its configuration.
             config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.pad_token_id = model, tokenizer, int(config.pad_token_id)
-        self.sign, self.max_length, self.batch_size = sign, max_length, batch_size
+        self.sign, self.batch_size = sign, batch_size
+        self.max_length = min(max_length, learned_positions(model) or max_length)
+        embedding: Any = model
+        self._vocabulary = len(embedding.get_input_embeddings().weight)
+        if self.pad_token_id >= self._vocabulary:
+            raise UserError(
+                f"the reward model pads with id {self.pad_token_id}, but has {self._vocabulary} token embeddings"
+            )
         self._chat = ChatTemplate(tokenizer, eos=True) if getattr(tokenizer, "chat_template", None) else None
 
     @torch.no_grad()
@@ -150,7 +158,7 @@ class RewardScorer:
                 [self.encode(pair.prompt, pair.chosen), self.encode(pair.prompt, pair.rejected)] for pair in pairs
             ),
         }
-        found = load_cached(path, key)
+        found = load_cached(path, key, ("chosen", "rejected"), len(pairs))
         if found is not None:
             return PairRewards(**found)
         rewards = self.score_pairs(pairs, progress=progress)
@@ -158,7 +166,13 @@ class RewardScorer:
         return rewards
 
     def _fit(self, ids: list[int]) -> list[int]:
-        return list(ids[-self.max_length :])
+        kept = list(ids[-self.max_length :])
+        if (largest := max(kept, default=0)) >= self._vocabulary:
+            raise UserError(
+                f"the reward model's tokenizer gives the id {largest}, but the model has {self._vocabulary} token "
+                "embeddings; the tokenizer is another model's"
+            )
+        return kept
 
 
 def load_reward_scorer(

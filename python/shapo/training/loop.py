@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from shapo.config import LoopConfig
 from shapo.errors import UserError
+from shapo.notes import note
 from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
@@ -78,6 +79,12 @@ class Loop:
             KeyboardInterrupt: After Ctrl-C.
         """
         done, position = self._start(state)
+        for option, value, effect in (
+            ("warmup", self.config.warmup, "lr is never reached"),
+            ("save_every", self.config.save_every, "no checkpoint is written"),
+        ):
+            if value > self.total:
+                note(f"{option} is {value}, more than the {self.total} updates: {effect}")
         if done == self.total:
             self._finish(save, check)
         self.model.train(self.config.dropout)

@@ -1,0 +1,1 @@
+"""Generated command lines over all commands: see `run.py`."""

@@ -1,0 +1,48 @@
+"""The fuzz suite of the command line, at its smallest size; see `run.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("run.py")
+
+
+@pytest.mark.slow
+def test_three_hundred_generated_command_lines_end_as_they_should():
+    done = subprocess.run(
+        [sys.executable, str(RUN), "--cases", "300"], capture_output=True, text=True, check=False, timeout=290
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.stdout.startswith("0 failures")
+
+
+def test_a_case_is_made_of_the_seed_and_its_number_alone(tmp_path):
+    from tests.fuzz.run import make_case
+
+    cases = [json.dumps(vars(make_case(number, 3, tmp_path))) for number in range(40)]
+    assert cases == [json.dumps(vars(make_case(number, 3, tmp_path))) for number in range(40)]
+    assert len(set(cases)) == 40
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "after", "wrong"),
+    [
+        (2, "shapo: error: no\n", {"a": "1"}, None),
+        (1, "Traceback (most recent call last):\nKeyError: 3\n", {"a": "1"}, "a traceback: KeyError: 3"),
+        (-11, "", {"a": "1"}, "died of signal 11"),
+        (2, "", {"a": "1"}, "exit code 2 with 0 error lines"),
+        (0, "", {"a": "1"}, "a silent success: it was broken"),
+        (2, "shapo: error: no\n", {"a": "2"}, "a was overwritten"),
+        (2, "shapo: error: no\n", {}, "a was overwritten"),
+    ],
+)
+def test_what_is_wrong_is_seen(code, error, after, wrong):
+    from tests.fuzz.run import Case, judge
+
+    case = Case(0, ["train"], must_fail="it was broken")
+    assert judge(case, code, error, {"a": "1"}, after, []) == wrong
