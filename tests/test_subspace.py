@@ -102,6 +102,9 @@ def test_random_like_matches_each_layers_count():
     assert (control.axis("a"), control.axis("c")) == (0, 1)
     with pytest.raises(sk.SubspaceError, match="'c'"):
         sk.Subspace.random_like(critical, {"a": 7}, seed=3)
+    small = {name: critical[name].numel() - 1 for name in critical}
+    with pytest.raises(sk.SubspaceError, match="but the subspace selects"):
+        sk.Subspace.random_like(critical, small, seed=3)
 
 
 def test_full_names_every_floating_point_parameter_once(toy):
@@ -194,3 +197,31 @@ def test_a_module_really_called_module_keeps_its_name():
     assert s.resolve(model)["module.weight"] is model.module.weight
     assert s.resolve(nn.DataParallel(model))["module.weight"] is model.module.weight
     assert set(sk.Subspace.full(model).resolve(model)) == set(sk.Subspace.full(model).names)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ("axis", "[1, 2]"),
+        ("axis", '{"a": "1"}'),
+        ("axis", '{"a": 2}'),
+        ("order", '{"a": 1'),
+        ("order", "5"),
+        ("order", '[["a"]]'),
+        ("order", '["nowhere"]'),
+        ("metadata", "[]"),
+        ("metadata", '{"method": 3}'),
+        ("metadata", "[" * 100_000),
+    ],
+)
+def test_a_header_that_says_something_else_is_one_error(entry, text, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "s.safetensors"
+    sk.Subspace({"a": [1, 2]}).save(path)
+    with safe_open(str(path), "pt") as file:
+        header = dict(file.metadata())
+    save_file(load_file(path), path, metadata={**header, entry: text})
+    with pytest.raises(sk.SubspaceError, match="damaged"):
+        sk.Subspace.load(path)

@@ -40,6 +40,7 @@ ASCENTS = ("selective", "grad")
 PERTURBATIONS = ("auto", "in_place", "delta")
 FUSED_HEADS = ("auto", "on", "off")
 NORMS = ("global", "layer", "none")
+_LARGEST = 1e38  # of what float32 holds
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,10 @@ class LoopConfig:
             raise UserError(f"seed is {self.seed}, but torch takes numbers below 2 ** 63")
         for name in ("clip", "weight_decay"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} is {value}, but a finite value of at least 0 is expected")
+            if not (math.isfinite(value) and 0 <= value <= _LARGEST):
+                raise UserError(
+                    f"{name} is {value}, but a finite value of at least 0 is expected, at most {_LARGEST:g}"
+                )
 
     def _settle_accumulation(self, accumulate: int) -> None:
         _at_least("the number of micro-batches", accumulate, 1)
@@ -298,8 +301,8 @@ def _choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _positive(what: str, value: float | None) -> None:
-    if value is None or not (math.isfinite(value) and value > 0):
-        raise UserError(f"{what} is {value}, but a finite value above 0 is expected")
+    if value is None or not (math.isfinite(value) and 0 < value <= _LARGEST):
+        raise UserError(f"{what} is {value}, but a finite value above 0 is expected, at most {_LARGEST:g}")
 
 
 def _at_least(what: str, value: int, least: int) -> None:

@@ -182,13 +182,15 @@ def _whole(text: str, least: int, expected: str) -> int:
 
 
 def radii(text: str) -> list[float]:
-    """Finite numbers above 0, separated by commas."""
+    """Finite numbers above 0, separated by commas; as far as float32 weights can tell."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = [math.nan]
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}, but numbers above 0 separated by commas are expected")
+    if not all(1e-30 <= value <= 1e30 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, but numbers above 0 (1e-30 to 1e30) separated by commas are expected"
+        )
     return values
 
 

@@ -164,6 +164,147 @@ def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo,
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sft", "--updates", 1, "--eval-every", 1, "--output", "out"], "--eval-every has nothing to evaluate on"),
+        (["train", "--eval-every", 1, "--output", "out"], "--eval-every has nothing to evaluate on"),
+        (["train", "--noise-seed", 3, "--output", "out"], "--noise-seed says which labels --noise flips"),
+        (["train", "--updates", 1, "--epochs", 2, "--output", "out"], "not allowed with argument"),
+        (["train", "--resume", "--overwrite", "--output", "out"], "not allowed with argument"),
+        (["train", "--output", "out", "--rho", "0.1", "--subspace", "full", "--interval", 9, "--updates", 2],
+         "of 2 updates none would be a ShaPO update"),
+        (["evaluate", "--temperature", "0.5", "--output", "e.json"], "--temperature says how --prompts are answered"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_that_can_never_act_is_refused(command, message, shapo, files, tmp_path):
+    code, _, error = shapo(*command, "--model", files / "model", "--data", files / "train.jsonl", "--quiet")
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warm_up_that_does_not_end_is_told(shapo, files):
+    code, _, error = shapo(*train_arguments(files, "--warmup", 5, "--save-every", 3))
+    assert code == 0
+    assert "shapo: note: warmup is 5, more than the 2 updates: lr is never reached" in error
+    assert "save_every is 3, more than the 2 updates: no checkpoint is written" in error
+
+
+def test_a_short_length_alone_is_no_mistake(shapo, files):
+    arguments = [part for part in train_arguments(files) if part not in TOKENS]
+    assert shapo(*arguments, "--max-length", 48)[0] == 0
+    code, _, error = shapo(*arguments, "--overwrite", "--max-length", 48, "--max-prompt-length", 48)
+    assert code == 2
+    assert "expected 0 < prompt < whole" in error
+
+
+def test_no_output_is_an_input(shapo, files, tmp_path):
+    import shutil
+
+    shutil.copytree(files, tmp_path / "in")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    model, data, subspace = (f"in/{name}" for name in ("model", "train.jsonl", "subspace.safetensors"))
+    for command in (
+        ["train", "--model", model, "--data", data, "--output", "in", *TOKENS],
+        ["sft", "--model", model, "--data", data, "--output", "in", *TOKENS],
+        ["select", "--method", "random", "--model", model, "--like", subspace, "--output", subspace],
+        ["select", "--method", "gradient", "--model", model, "--data", data, "--output", "./in/../in/train.jsonl"],
+        ["evaluate", "--model", model, "--data", data, "--output", data],
+        ["evaluate", "--model", model, "--prompts", data, "--answers", data, "--output", "e.json"],
+        ["evaluate", "--verdicts", data, "--output", data],
+        ["evaluate", "--model", model, "--data", data, "--output", f"{model}/config.json"],
+        ["judge", "--answers", data, "--judge", "refusal-substring", "--output", data, "--overwrite"],
+    ):
+        code, _, error = shapo(*command)
+        assert (code, error.count("\n")) == (2, 1), command
+        assert "would overwrite" in error, command
+    assert {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr=--"], "--lr is given no value"),
+        (["--output", "\udc80"], "is not UTF-8"),
+        (["--output", "x" * 300], "File name too long"),
+        (["--model", "x" * 300], "File name too long"),
+        (["--lr", "1e308"], "the learning rate is 1e+308"),
+        (["--lr", "1e37"], "training has diverged"),
+        (["--seed", "-1"], "a whole number from 0"),
+        (["--limit", "99999999999999999999"], "a whole number of at least 1"),
+        (["--device", "meta"], "cannot be used"),
+    ],
+    ids=str,
+)
+def test_what_an_argument_can_cause_is_one_line(arguments, message, shapo, files):
+    code, _, error = shapo(*train_arguments(files), *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert message in error
+
+
+def test_sizes_and_radii_beyond_the_machine_are_one_line(shapo, files):
+    pairs = ["--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet"]
+    for command, message in (
+        (["bench", "--layers", "100000000"], "lower --layers"),
+        (["sharpness", *pairs, "--rhos", "1e308", "--output", "out"], "(1e-30 to 1e30)"),
+        (["sharpness", *pairs, "--rhos", "1e-320", "--output", "out"], "(1e-30 to 1e30)"),
+        (["sharpness", *pairs, "--rhos", "1e30", "--output", "out"], "not finite; give smaller radii"),
+        (["sharpness", *pairs, "--random", "2000", "--output", "out"], "--random from 0 to 1000"),
+        (["evaluate", *pairs[:2], "--prompts", files / "test.jsonl", "--answers", "a", "--temperature", "1e-40",
+          "--output", "e.json"], "a number from 0.001 on"),
+    ):  # fmt: skip
+        code, _, error = shapo(*command)
+        assert (code, error.count("\n")) == (2, 1), (command, error)
+        assert message in error, command
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(shapo, files, monkeypatch):
+    import shapo.training.preference as module
+
+    def mistaken(*_, **__):
+        raise KeyError("mine")
+
+    monkeypatch.setattr(module, "clip_gradients", mistaken)
+    with pytest.raises(KeyError, match="mine"):
+        shapo(*train_arguments(files))
+
+
+def test_an_adapter_folder_trains_and_measures_as_the_whole_model_that_it_makes(shapo, files, tmp_path):
+    peft = pytest.importorskip("peft")
+    from shapo.models.loading import load_model
+
+    adapted = peft.get_peft_model(
+        load_model(str(files / "model")), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    adapted.save_pretrained("adapter")
+    arguments = train_arguments(files)
+    arguments[2] = "adapter"
+    code, _, error = shapo(*arguments)
+    assert code == 0, error
+    assert "merged into its base model" in error
+    assert load_model(str(tmp_path / "out" / "model")).config.model_type == "llama"
+    pairs = ["--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet", "--rhos", "0.1", "--ratios", "0.1"]
+    assert shapo("sharpness", "--model", "adapter", *pairs, "--output", "sharp")[0] == 0
+
+
+def test_a_padding_token_without_an_embedding_is_one_line(shapo, files, tmp_path, tiny_tokenizer):
+    import copy
+    import shutil
+
+    shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<a pad token of its own>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = train_arguments(files)
+    arguments[2] = tmp_path / "model"
+    code, _, error = shapo(*arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "the tokenizer pads with id 400, but the model has 400 token embeddings" in error
+
+
+@pytest.mark.parametrize(
     ("indices", "axis", "message"),
     [
         ({"model.layers.9.mlp.down_proj.weight": [0]}, 1, "no parameter 'model.layers.9.mlp.down_proj.weight'"),

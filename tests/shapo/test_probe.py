@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,3 +308,33 @@ def test_the_default_recipe_reaches_the_minimum_and_the_published_one_stops_far_
     cosine = torch.nn.functional.cosine_similarity
     assert cosine(trained.direction, long.direction, dim=0) > 0.99
     assert (short.direction.norm() / long.direction.norm()) < 0.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, record: tensors.update(weight=torch.zeros(3, 4)),
+        lambda tensors, record: tensors.update(weight=torch.full((2, 4), torch.nan)),
+        lambda tensors, record: tensors.update(weight=torch.zeros(2, 4, dtype=torch.int64)),
+        lambda tensors, record: tensors.pop("bias"),
+        lambda tensors, record: record.update(accuracy="high"),
+        lambda tensors, record: record.update(curve=[3]),
+        lambda tensors, record: record.pop("epoch"),
+    ],
+)
+def test_a_probe_file_that_says_something_else_is_one_line(change: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}
+    record = {"accuracy": 0.5, "majority": 0.5, "balanced_accuracy": 0.5, "epoch": 1, "curve": [], "metadata": {}}
+    path = tmp_path / "probe.safetensors"
+
+    def write() -> None:
+        save_file(tensors, path, metadata={"format": "shapo-probe", "version": "1", "record": json.dumps(record)})
+
+    write()
+    Probe.load(path)
+    change(tensors, record)
+    write()
+    with pytest.raises(UserError, match="damaged probe file"):
+        Probe.load(path)
