@@ -63,7 +63,7 @@ def test_the_optimizers_keyword_arguments_are_the_tables():
         assert field.default == (None if wanted is inspect.Parameter.empty else wanted), name
     # Of the optimizer alone: what no loop here has a use for.
     left = set(parameters) - set(own) - {"base_optimizer", "model", "seed"}
-    assert left == {"eta", "replay_rng", "reuse_prefix", "stochastic_rounding"}
+    assert left == {"eta", "replay_rng", "stochastic_rounding"}
 
 
 def test_the_mixin_and_the_command_take_the_same_options_of_an_update():

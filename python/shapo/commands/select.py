@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.commands import common
 from shapo.config import LOSSES
 from shapo.errors import UserError
+from shapo.notes import note
 from shapo.options import Group, declared, fill, given, option, positive_int, seed_number, typed
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--like says how many neurons of which layer; leave --percent, --match and --depth out")
     for table in (common.FormatOptions, common.TokenOptions):
         if arguments.method != "gradient" and (useless := given(table, arguments)):
-            raise UserError(f"{useless[0]} says how --data is read, an option of --method gradient; leave it out")
+            note(f"{useless[0]} says how --data is read, and --method {arguments.method} reads none")
         fill(table, arguments)
     for name, (field, told) in declared(SelectOptions).items():
         if getattr(arguments, name) is None:
