@@ -1,7 +1,6 @@
 """Loads the compiled libraries, which register their operators as ``torch.ops.shapo_kernels.*``; calls none of them.
 
-A library that is missing leaves the reference in its place; one that is there but cannot be loaded does the same and is
-reported once.
+If a library is missing, the reference serves instead; so it does if one cannot be loaded, which is reported once.
 """
 
 from __future__ import annotations

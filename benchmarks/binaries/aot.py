@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Resources:
 def specialisations() -> Iterator[Specialisation]:
     yield from _subspace()
     yield from _logps()
+    yield from _logps_into()
 
 
 _SUBSPACE_TYPES = {
@@ -130,7 +131,13 @@ def _logps() -> Iterator[Specialisation]:
             "slope_token_stride",
         )
         types = {**dict.fromkeys(("logits", "slopes"), f"*{name}"), "labels": "*i64", **per_token}
-        constants = {**sequence_logps.configuration(wide), "STEPS": sequence_logps.STEPS}
+        constants = {
+            **sequence_logps.configuration(wide),
+            "STEPS": sequence_logps.STEPS,
+            "TOGETHER": sequence_logps.together(dtype),
+            "EMULATE": False,
+            "PTX": True,
+        }
         if aligned:  # every token's logits lie side by side and begin on 16 bytes
             constants |= {"stride": 1, "slope_stride": 1}
         for kernel, entropy in (
@@ -151,6 +158,15 @@ def _logps() -> Iterator[Specialisation]:
                 registers=128 if aligned else 255,
                 core=aligned and dtype == torch.bfloat16 and not entropy,
             )
+
+
+def _logps_into() -> Iterator[Specialisation]:
+    """The head's tiles, whose slopes are written as factors of a product."""
+    for half in (torch.bfloat16, torch.float16):
+        for spec in _logps():
+            if spec.kernel is sequence_logps.slope_kernel and spec.label == "fp32":
+                types = {**spec.types, "slopes": f"*{_NAMES[half]}"}
+                yield replace(spec, label=f"fp32 into {_NAMES[half]}", types=types, core=half == torch.bfloat16)
 
 
 def violations(specialisation: Specialisation, target: str, found: Resources) -> list[str]:
@@ -190,7 +206,10 @@ def compile_for(specialisation: Specialisation, target: str) -> Any:
         raise ValueError(f"{spec.name} says nothing about {missing}")
     # In one order: the cache's key depends on it.
     attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in sorted(divisible(spec))}
-    source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)
+    constants = dict(spec.constants)
+    if "PTX" in constants:
+        constants["PTX"] = TARGETS[target].backend == "cuda"
+    source = ASTSource(spec.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options=dict(spec.options))
 
 

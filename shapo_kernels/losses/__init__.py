@@ -1,8 +1,7 @@
-"""Preference losses, how they are aggregated over a batch, and the log-probabilities that they are made of.
+"""Preference losses, their aggregation over a batch, and the log-probabilities they are computed from.
 
-Needs torch alone. Each piece of mathematics stands once: losses of pairs in ``preference``, the mean, Dr.DPO and the
-likelihood term in ``aggregation``, sequence log-probabilities in ``logps``; ``registry`` names the losses and combines
-the pieces.
+Needs only torch. Each formula is written once: losses of pairs in ``preference``, the mean, Dr.DPO and the likelihood
+term in ``aggregation``, sequence log-probabilities in ``logps``. ``registry`` names the losses and combines the parts.
 """
 
 from ..ops import TokenLogps, linear_token_logps

@@ -9,8 +9,8 @@ Three ways to have the whole batch, which agree in value and gradient:
   computed without a gradient, then for each micro-batch ``drdpo(per_pair, beta_prime=b, whole=whole).backward()``:
   these *shares* add up, so they are not divided by the number of micro-batches.
 
-Over ranks, gradients are taken to be *averaged*, as DDP and FSDP do: each rank's gradient is the number of ranks times
-its part of the whole batch's.
+Gradients are expected to be *averaged* over ranks, as DDP and FSDP do: each rank's gradient is the number of ranks
+times its part of the whole batch's.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ._checks import check_floating, check_positive, result_dtype
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """What a micro-batch must know of the batch it is a part of; made by :func:`whole_batch`.
+    """What a micro-batch needs to know about its whole batch; made by :func:`whole_batch`.
 
     Attributes:
-        value: fp64 scalar, the loss of the whole batch.
-        pairs: fp64 scalar, the number of pairs over all micro-batches and ranks.
+        value: float64 scalar, the loss of the whole batch.
+        pairs: float64 scalar, the number of pairs over all micro-batches and ranks.
         ranks: the number of processes that share the batch.
         beta_prime: Dr.DPO's parameter; ``None`` for the mean.
         chosen_tokens: fp64 scalar, the number of tokens of all chosen responses, for :func:`chosen_nll`; ``None`` where
@@ -91,7 +91,7 @@ def whole_batch(
 def _check_per_pair(per_pair: Tensor) -> None:
     check_floating("per_pair", per_pair)
     if per_pair.dim() != 1:
-        raise ValueError(f"per_pair has the shape {list(per_pair.shape)}: expected [B], one loss for each pair")
+        raise ValueError(f"per_pair has shape {list(per_pair.shape)}: expected [B], one loss for each pair")
 
 
 def _check_some(per_pair: Tensor) -> None:
@@ -108,7 +108,7 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, operation: Any)
 
 
 def mean(per_pair: Tensor, *, group: dist.ProcessGroup | None = None, whole: WholeBatch | None = None) -> Tensor:
-    """The mean over the pairs of the whole batch, also where ranks or micro-batches hold unequal numbers of pairs.
+    """The mean over the pairs of the whole batch, even if ranks or micro-batches hold unequal numbers of pairs.
 
     Args:
         per_pair: ``[B]`` losses.
@@ -116,10 +116,10 @@ def mean(per_pair: Tensor, *, group: dist.ProcessGroup | None = None, whole: Who
         whole: from :func:`whole_batch`: returns this micro-batch's share.
 
     Returns:
-        A scalar, fp64 for fp64 losses, else fp32.
+        A scalar, float64 for float64 losses, else float32.
 
     Raises:
-        ValueError: an empty batch, ``group`` beside ``whole`` (which has been told of it), or a ``whole`` made for
+        ValueError: an empty batch, both ``group`` and ``whole`` (which was made with it), or a ``whole`` made for
             Dr.DPO.
     """
     _check_call(per_pair, group, whole, None)
@@ -154,11 +154,11 @@ def drdpo(
             micro-batches, averaged over ranks, add up to the whole batch's loss, and so do their gradients.
 
     Returns:
-        A scalar, fp64 for fp64 losses, else fp32. With ``group`` or ``whole`` it can be differentiated once;
+        A scalar, float64 for float64 losses, else float32. With ``group`` or ``whole`` it can be differentiated once;
         ``create_graph=True`` raises RuntimeError.
 
     Raises:
-        ValueError: an empty batch, ``beta_prime`` out of range, ``group`` beside ``whole``, or a ``whole`` made with
+        ValueError: an empty batch, ``beta_prime`` out of range, both ``group`` and ``whole``, or a ``whole`` made with
             another ``beta_prime``.
     """
     check_positive("beta_prime", beta_prime)
@@ -238,7 +238,7 @@ def _check_call(
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value that is known together with its gradient, since other ranks or micro-batches had a part in it."""
+    """A value with a gradient that was computed beforehand, because other ranks or micro-batches contribute to it."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, gradient: Tensor, value: Tensor) -> Tensor:

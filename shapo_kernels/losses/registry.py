@@ -1,8 +1,8 @@
 """Preference losses by name: what each needs, and one object that takes a batch's log-probabilities to its loss.
 
-For training loops and command lines; who knows the loss calls its function in ``preference``. Nothing that is passed is
+For training loops and command lines. If you know the loss, call its function in ``preference`` directly. Nothing is
 ignored: a parameter, a reward or a reference that the loss does not use is an error. Token counts are the one
-exception, since every log-probability comes with one.
+exception, because every log-probability comes with one.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class PreferenceBatch:
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """A batch's loss and what it was made of; all but ``loss`` and ``per_pair`` are without a gradient.
+    """A batch's loss and its parts; only ``loss`` and ``per_pair`` have a gradient.
 
     Attributes:
         loss: scalar.
         per_pair: ``[B]``.
         chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for
             the losses that use them, without the reference for those that have none.
-        margin: ``[B]``, their difference; the pair is ranked correctly where it is above 0.
+        margin: ``[B]``, their difference; a pair is ranked correctly if it is above 0.
         nll: scalar, the chosen responses' mean negative log-likelihood (or its share), without its weight; ``None``
             where the loss has no such term. ``loss`` holds it, ``per_pair`` does not.
     """

@@ -106,19 +106,24 @@ class Tap:
                     "cannot be seen: use torch's parallelize_module, or ascent='grad' with perturbation='in_place'"
                 )
             else:
-                output = self._joined(output, input, self._direction)
+                output = self._joined(output, input, self._direction, in_place=self._may_write(module))
         self._guard.see(module, output)
         return output
 
-    def _joined(self, output: Tensor, input: Tensor, direction: Tensor) -> Tensor:
+    def _may_write(self, module: nn.Module) -> bool:
+        """Whether nobody else has seen the output: ``nn.Linear`` saves none of its own, and this hook is the first."""
+        return type(module) is nn.Linear and "forward" not in module.__dict__ and not global_forward_hooks()
+
+    def _joined(self, output: Tensor, input: Tensor, direction: Tensor, *, in_place: bool = False) -> Tensor:
         index = self._index
         if index is not None and index.device != output.device:
             index = self._index = index.to(output.device)
         # Rows of the matrix are what the layer puts out, columns what it takes in.
         matrix = direction.t() if self.features_first else direction
         if self._on_input_side and not _transformed():
-            join = ops.neuron_update if self._adding else ops.neuron_tap
-            return join(output, input, matrix, index)
+            if self._adding:
+                return ops.neuron_update(output, input, matrix, index, in_place=in_place)
+            return ops.neuron_tap(output, input, matrix, index)
         if self._on_input_side:
             selected = input if index is None else input.index_select(-1, index)
             return output + nn.functional.linear(selected.to(output.dtype), matrix.to(output.dtype))

@@ -91,7 +91,7 @@ def may_overlap(tensor: Tensor) -> bool:
     """Whether two elements of a tensor may share memory (expanded, unfolded, ``as_strided``)."""
     if torch.compiler.is_compiling():  # which can sort no sizes that vary
         return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    if not tensor.numel():
+    if tensor.is_contiguous() or not tensor.numel():
         return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

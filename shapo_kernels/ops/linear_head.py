@@ -89,10 +89,9 @@ def _forward(
                 if not (keep_hidden or (keep_weight and tiles.is_last(part, columns))):
                     continue
                 if last:
-                    tiling.slope_(logits, walk.targets, columns, per_token[:, part], head.scale)
+                    slope = tiling.slope(logits, spare, walk.targets, columns, per_token[:, part], head.scale, bend)
                 else:
-                    walk.exponentials_(logits)
-                slope = tiling.operand(logits if bend is None else logits.mul_(bend), spare)
+                    slope = tiling.exponentials(logits, spare, walk.highest, bend)
                 if sums is not None:
                     sums.mul_(walk.rescale(last, per_token[:, part], head.scale)[:, None])
                     add_product_(sums, slope, factor)
@@ -164,8 +163,9 @@ def _gradient(
                         factor = tiling.weight_rows(weight, columns, head, tiles)
                         logits = tiling.project(inputs[part], factor, bias, columns, head, buffer)
                         bend = tiling.bend_of(logits, head.softcap)
-                        tiling.slope_(logits, targets[part], columns, per_token[:, part], head.scale)
-                        slope = tiling.operand(logits if bend is None else logits.mul_(bend), spare)
+                        slope = tiling.slope(
+                            logits, spare, targets[part], columns, per_token[:, part], head.scale, bend
+                        )
                     if wants_weight:
                         put_product_(grad_weight[columns], slope.t(), weighted, add=not single, rows=rows_at_once)
                     if wants_bias:

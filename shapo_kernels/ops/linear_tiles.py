@@ -177,15 +177,32 @@ def bend_of(logits: Tensor, softcap: float | None) -> Tensor | None:
     return None if softcap is None else logits.div(softcap).square_().neg_().add_(1)
 
 
-def slope_(logits: Tensor, targets: Tensor, columns: slice, per_token: Tensor, scale: float) -> None:
-    """``scale * ([v = y] - p_v)`` over the memory of a tile's logits."""
+def slope(
+    logits: Tensor, spare: Tensor, targets: Tensor, columns: slice, per_token: Tensor, scale: float, bend: Tensor | None
+) -> Tensor:
+    """``scale * ([v = y] - p_v) * bend`` of a tile as a factor, in the memory of ``spare``, maybe the logits'."""
     # A label that lies elsewhere counts and is not held; the kernels take none that is negative.
     logps, normalizers = per_token[:1].contiguous(), per_token[1:, None].contiguous()
-    backends.function(logits.device, "token_logps_gradient_")(
-        logits[None], targets[None], logps, normalizers, torch.full_like(logps, scale), COUNTED, 0, columns.start
-    )
+    arguments = targets[None], logps, normalizers, torch.full_like(logps, scale), COUNTED, 0, columns.start
+    return _gradient(logits, spare, arguments, bend)
 
 
-def operand(tile: Tensor, spare: Tensor) -> Tensor:
-    """The tile in the dtype of factors, which ``spare`` has."""
-    return tile if tile.dtype == spare.dtype else spare[: tile.numel()].view_as(tile).copy_(tile)
+def exponentials(logits: Tensor, spare: Tensor, highest: Tensor, bend: Tensor | None) -> Tensor:
+    """``exp(x - highest) * bend`` of a tile as a factor, in the memory of ``spare``; 0 for logits of ``-inf``."""
+    finite = torch.where(highest == -torch.inf, 0.0, highest)
+    zeros = torch.zeros_like(finite)[None]
+    nothing = torch.zeros_like(zeros, dtype=torch.int64)
+    normalizers = torch.stack([finite, torch.ones_like(finite)])[:, None]
+    return _gradient(logits, spare, (nothing, zeros, normalizers, zeros - 1, COUNTED, 0, 1), bend)
+
+
+def _gradient(logits: Tensor, spare: Tensor, arguments: tuple[Any, ...], bend: Tensor | None) -> Tensor:
+    factor = spare[: logits.numel()].view_as(logits)
+    if logits.dtype == spare.dtype or bend is not None:
+        backends.function(logits.device, "token_logps_gradient_")(logits[None], *arguments)
+        if bend is not None:
+            logits.mul_(bend)
+        return logits if logits.dtype == spare.dtype else factor.copy_(logits)
+    # Cast by the kernel that has the numbers at hand: a traversal of the tile less to read and one less to write.
+    backends.function(logits.device, "token_logps_gradient_into")(logits[None], factor[None], *arguments)
+    return factor

@@ -59,15 +59,6 @@ class Walk:
         self.rest = torch.logaddexp(self.rest, tile)
         self._previous, self.highest = self.highest, torch.maximum(self.highest, highest)
 
-    def exponentials_(self, logits: Tensor) -> None:
-        """``exp(x - maximum so far)`` over the memory of the tile's logits; 0 for the label."""
-        highest = torch.where(self.highest == -torch.inf, 0.0, self.highest)
-        normalizers = torch.stack([highest, torch.ones_like(highest)])[:, None]
-        zeros = torch.zeros_like(highest)[None]
-        backends.function(logits.device, "token_logps_gradient_")(
-            logits[None], self._nothing[None], zeros, normalizers, zeros - 1, COUNTED, 0, 1
-        )
-
     def rescale(self, last: bool, per_token: Tensor, scale: float) -> Tensor:
         """What the sum over the tiles before this one is to be multiplied with."""
         _, highest, total = per_token

@@ -1,7 +1,7 @@
 """Log-probabilities of labels in plain PyTorch; documented in :mod:`shapo_kernels.ops.sequence_logps`.
 
-Works on a part of the tokens at a time, so that no second tensor of the logits' size is made, and reads nothing back
-from the device: ignored tokens are computed and masked.
+Works on some tokens at a time, so that no second tensor of the logits' size is made. Reads nothing back from the
+device: ignored tokens are computed and masked.
 """
 
 from __future__ import annotations
@@ -66,6 +66,21 @@ def token_logps_gradient_(
     first: int,
 ) -> None:
     _write_gradient(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
+
+
+def token_logps_gradient_into(
+    logits: Tensor,
+    to: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    normalizers: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    shift: int,
+    first: int,
+) -> None:
+    """The gradient in another dtype than the logits'."""
+    _write_gradient(logits, to, labels, logps, normalizers, grad, ignore_index, shift, first)
 
 
 def _write_gradient(

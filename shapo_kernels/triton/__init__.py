@@ -20,6 +20,7 @@ from .subspace_update import (
 token_logps = opaque(_sequence_logps.token_logps)
 token_logps_gradient = opaque(_sequence_logps.token_logps_gradient)
 token_logps_gradient_ = opaque(_sequence_logps.token_logps_gradient_)
+token_logps_gradient_into = opaque(_sequence_logps.token_logps_gradient_into)
 
 __all__ = [
     "gather_into",
@@ -31,4 +32,5 @@ __all__ = [
     "token_logps",
     "token_logps_gradient",
     "token_logps_gradient_",
+    "token_logps_gradient_into",
 ]

@@ -21,6 +21,7 @@ from benchmarks.binaries import aot
 F64 = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, F64)
 subspace = importlib.import_module("shapo_kernels.triton.subspace_update")
+logps = importlib.import_module("shapo_kernels.triton.sequence_logps")
 
 
 class NoDriver:
@@ -64,7 +65,7 @@ def launches(monkeypatch):
 
 
 def forget_devices():
-    for kernel in vars(aot.subspace_kernels).values():
+    for kernel in [*vars(aot.subspace_kernels).values(), *vars(logps).values()]:
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
 
@@ -102,4 +103,23 @@ def test_the_subspace_update(launches, dtypes, rows):
     for compute in (None, *DTYPES):
         subspace.perturb_(weights, indices, axes, values, rho, compact, compute)
     subspace.restore_(weights, indices, axes, compact)
+    assert_all_known(launches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_log_probabilities(launches, dtype):
+    labels, wide = torch.zeros(2, 3, dtype=torch.int64), F64 if dtype == F64 else torch.float32
+    numbers = torch.zeros(2, 3, dtype=wide), torch.zeros(2, 2, 3, dtype=wide), torch.zeros(2, 3, dtype=wide)
+    rest = (labels, *numbers, -100, 1, 0)
+    for logits in (torch.randn(2, 3, 64).to(dtype), torch.randn(2, 3, 126).to(dtype)[..., ::2]):
+        for entropy in (False, True):
+            logps.token_logps(logits, labels, -100, 1, 0, 64, entropy)
+        if logits.is_contiguous():  # a gradient that is made is contiguous, whatever the logits are
+            logps.token_logps_gradient(logits, *rest)
+        logps.token_logps_gradient_(logits, *rest)
+    if dtype == torch.float32:
+        for half in DTYPES[1:3]:
+            logps.token_logps_gradient_into(torch.randn(2, 3, 64), torch.empty(2, 3, 64, dtype=half), *rest)
+    for launch in launches:  # on the CPU the kernels are told that they are interpreted; on a GPU they are not
+        launch[2].update(EMULATE=False, PTX=True)
     assert_all_known(launches)

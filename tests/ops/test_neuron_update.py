@@ -256,3 +256,16 @@ def test_a_compiled_forward_is_one_graph_and_is_not_compiled_anew():
         got = forward(output, x, direction)
         torch.testing.assert_close(got, (output + x[:, index] @ direction.t()).relu(), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_every_setting_of_tf32_is_served(setting):
+    """After torch's newer setting, torch.get_float32_matmul_precision() raises: nothing here may ask for it."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
+    try:
+        output, x, direction = torch.randn(3, 4), torch.randn(3, 6), torch.randn(4, 6)
+        torch.testing.assert_close(ops.neuron_update(output, x, direction), output + x @ direction.t())
+        torch.testing.assert_close(ops.neuron_gradient(output, x), output.t() @ x)
+    finally:
+        matmul.fp32_precision = before

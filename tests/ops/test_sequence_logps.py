@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapo_kernels import backends, losses, native, ops
+from shapo_kernels.ops import linear_tiles
 
 F64, IGNORE = torch.float64, -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
@@ -423,3 +424,30 @@ def test_a_shift_beyond_the_tokens_counts_nothing(backend, shift):
 def test_a_shift_that_is_no_number_of_tokens_is_refused(shift):
     with pytest.raises(ValueError, match="shift is"):
         ops.token_logps(*make(1, 3, 4), shift=shift)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tile_of_the_head_gives_its_slopes_as_factors_of_a_product(backend, dtype):
+    """On CUDA tiles are float32 and factors have 16 bits: the slopes of the one, rounded to the other."""
+    torch.manual_seed(0)
+    logits, targets, highest = torch.randn(5, 40), torch.tensor([3, 45, 0, 39, 12]), torch.full((5,), 3.0)
+    per_token = torch.stack([torch.randn(5) - 2, highest, torch.full((5,), 50.0)])
+    with backends.use(backend):
+        for made in (
+            lambda x, spare: linear_tiles.slope(x, spare, targets, slice(0, 40), per_token, 0.5, None),
+            lambda x, spare: linear_tiles.exponentials(x, spare, highest, None),
+        ):
+            exact = logits.clone()
+            expected = made(exact, exact.view(-1))
+            assert expected.data_ptr() == exact.data_ptr()
+            given = logits.clone()
+            factor = made(given, torch.full((250,), torch.nan, dtype=dtype))
+            assert torch.equal(given, logits)
+            assert factor.dtype == dtype
+            torch.testing.assert_close(factor.float(), expected, rtol=torch.finfo(dtype).eps, atol=6e-8)
+        slope = linear_tiles.slope(logits.clone(), logits.new_empty(200), targets, slice(0, 40), per_token, 0.5, None)
+    labelled = torch.arange(40)[None] == targets[:, None]
+    others = -(logits.double() - 3).exp() / 50
+    textbook_slope = 0.5 * torch.where(labelled, -torch.expm1(per_token[0].double())[:, None], others)
+    torch.testing.assert_close(slope.double(), textbook_slope, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """The Triton kernels of log-probabilities agree with float64 mathematics and with the reference (P7, P8)."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -171,3 +172,44 @@ def test_a_head_whose_tiles_go_through_them_equals_the_head_and_the_log_softmax(
 
     for one, other in zip(found(ours), found(textbook), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [30.0, 1e4])
+def test_the_folded_exponent_loses_nothing_on_large_logits(dtype, spread):
+    """exp(x - m) as a power of two, x log2(e) - m log2(e), has products of thousands to subtract."""
+    logits, labels = make(2, 6, 100, dtype, kept=1.0, spread=spread)
+    assert_close(*both(logits, labels), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_at_the_ends_of_their_dtype_are_told_apart_and_neither_overflow_nor_become_nan(dtype):
+    """Masks write the smallest number rather than -inf, over whole rows too."""
+    ends = torch.finfo(dtype)
+    logits, labels = make(1, 8, 40, dtype, kept=1.0)
+    labels[:] = 1
+    logits[0, 0] = ends.min
+    logits[0, 1, 20:] = ends.min
+    logits[0, 2, 2:], logits[0, 2, :2] = -torch.inf, ends.min
+    logits[0, 3] = ends.max
+    logits[0, 4, 0], logits[0, 4, 1:] = ends.max, 0.9 * ends.max
+    logits[0, 5, 1], logits[0, 5, 3] = ends.max, ends.min
+    logits[0, 6] = min(2.0**30, ends.max)  # where the fold changes
+    logits[0, 7] = 1e6 if ends.max > 1e6 else 1e4  # products of which the fold rounds by much
+    logits[0, 6, 1:20] -= 2.0**23 if ends.max > 2**30 else 0
+    assert_close(*both(logits, labels, shift=0), dtype)
+    results = both(logits, labels, shift=0)[0]
+    assert results[0][0, 0].item() == pytest.approx(-math.log(40), rel=1e-6)
+    assert results[0][0, 2].item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_another_dtype_is_the_gradient_rounded_to_it(dtype):
+    logits, labels = make(2, 5, 90, torch.float32, kept=0.8)
+    logps, normalizers, _ = kernels.token_logps(logits, labels, IGNORE, 1, 0, 90, False)
+    arguments = labels, logps, normalizers, torch.full_like(logps, 0.7), IGNORE, 1, 0
+    expected = kernels.token_logps_gradient(logits, *arguments)
+    found = torch.full((2, 5, 90), torch.nan, dtype=dtype)
+    kernels.token_logps_gradient_into(logits, found, *arguments)
+    # The interpreter cuts off where a GPU rounds to bfloat16.
+    torch.testing.assert_close(found.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=6e-8)
