@@ -72,6 +72,14 @@ class ChatTemplate:
         ended = (whole.removesuffix(self._closing) + self._end_of_turn for whole in answered)
         return Turn(messages, responses, opened, tuple(ended))
 
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """All of `messages` as the template writes them, to the last character.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        return self._render(messages)
+
     def split_place(self, turn: Turn) -> int:
         """Length of a beginning of all texts of `turn` that can be tokenised once, by itself; 0 where there is none.
 

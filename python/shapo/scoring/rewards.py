@@ -132,7 +132,10 @@ class RewardScorer:
     def encode(self, prompt: str, response: str) -> list[int]:
         """Token ids in the reward model's own form: its chat template, or plain text between its BOS and its EOS."""
         if self._chat is not None:
-            (text,) = self._chat.turn(parse_transcript(prompt), [response.strip()]).answered
+            # Whole: the score is read at the last token, which may be the break behind the end of turn.
+            text = self._chat.conversation(
+                [*parse_transcript(prompt), {"role": "assistant", "content": response.strip()}]
+            )
             return self._fit(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = list(self.tokenizer(prompt + response)["input_ids"])
         eos = self.tokenizer.eos_token_id

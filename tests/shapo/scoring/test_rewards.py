@@ -42,10 +42,10 @@ def test_a_score_is_the_models_own_for_that_text_alone(reward_model, plain_token
 
 
 def test_the_reward_models_chat_template_is_used_where_it_has_one(reward_model, plain_tokenizer, pairs):
-    plain_tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    plain_tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     scorer = RewardScorer(reward_model, plain_tokenizer)
     question = pairs[0].prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
-    text = f"<user>{question}<assistant>{pairs[0].chosen.strip()}"
+    text = f"<user>{question}</s>\n<assistant>{pairs[0].chosen.strip()}</s>\n"
     assert (
         scorer.encode(pairs[0].prompt, pairs[0].chosen) == plain_tokenizer(text, add_special_tokens=False)["input_ids"]
     )
