@@ -133,6 +133,7 @@ def run_attack(
                 lr=config.lr,
                 optimizer="adamw",
                 schedule="constant",
+                warmup=0,
                 clip=1.0,
                 seed=seed,
                 eval_every=config.every,

@@ -70,7 +70,7 @@ def test_an_attack_is_sft_measured_from_its_first_step(lora, tiny_llama, tiny_en
     if not lora:
         assert all(row["curve"][-1]["loss"] < start for row in results)
     updates = read_metrics(tmp_path / "seed-0" / METRICS, "update")
-    assert len(updates) == 3
+    assert [update["lr"] for update in updates] == [1e-2] * 3
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
