@@ -28,11 +28,13 @@ from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
 from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
 from shapo.sharpness import PairLoss
-from shapo.storage.files import atomic_file, write_json
+from shapo.storage.files import write_json
 from shapo.storage.fingerprint import digest_model
 from shapo.study.losses import LanguageLoss, Loss, climb, moved
-from shapo.study.plan import OUTLIERS, Plan
+from shapo.study.plan import Plan
 from shapo.study.queue import Job, Row
+from shapo.study.radius import match_radius
+from shapo.study.spaces import Spaces, by_layer, common, largest
 from shapo.training.loop import METRICS
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
@@ -66,6 +68,7 @@ class Trial:
             max_prompt_length=plan.max_prompt_length,
             chat_template=bool(load_tokenizer(model).chat_template),
         )
+        self.space = Spaces(self.model, folder / "scores")
         self._initial = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self._references: dict[str, PairLogps] = {}
         self._start: tuple[str, _Start] | None = None
@@ -109,7 +112,7 @@ class Trial:
         features = extract_features(self.model, self.encoder, examples, progress=False)
         labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
         probe = train_probe(features, labels, groups, lr=0.05, epochs=60, progress=False)
-        self._save("probe", selection.probe_scores(self.model, probe.direction))
+        self.space.save("probe", selection.probe_scores(self.model, probe.direction))
         return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
 
     def _gradient(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
@@ -117,8 +120,8 @@ class Trial:
         found = selection.gradient_scores(
             self.model, self.encoder, pairs, beta=self.plan.beta, batch_size=16, progress=False
         )
-        self._save("gradient", found)
-        return {"pairs": len(pairs), "largest": self._largest(found, 5), "by_layer": _by_layer(found)}
+        self.space.save("gradient", found)
+        return {"pairs": len(pairs), "largest": largest(found, 5), "by_layer": by_layer(found)}
 
     def _benign(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
         loss = self._language_loss("selection")
@@ -128,8 +131,8 @@ class Trial:
             name: torch.linalg.vector_norm(gradient[name].double(), dim=1 - vectors.axis).cpu()
             for name in vectors.names
         }
-        self._save("benign", found)
-        return {"texts": len(loss), "largest": self._largest(found, 5), "by_layer": _by_layer(found)}
+        self.space.save("benign", found)
+        return {"texts": len(loss), "largest": largest(found, 5), "by_layer": by_layer(found)}
 
     def _shares(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
         """The share of the squared gradient by selection and percentage, and how far selections overlap."""
@@ -149,38 +152,17 @@ class Trial:
             a, b = self.space(f"gradient-{percent:g}"), self.space(f"benign-{percent:g}")
             overlaps[f"{percent:g}"] = {
                 "neurons": a.count,
-                "common": _common(a, b),
+                "common": common(a, b),
                 "by_chance": a.count * percent / 100,
             }
             a, b = self.space(f"gradient-{percent:g}"), self.space(f"probe-{percent:g}")
-            overlaps[f"{percent:g}"]["common_with_probe"] = _common(a, b)
+            overlaps[f"{percent:g}"]["common_with_probe"] = common(a, b)
         return {
             "neurons_of_all": neurons / total,
             "shares": shares,
             "overlaps": overlaps,
-            "by_layer": _by_layer({name: value.sqrt() for name, value in own.items()}),
+            "by_layer": by_layer({name: value.sqrt() for name, value in own.items()}),
         }
-
-    def space(self, name: str) -> Subspace:
-        """A subspace by its name; see `plan`."""
-        method, *rest = name.split("-")
-        vectors = selection.value_vectors(self.model)
-        if method == "all":
-            return Subspace.full(self.model)
-        if method == "neurons":
-            return selection.full_neurons(self.model)
-        if method == "random":
-            return selection.random_subspace(self.model, float(rest[0]), seed=int(rest[1]))
-        if method == "like":
-            return selection.random_like(self.model, self.space("-".join(rest[:-1])), seed=int(rest[-1]))
-        if method == "layers":
-            chosen = vectors.names[int(rest[0]) : int(rest[1]) + 1]
-            return Subspace({n: torch.arange(vectors.sizes[n]) for n in chosen}, vectors.axis)
-        if method == "outliers":
-            return Subspace.top(self._scores("gradient"), 100 * OUTLIERS / sum(vectors.sizes.values()), largest=True)
-        scores = self._scores("probe" if method == "opposite" else method)
-        chosen_space = Subspace.top(scores, float(rest[0]), largest=method != "probe", axis=vectors.axis)
-        return _without(chosen_space, self.space("outliers")) if rest[1:] == ["rest"] else chosen_space
 
     # -- Figure 1
 
@@ -375,62 +357,6 @@ class Trial:
     def _logps(self, data: TokenizedPairs) -> PairLogps:
         return compute_logps(self.model, data, batch_size=16, bf16=self.plan.bf16, progress=False)
 
-    def _scores(self, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / "scores" / f"{name}.safetensors")
-
-    def _save(self, name: str, scores: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        with atomic_file(self.folder / "scores" / f"{name}.safetensors") as temporary:
-            save_file({key: value.contiguous().cpu() for key, value in scores.items()}, temporary)
-
-    def _largest(self, scores: Mapping[str, Tensor], count: int) -> list[Row]:
-        """The neurons with the largest scores, and their shares of the sum of squares."""
-        names, joined = list(scores), torch.cat([value.double() for value in scores.values()])
-        total, position, found = float(joined.square().sum()), 0, []
-        offsets = {}
-        for name in names:
-            offsets[name] = position
-            position += scores[name].numel()
-        for index in joined.topk(min(count, joined.numel())).indices.tolist():
-            name = next(n for n in reversed(names) if offsets[n] <= index)
-            found.append({"weight": name, "neuron": index - offsets[name], "share": float(joined[index] ** 2) / total})
-        return found
-
-
-def match_radius(rise: Callable[[float], float], target: float, *, start: float = 0.05) -> tuple[float, float, int]:
-    """A radius at which `rise` is `target`, to within a tenth: bracketed by factors of 4, then log-linear.
-
-    Returns:
-        The radius, the rise there, and how often `rise` was asked.
-
-    Raises:
-        UserError: No radius up to 1000 reaches it.
-    """
-    low, high, tried = (0.0, 0.0), (math.inf, math.inf), 0
-    rho = start
-    while tried < 16:
-        found = rise(rho)
-        tried += 1
-        if abs(found - target) <= 0.1 * target:
-            return rho, found, tried
-        if math.isfinite(found) and found < target:
-            low = (rho, found)
-        else:
-            high = (rho, found)
-        if math.isinf(high[0]):
-            rho *= 4
-        elif low[1] <= 0:
-            rho = high[0] / 4 if low[0] == 0 else math.sqrt(low[0] * high[0])
-        else:
-            part = (math.log(target) - math.log(low[1])) / (math.log(high[1]) - math.log(low[1]))
-            rho = low[0] * (high[0] / low[0]) ** min(max(part, 0.1), 0.9)
-        if rho > 1000:
-            break
-    raise UserError(f"no radius up to {rho:g} was found at which the loss rises by {target:g}")
-
 
 def _loss(name: str, noise: float, beta: float) -> LossConfig:
     if name == "drdpo":
@@ -458,23 +384,6 @@ def _watched(row: Mapping[str, Any]) -> Row:
         "accuracy": row["accuracy"]["value"],
         "flips_fitted": row["flips_fitted"]["value"] if row.get("flips_fitted") else None,
     }
-
-
-def _by_layer(scores: Mapping[str, Tensor]) -> list[float]:
-    squares = [float(value.double().square().sum()) for value in scores.values()]
-    return [value / sum(squares) for value in squares]
-
-
-def _common(a: Subspace, b: Subspace) -> int:
-    return sum(len(set(a[name].tolist()) & set(b[name].tolist())) for name in a.names if name in b.names)
-
-
-def _without(space: Subspace, left_out: Subspace) -> Subspace:
-    kept = {
-        name: [i for i in space[name].tolist() if name not in left_out.names or i not in left_out[name].tolist()]
-        for name in space.names
-    }
-    return Subspace(kept, space.axis(space.names[0]))
 
 
 def _rounded(values: Tensor) -> list[float]:

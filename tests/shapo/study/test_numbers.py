@@ -10,7 +10,7 @@ from shapo.errors import UserError
 from shapo.study.intervals import clustered
 from shapo.study.losses import climb
 from shapo.study.plan import PLANS, study_jobs
-from shapo.study.trial import match_radius
+from shapo.study.radius import match_radius
 from shapo_kernels import Subspace
 
 
