@@ -228,7 +228,7 @@ def run_case(case: Case, whole: Path) -> tuple[str | None, str]:
         shutil.copytree(whole, world)
         for told in case.damage:
             damage(world, told)
-        before, printed = digests(world), place / "printed"
+        before, printed = read_by(case, digests(world), world), place / "printed"
         code = in_child(lambda: _command(case.arguments), place / "work", printed)
         error = printed.read_text(errors="replace")
         left = [str(path) for folder in (world, place) for path in folder.rglob(".shapo-*")]
@@ -269,6 +269,17 @@ def in_child(call: Callable[[], int], folder: Path, printed: Path) -> int:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def read_by(case: Case, files: dict[str, str], world: Path) -> dict[str, str]:
+    """Those of the files that a command line reads: another file is replaced where --output names it."""
+    after = zip(["", *case.arguments], case.arguments, strict=False)
+    read = [
+        Path(part) for before, part in after if before not in ("--output", "--answers") and part.startswith(str(world))
+    ]
+    return {
+        name: d for name, d in files.items() if any(path in ((world / name), *(world / name).parents) for path in read)
+    }
 
 
 def digests(folder: Path) -> dict[str, str]:
