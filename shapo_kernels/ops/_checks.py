@@ -68,9 +68,19 @@ def check_index(name: str, index: Tensor, neurons: int) -> None:
     if index.dim() != 1:
         raise ValueError(f"{name} has shape {list(index.shape)}: expected [neurons]")
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = remembered(index, "range", lambda: tuple(bound.item() for bound in index.aminmax()))
+        low, high, _ = contents(index)
         if low < 0 or high >= neurons:
             raise IndexError(f"{name} holds {low if low < 0 else high}: expected neurons in [0, {neurons})")
+
+
+def contents(index: Tensor) -> tuple[int, int, bool]:
+    """Of an index on the CPU that is not empty: its smallest and largest number, and whether one comes twice."""
+
+    def read() -> tuple[int, int, bool]:
+        numbers = index.tolist()
+        return min(numbers), max(numbers), len(set(numbers)) < len(numbers)
+
+    return remembered(index, "contents", read)
 
 
 def check_axis(name: str, axis: int) -> None:

@@ -27,8 +27,8 @@ from ._checks import (
     check_tensor,
     check_written,
     compute_dtype_of,
+    contents,
 )
-from ._memory import remembered
 
 NORMS = ("global", "layer", "none")
 
@@ -309,10 +309,5 @@ def _check_writable(weights: Sequence[Tensor], indices: Sequence[Tensor]) -> Non
             first = places.setdefault((weight.data_ptr(), weight.stride()), position)
             if first != position:
                 raise ValueError(f"weights[{position}] is weights[{first}] again: pass it once, with all its neurons")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and _repeats(index):
+        if index.device.type == "cpu" and len(index) and not torch.compiler.is_compiling() and contents(index)[2]:
             raise ValueError(f"indices[{position}] holds a neuron twice: pass each neuron once")
-
-
-def _repeats(index: Tensor) -> bool:
-    """Whether an index on the CPU holds a number twice."""
-    return remembered(index, "repeats", lambda: index.unique().numel() < index.numel())
