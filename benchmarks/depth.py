@@ -107,12 +107,12 @@ def _block(name: str) -> int:
 def _cosine(gradient: Mapping[str, Tensor], space: Subspace, other: Subspace) -> float:
     """Both directions are the gradient, each inside its own subspace: what they share is the gradient in both."""
 
-    def squares(name: str, index: Tensor) -> float:
-        return float(gradient[name].index_select(space.axis(name), index).double().square().sum())
+    def squares(of: Subspace, name: str, index: Tensor) -> float:
+        return float(gradient[name].index_select(of.axis(name), index).double().square().sum())
 
-    own = sum(squares(name, index) for name, index in space.items())
-    others = sum(squares(name, index) for name, index in other.items())
-    both = sum(squares(n, index[torch.isin(index, other[n])]) for n, index in space.items() if n in other)
+    own = sum(squares(space, name, index) for name, index in space.items())
+    others = sum(squares(other, name, index) for name, index in other.items())
+    both = sum(squares(space, n, index[torch.isin(index, other[n])]) for n, index in space.items() if n in other)
     return both / math.sqrt(own * others)
 
 
@@ -131,7 +131,7 @@ def table(run: dict[str, Any]) -> str:
         )
     first = {row["case"]: row for row in reversed(run["rows"])}.values()
     made = "; ".join(
-        f"{row['case']}: {row['parameters'] / 1e6:.0f} M parameters, {row['neurons']} neurons, {row['pairs']} pairs, "
+        f"{row['case']}: {row['parameters'] / 1e6:.1f} M parameters, {row['neurons']} neurons, {row['pairs']} pairs, "
         f"rho {row['rho']:g}, increase from all blocks {row['increase']:.3g}"
         for row in sorted(first, key=lambda row: row["case"])
     )

@@ -210,7 +210,6 @@ class Prefix:
                     f"{name!r} has changed between the passes (weights, adapters, train or eval): with "
                     "reuse_prefix=True nothing below the selected layers may"
                 )
-        self._differences.begin()
         self._handed, self._descending = {}, True
         self._take_over(self._replay)
 

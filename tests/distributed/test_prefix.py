@@ -17,6 +17,8 @@ CASES = [
     {"engine": "fsdp", "wrap": {"checkpoint": True}},
     {"engine": "fsdp", "wrap": {"policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}}},
     {"engine": "tp"},
+    {"engine": "ddp", "part": True},
+    {"engine": "fsdp", "part": True},
     {"engine": "fsdp1", "refused": "whose hooks expect every block in every pass"},
 ]
 
@@ -38,8 +40,11 @@ def test_on_two_ranks_reuse_changes_no_bit(on_two, number):
             continue
         assert reusing["blocks"] == 2
         for name, expected in plain["parameters"].items():
-            assert torch.equal(reusing["parameters"][name], expected), name
-        if case["engine"] == "fsdp" and case.get("wrap", {}).get("reshard_after_forward", True):
+            if case.get("part"):  # one row alone rounds otherwise than beside another
+                torch.testing.assert_close(reusing["parameters"][name], expected, rtol=1e-12, atol=1e-13)
+            else:
+                assert torch.equal(reusing["parameters"][name], expected), name
+        if case["engine"] == "fsdp" and "part" not in case and case.get("wrap", {}).get("reshard_after_forward", True):
             # Three updates of two micro-batches (one, by a closure), in each of which two blocks are not gathered for
             # the descent's forward pass.
             assert plain["collectives"] - reusing["collectives"] >= 3 * 2

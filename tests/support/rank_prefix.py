@@ -1,5 +1,7 @@
 """What each rank of :func:`ranks.run_ranks` does: updates that reuse the blocks below, and the same that do not."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -94,9 +96,14 @@ def update(model, opt, case, pieces):
 
         opt.step(closure)
         return
+    rows = torch.tensor([1]) if case.get("part") else None
     with opt.ascent():
         for piece in pieces:
-            opt.ascend(loss(model, piece) / 2)
+            if rows is None:
+                opt.ascend(loss(model, piece) / 2)
+                continue
+            with opt.ascent_part(partial(model, piece[0]), rows):
+                opt.ascend(loss(model, [both[rows] for both in piece]) / 2)
     with opt.perturbed():
         for piece in pieces:
             (loss(model, piece) / 2).backward()
