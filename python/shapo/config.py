@@ -6,6 +6,7 @@ with is part of its fingerprint (see `shapo.training.checkpoint`).
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,13 @@ SCHEDULES = ("constant", "linear", "cosine")
 ASCENTS = ("selective", "grad")
 PERTURBATIONS = ("auto", "in_place", "delta")
 FUSED_HEADS = ("auto", "on", "off")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 NORMS = ("global", "layer", "none")
 _LARGEST = 1e38  # of what float32 holds
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,14 @@ class LoopConfig:
     seed: int = option("of data order and dropout", 0, parse=seed_number)
     eval_every: int = option("evaluate so often; 0: at both ends", 0, metavar="UPDATES")
     save_every: int = option("checkpoint so often; 0: on Ctrl-C alone", 0, metavar="UPDATES")
+    keep: int = option("checkpoints to keep: the last one and N - 1 before it, as checkpoint-UPDATE.pt", 1, metavar="N")
+    report_to: tuple[str, ...] | None = option(
+        "metrics go there too: names with commas between, of tensorboard, wandb, trackio",
+        None,
+        parse=_trackers,
+        metavar="NAMES",
+        absent="metrics.jsonl alone",
+    )
 
     def __post_init__(self) -> None:
         if self.updates is not None:
@@ -263,6 +277,11 @@ class LoopConfig:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("fused head", self.fused_head, FUSED_HEADS)
+        _at_least("the number of checkpoints to keep", self.keep, 1)
+        for name in self.report_to or ():
+            _choice("tracker", name, TRACKERS)
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"--report-to {name} needs {name}: pip install {name}")
         for name in ("warmup", "eval_every", "save_every", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.seed >= 2**63:
@@ -287,7 +306,7 @@ class LoopConfig:
 
 
 # Fields that say when something is written, not what is learned; accumulate has become the micro-batches' size.
-_UNRELATED_TO_WEIGHTS = ("eval_every", "save_every", "accumulate")
+_UNRELATED_TO_WEIGHTS = ("eval_every", "save_every", "keep", "report_to", "accumulate")
 
 
 def identity(config: LossConfig | ShaPOConfig | LoopConfig) -> dict[str, Any]:

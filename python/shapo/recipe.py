@@ -32,7 +32,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 # What a run does with what is there already belongs to one call, not to the recipe.
-_OF_ONE_CALL = ("config", "resume", "overwrite")
+_OF_ONE_CALL = ("config", "resume", "overwrite", "push_to_hub")
 
 
 @dataclass(frozen=True)

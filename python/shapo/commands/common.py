@@ -83,6 +83,9 @@ class RunOptions:
 
     resume: bool = option("go on from the checkpoint in --output, bit for bit", False, alone="existing")
     overwrite: bool = option("replace a finished or started run in --output", False, alone="existing")
+    push_to_hub: str | None = option(
+        "upload the model to this repository of the hub, made private if it is new", None, metavar="OWNER/NAME"
+    )
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,19 @@ def save_adapted(folder: Path, model: Any, tokenizer: Any, arguments: argparse.N
     else:
         with adapters.merged(model) as (whole, weights):
             loading.save_model(folder, whole, tokenizer, weights)
+
+
+def finish_model(arguments: argparse.Namespace, groups: Sequence[Group], title: str, numbers: dict[str, Any]) -> None:
+    """What lies beside a trained model in the end: its card, and on the hub what --push-to-hub asked for."""
+    from shapo import recipe
+    from shapo.models import card
+    from shapo.versions import versions
+
+    folder = Path(arguments.output) / "model"
+    card.write_card(folder, title=title, recipe=recipe.merged(arguments, groups), numbers=numbers, versions=versions())
+    print(f"model: {folder}")
+    if arguments.push_to_hub:
+        print(f"pushed: {card.push(folder, arguments.push_to_hub)}")
 
 
 def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> PairEncoder:

@@ -70,4 +70,4 @@ def run(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
     )
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), "examples": len(examples)})
-    print(f"model: {output / 'model'}")
+    common.finish_model(arguments, OPTIONS, "Supervised fine-tuned model", {"examples": len(examples)})

@@ -148,7 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")
     for name, value in summary["final"].items():
         print(f"{name}: {value:.4g}")
-    print(f"model: {output / 'model'}")
+    measured = {name: summary[name] for name in ("updates", "seconds_per_update", "rho_over_weight_norm", "flipped")}
+    numbers = {**{name: value for name, value in measured.items() if value is not None}, **summary["final"]}
+    common.finish_model(arguments, OPTIONS, "ShaPO model" if shapo else "Preference-trained model", numbers)
 
 
 def _loss_config(arguments: argparse.Namespace) -> LossConfig:

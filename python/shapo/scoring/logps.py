@@ -99,6 +99,10 @@ class TokenizedPairs:
         """Tokens of the longer response with its prompt."""
         return max(len(self.chosen[index]), len(self.rejected[index]))
 
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of some pairs: both responses, each with its prompt."""
+        return sum(len(self.chosen[index]) + len(self.rejected[index]) for index in indices)
+
     def digest(self) -> str:
         """Changes with any token, prompt boundary, label or the order."""
         return digest_rows((_key(c), _key(r)) for c, r in zip(self.chosen, self.rejected, strict=True))

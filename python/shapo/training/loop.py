@@ -22,6 +22,7 @@ from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
 from shapo.training.order import DataOrder
+from shapo.training.trackers import Trackers
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -40,7 +41,7 @@ class Loop:
         config: Length, batch, seed, and when to evaluate and save.
         examples: Number of examples in the data set.
         run: The fingerprint: what must be the same for a checkpoint to be resumed.
-        output: Folder of `metrics.jsonl` and `checkpoint.pt`.
+        output: Folder of `metrics.jsonl`, `checkpoint.pt` and those before it.
     """
 
     model: torch.nn.Module
@@ -54,6 +55,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.order = DataOrder(self.examples, self.config.batch_size, self.config.seed)
         self.total = self.config.total_updates(self.examples)
+        self._saved: int | None = None
 
     def train(
         self,
@@ -90,11 +92,17 @@ class Loop:
         self.model.train(self.config.dropout)
         with (
             MetricsLog(self.output / METRICS, position=position) as log,
+            Trackers(self.config.report_to or (), self.output, self.run) as trackers,
             Interruptible() as interrupt,
             tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not progress) as bar,
         ):
+
+            def write(kind: str, values: dict[str, Any]) -> None:
+                log.write(kind, {"update": done, **values})
+                trackers.log(kind, values, done)
+
             if evaluate and done == 0:
-                log.write("evaluation", {"update": 0, **evaluate(0)})
+                write("evaluation", evaluate(0))
             while done < self.total:
                 started, cpu_started = time.perf_counter(), time.process_time()
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -106,11 +114,11 @@ class Loop:
                 times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
                 if done == self.total:
                     self._finish(save, check)
-                log.write("update", {"update": done, "lr": lr, **values, **times})
+                write("update", {"lr": lr, **values, **times})
                 bar.update()
-                bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
+                bar.set_postfix(_shown(values, times["seconds"]), refresh=False)
                 if evaluate and (done == self.total or _due(done, self.config.eval_every)):
-                    log.write("evaluation", {"update": done, **evaluate(done)})
+                    write("evaluation", evaluate(done))
                 if _due(done, self.config.save_every) or interrupt.requested:
                     self._save(done, log.position)
                 if interrupt.requested:
@@ -134,11 +142,12 @@ class Loop:
     def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
         if state is None:
             torch.manual_seed(self.config.seed)
-            (self.output / CHECKPOINT).unlink(missing_ok=True)
+            for path in [self.output / CHECKPOINT, *_older(self.output)]:
+                path.unlink(missing_ok=True)
             return 0, 0
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         done = restore(state, **parts, order=self.order, updates=self.total)
-        position = int(state["metrics_position"])
+        position, self._saved = int(state["metrics_position"]), done
         # As large as model and optimizer together: not to be held while training.
         state.clear()
         return done, position
@@ -147,6 +156,12 @@ class Loop:
         return f"update {done} of {self.total} is saved in {self.output / CHECKPOINT}; --resume goes on from there"
 
     def _save(self, done: int, position: int) -> None:
+        latest = self.output / CHECKPOINT
+        if self.config.keep > 1 and self._saved is not None and latest.exists():
+            # A second name of the same file: a kill in between leaves the latest checkpoint where it is.
+            older = self.output / f"{latest.stem}-{self._saved}{latest.suffix}"
+            older.unlink(missing_ok=True)
+            older.hardlink_to(latest)
         save_checkpoint(
             self.output / CHECKPOINT,
             run=self.run,
@@ -157,6 +172,9 @@ class Loop:
             order=self.order,
             metrics_position=position,
         )
+        self._saved = done
+        for path in _older(self.output)[: -self.config.keep + 1 or None]:
+            path.unlink()
 
 
 def read_state(output: Path, run: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
@@ -168,6 +186,19 @@ def read_state(output: Path, run: Mapping[str, Any], *, resume: bool) -> dict[st
         UserError: There is nothing to resume, or it is another run's.
     """
     return read_checkpoint(output / CHECKPOINT, run) if resume else None
+
+
+def _older(output: Path) -> list[Path]:
+    """The checkpoints before the latest one, the oldest first."""
+    stem, suffix = CHECKPOINT.split(".")
+    found = {path: path.stem.removeprefix(f"{stem}-") for path in output.glob(f"{stem}-*.{suffix}")}
+    return sorted((path for path, update in found.items() if update.isdecimal()), key=lambda path: int(found[path]))
+
+
+def _shown(values: Mapping[str, Any], seconds: float) -> dict[str, str]:
+    """What stands behind the progress bar."""
+    shown = {name: f"{values[name]:.{digits}f}" for name, digits in (("loss", 4), ("accuracy", 2)) if name in values}
+    return {**shown, "tokens/s": f"{values['tokens'] / max(seconds, 1e-9):.0f}"} if "tokens" in values else shown
 
 
 def _due(done: int, every: int) -> bool:

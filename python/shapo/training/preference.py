@@ -221,6 +221,7 @@ class _Update:
         values: dict[str, Any] = {"loss": loss, **seen.accuracy_and_margin(), "grad_norm": norm.item(), **moved}
         if self.loss.nll:
             values["nll"] = self._nll(seen, seen.indices)
+        values |= {"tokens": self.data.tokens(indices)}
         if ascent.indices:
             before = self._aggregate(ascent, ascent.indices)
             gap = self._aggregate(descent, ascent.indices) - before
