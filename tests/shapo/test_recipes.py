@@ -25,6 +25,7 @@ USES = {
     "shapo-probe": ["train", *SHORT, *TOKENS, "--interval", "1", "--subspace", "{files}/subspace.safetensors"],
     "shapo-gradient": ["train", *SHORT, *TOKENS, "--interval", "1", "--subspace", "{files}/subspace.safetensors"],
     "sam": ["train", *SHORT, *TOKENS],
+    "shapo-head": ["train", *SHORT, *TOKENS],
     "reward-level": [
         "train", *SHORT, *TOKENS, "--interval", "1", "--subspace", "{files}/subspace.safetensors",
         "--reward-model", "{files}/reward",

@@ -1,9 +1,9 @@
 """Preference training: any loss, mean or Dr.DPO, plain or ShaPO.
 
 Plain training is the default; --rho makes it ShaPO, inside --subspace (a file from `shapo select`), in all parameters
-(--subspace full) or in the adapters of --lora (--subspace adapters).  Radii are in weight units; with --relative-rho
-they are multiples of ||W_S||, the norm of the selected weights, which is printed either way because a radius says
-little without it.
+(--subspace full), the output projection (head) or the adapters of --lora (adapters).  Radii are in weight units; with
+--relative-rho they are multiples of ||W_S||, the norm of the selected weights, which is printed either way because a
+radius says little without it.
 
 The reward level (--loss reward_level) takes its labels from --reward-model in the place of the data's, at any
 aggregation, plain or ShaPO. The model that training starts from is the reference; it is asked once, before the first
@@ -61,7 +61,7 @@ class SubspaceOption:
     """Where weights are perturbed."""
 
     subspace: str | None = option(
-        "a file of `shapo select`, full for all parameters, adapters for those of --lora",
+        "a file of `shapo select`, or: full (all parameters), head (output projection), adapters (of --lora)",
         None,
         metavar="FILE",
         reads=True,
@@ -117,14 +117,14 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.training.preference import train_preferences
     from shapo_kernels import Subspace
 
-    named = arguments.subspace in ("full", "adapters")
-    subspace = Subspace.load(arguments.subspace) if shapo and not named else None
+    named = {"full": Subspace.full, "head": Subspace.head, "adapters": adapters_subspace}
+    subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace not in named else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
     held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
     model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
     model = common.adapted(model, arguments)
     if shapo and subspace is None:
-        subspace = adapters_subspace(model) if arguments.subspace == "adapters" else Subspace.full(model)
+        subspace = named[arguments.subspace](model)
     if subspace is not None:
         subspace.validate(model)
     rewards = _rewards(arguments, pairs, output, loss.beta_reward or 1.0) if loss.uses_rewards else None
