@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_later_ends_the_run_with_one_line(tiny_llama, 
         (lambda: LoopConfig(micro_batch_size=0), "micro-batch size is 0"),
         (lambda: LoopConfig(lr=float("inf")), "learning rate is inf"),
         (lambda: LoopConfig(clip=-1.0), "clip is -1.0"),
-        (lambda: LoopConfig(optimizer="adam"), "unknown optimizer"),
+        (lambda: LoopConfig(optimizer="adamm"), "unknown optimizer"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(make, message):
