@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import native, reference
+from .interop.torch_private import has_kernel
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -139,8 +140,7 @@ def _fill(backend: str) -> None:
         _functions[backend] = {
             name: getattr(torch.ops.shapo_kernels, name)
             for name in reference.__all__
-            if hasattr(torch.ops.shapo_kernels, name)
-            and torch._C._dispatch_has_kernel_for_dispatch_key(f"shapo_kernels::{name}", backend.upper())
+            if hasattr(torch.ops.shapo_kernels, name) and has_kernel(f"shapo_kernels::{name}", backend.upper())
         }
     else:
         own = reference if backend == "reference" else importlib.import_module(f"{__package__}.{backend}")

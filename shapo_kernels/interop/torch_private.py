@@ -1,4 +1,4 @@
-"""Every private part of torch that this library's optimizer reads, one function each.
+"""Every private part of torch that this library reads, one function each.
 
 Each docstring says what the use assumes and what happens where the assumption fails. ``tests/interop/test_private.py``
 has a test of the same name for each, so that a torch release that changes one is told by name.
@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -93,6 +94,24 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """What a tensor is a view of; ``None`` where it is none. Assumes ``Tensor._base``."""
+    return tensor._base
+
+
+def without_view(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The same memory in another shape, no view to autograd: it may be written to, and hooks may hang on it.
+
+    Assumes ``aten::_unsafe_view``.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Raises where a bool on the device is false, without waiting for it. Assumes ``torch._assert_async``."""
+    torch._assert_async(condition, message)
+
+
 def keep_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Writes inside do not count as writes. Assumes ``torch.autograd._unsafe_preserve_version_counter``."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
@@ -123,6 +142,22 @@ def share_memory(first: Tensor, second: Tensor) -> bool:
 def storage_place(tensor: Tensor) -> tuple[int, int]:
     """Equal for tensors that begin at one place of one storage. Assumes ``UntypedStorage._cdata``, an address."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
+# -- operators and process groups
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether an operator (``"library::name"``) is implemented for a dispatch key (``"CPU"``, ``"CUDA"``).
+
+    Assumes ``torch._C._dispatch_has_kernel_for_dispatch_key``.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def group_of_name(name: str) -> Any:
+    """The process group of a name, which operators pass on as a string. Assumes ``_resolve_process_group``."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 # -- engines

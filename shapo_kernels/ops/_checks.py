@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interop.torch_private import assert_on_device
 from ._memory import remembered
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -131,7 +132,7 @@ def check_label_values(labels: Tensor, ignore_index: int, vocabulary: int) -> No
     allowed = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
     expected = f"expected {ignore_index} (ignored) or a token in [0, {vocabulary})"
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(allowed.all(), f"labels contains another value than {expected}")
+        assert_on_device(allowed.all(), f"labels contains another value than {expected}")
     elif not allowed.all():
         raise ValueError(f"labels contains {labels[~allowed][0].item()}: {expected}")
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..interop.torch_private import version
+
 T = TypeVar("T")
 
 
@@ -16,8 +18,8 @@ def remembered(tensor: Tensor, name: str, make: Callable[[], T]) -> T:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return make()
     memory = tensor.__dict__.setdefault("_shapo_memory", {})
-    version, value = memory.get(name, (None, None))
-    if version != tensor._version:
+    then, value = memory.get(name, (None, None))
+    if then != version(tensor):
         value = make()
-        memory[name] = tensor._version, value
+        memory[name] = version(tensor), value
     return value

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..interop.torch_private import group_of_name
 from . import linear_tiles as tiling
 from ._checks import check_first_order, check_label_values
 from ._schemas import OPERATORS
@@ -195,7 +196,7 @@ def _add_label_rows_(sums: Tensor, walk: Walk, weight: Tensor, logps: Tensor, he
 
 
 def _resolve(group: str | None) -> Any:
-    return None if group is None else dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return None if group is None else group_of_name(group)
 
 
 def _plan(count: int, targets: Tensor, weight: Tensor, head: HeadOptions, group: Any) -> Tensor:

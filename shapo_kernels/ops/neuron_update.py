@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..interop.torch_private import without_view
 from ._checks import check_device, check_first_order, check_floating, check_index, compute_dtype_of, may_overlap
 from ._memory import remembered
 
@@ -99,7 +100,7 @@ class _NeuronTap(torch.autograd.Function):
         ctx.save_for_backward(_selected(input, index, output.dtype), direction, index)
         ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
         # The same memory, but no view to autograd: the model may write to it in place, and FSDP may hang hooks on it.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        return without_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +131,7 @@ class _NeuronUpdate(torch.autograd.Function):
             rows = _rows(output)
             if not in_place:
                 # No view to autograd: what comes after the layer may write to it in place.
-                return torch.ops.aten._unsafe_view(torch.addmm(rows, selected, factor.t()), output.shape)
+                return without_view(torch.addmm(rows, selected, factor.t()), output.shape)
             if output.is_contiguous():
                 rows.addmm_(selected, factor.t())
             else:

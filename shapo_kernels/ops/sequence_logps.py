@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..interop.torch_private import base_of
 from ._checks import (
     check_device,
     check_first_order,
@@ -78,7 +79,7 @@ def token_logps(
 
 def _check_overwritable(logits: Tensor) -> None:
     # torch.compile writes to copies of its own, and cannot trace a look at what a view is based on.
-    base = None if torch.compiler.is_compiling() else logits._base
+    base = None if torch.compiler.is_compiling() else base_of(logits)
     if logits.is_leaf or (base is not None and base.is_leaf):
         raise ValueError(
             "logits is a leaf of the graph or a view of one (a parameter?), which in_place would overwrite: "

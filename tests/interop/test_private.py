@@ -111,6 +111,34 @@ def test_version_counts_writes_and_is_0_for_inference_tensors():
         assert private.version(torch.ones(2)) == 0
 
 
+def test_base_of_is_what_a_view_is_taken_from():
+    base = torch.arange(6.0)
+    assert private.base_of(base.view(2, 3)) is base
+    assert private.base_of(base) is None
+
+
+def test_without_view_shares_memory_and_is_no_view():
+    rows = torch.arange(6.0)
+    shaped = private.without_view(rows, torch.Size([2, 3]))
+    assert shaped.data_ptr() == rows.data_ptr()
+    assert private.base_of(shaped) is None
+
+
+def test_assert_on_device_raises_the_message():
+    private.assert_on_device(torch.tensor(True), "unseen")
+    with pytest.raises(RuntimeError, match="a label is wrong"):
+        private.assert_on_device(torch.tensor(False), "a label is wrong")
+
+
+def test_has_kernel_tells_implementations_apart():
+    assert private.has_kernel("aten::addmm", "CPU")
+    assert not private.has_kernel("aten::_flash_attention_forward", "CPU")
+
+
+def test_group_of_name_finds_the_group(group):
+    assert private.group_of_name(dist.group.WORLD.group_name).size() == 1
+
+
 def test_keep_versions_hides_a_write_from_autograd():
     weight = torch.ones(2, requires_grad=True)
     product = weight * torch.arange(2.0)
