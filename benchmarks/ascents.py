@@ -85,7 +85,7 @@ class Prepared:
     """The demo's SFT model, its probe's neurons and its noisy pairs, made once for each seed."""
 
     def __init__(self, work: Path, size: str, seed: int) -> None:
-        from shapo import demo
+        from shapo.demo import run as demo
         from shapo.demo.settings import SIZES
         from shapo.scoring.logps import TokenizedPairs
 
