@@ -12,11 +12,14 @@ from .errors import SubspaceError
 from .model.batch_norm import frozen_batch_norm
 from .optimizer import ShaPOOptimizer
 from .subspace import Subspace
+from .update.phase import Phase, PhaseError
 from .update.random_state import RandomState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Phase",
+    "PhaseError",
     "RandomState",
     "ShaPOOptimizer",
     "Subspace",

@@ -117,7 +117,8 @@ class ShaPOOptimizer(BaseFacade):
                 f"stochastic_rounding=True with perturbation={perturbation!r}: only 'in_place' rounds weights"
             )
         self._model, self.subspace = model, subspace
-        self.interval, self.sync, self.replay_rng, self.reuse_prefix = interval, sync, replay_rng, reuse_prefix
+        self.interval, self.replay_rng = interval, replay_rng
+        self._sync, self._reuse_prefix = sync, reuse_prefix
         self._ascent_kind, self._perturbation_kind = ascent, perturbation
         self._radius = Radius(self._base, rho, relative=relative, norm=norm, eta=eta, seed=seed)
         self._rounding = StochasticRounding(seed) if stochastic_rounding else None
@@ -133,13 +134,13 @@ class ShaPOOptimizer(BaseFacade):
             ascent=self._ascent_kind,
             perturbation=self._perturbation_kind,
             relative=self.relative,
-            sync=self.sync,
+            sync=self._sync,
             why_no_gradients=self._base.why_no_gradients,
             rounding=self._rounding,
         )
-        prefix = Prefix(self.reuse_prefix)
+        prefix = Prefix(self._reuse_prefix)
         prefix.find(self._model, bound.layers)
-        return TwoPassUpdate(self._model, bound, self._base, self._radius, self._stats, prefix, sync=self.sync)
+        return TwoPassUpdate(self._model, bound, self._base, self._radius, self._stats, prefix, sync=self._sync)
 
     def __repr__(self) -> str:
         return (
@@ -191,6 +192,16 @@ class ShaPOOptimizer(BaseFacade):
     @rho.setter
     def rho(self, value: Rho) -> None:
         self._radius.rho = value
+
+    @property
+    def sync(self) -> bool:
+        """Whether the direction is averaged over data-parallel ranks."""
+        return self._sync
+
+    @property
+    def reuse_prefix(self) -> bool | str:
+        """Whether the descent reuses the blocks below, or the name of their stack."""
+        return self._reuse_prefix
 
     @property
     def relative(self) -> bool:

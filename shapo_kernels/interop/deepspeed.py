@@ -124,6 +124,10 @@ class EngineStep(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("an engine's optimizer is neither copied nor pickled: save it by engine.save_checkpoint")
 
+    def step(self, closure: Any = None) -> bool:  # type: ignore[override]
+        """The engine's own step. Returns whether weights were updated."""
+        return self.take_step()[1]
+
     # -- as a base
 
     @property

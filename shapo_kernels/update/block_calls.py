@@ -6,7 +6,7 @@ looked at before the update's step, when the pass that sets it has long begun.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,11 +57,11 @@ class Differences:
             if bool(found):
                 raise RuntimeError(_OTHER_INPUT)
             return
-        self._flag = found if self._flag is None else self._flag | found
+        self._flag, self._sent = found if self._flag is None else self._flag | found, None
 
     def send(self) -> None:
-        """All that there is to compare has been: let the flag travel beside the computation."""
-        if self._flag is not None and self._flag.is_cuda:
+        """All comparisons are queued: copies the flag to the host without waiting."""
+        if self._sent is None and self._flag is not None and self._flag.is_cuda:
             host = torch.empty((), dtype=torch.bool, pin_memory=True)
             host.copy_(self._flag, non_blocking=True)
             event = torch.cuda.Event()
@@ -99,6 +99,8 @@ class Call:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        #: Of the block's modules, whether each was in training mode.
+        self.training: list[bool] = []
 
     @classmethod
     def make(
@@ -127,7 +129,7 @@ class Call:
                     f"{name!r} was given a {type(value).__name__}, which cannot be compared between the passes: "
                     "leave reuse_prefix out"
                 )
-        caches = [value for value in given if _is_cache(value)]
+        caches = _caches(given)
         if first and any(cache.get_seq_length() for cache in caches):
             raise RuntimeError(
                 f"{name!r} was given a cache that holds keys already: train with use_cache=False, "
@@ -212,7 +214,7 @@ class Call:
                 raise RuntimeError(_OTHER_INPUT)
         if any(_version(v) != then for v, then in zip(self._out, self._out_versions, strict=True)):
             raise RuntimeError(f"what {self.name!r} put out was written to in place: leave reuse_prefix out")
-        for cache, calls in zip((v for v in given if _is_cache(v)), self._cached, strict=True):
+        for cache, calls in zip(_caches(given), self._cached, strict=True):
             for called_args, called_kwargs in calls:
                 taken, taken_spec = _flat((called_args, called_kwargs))
                 part = [self._part(value, rows) for value in taken]
@@ -260,7 +262,7 @@ class Call:
         if not isinstance(value, Tensor):
             return value
         # Another tensor than pass 1's: hooks that the model puts on what it is handed belong to one pass.
-        new = value.view_as(value) if rows is None else self._part(value, rows)
+        new = value.view_as(value) if rows is None else self._part(value, rows).requires_grad_(value.requires_grad)
         handed[id(new)] = (new, value)
         return new
 
@@ -280,6 +282,11 @@ def detached(output: Any, *, requires_grad: bool = False) -> Any:
 
 def _flat(values: Any) -> tuple[list[Any], Any]:
     return tree_flatten(values, is_leaf=_is_cache)
+
+
+def _caches(values: Iterable[Any]) -> list[Any]:
+    """The caches among values, each once."""
+    return list({id(value): value for value in values if _is_cache(value)}.values())
 
 
 def _is_cache(value: Any) -> bool:

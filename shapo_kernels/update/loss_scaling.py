@@ -48,6 +48,10 @@ class LossScaling:
             raise RuntimeError("the losses of one ascent are scaled alike: give each ascend() the same scaler")
         self._scalers = [scaler]
 
+    def back_to(self, scaler: Any) -> None:
+        """An ascent has failed: the earlier one's losses were scaled with this scaler."""
+        self._scalers = [] if scaler is None else [scaler]
+
     @property
     def scaler(self) -> Any:
         return self._scalers[0] if self._scalers else None

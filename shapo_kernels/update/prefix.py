@@ -36,9 +36,14 @@ _OTHER_CALLS = (
     "the same micro-batches in the same order"
 )
 
+_CHANGED = (
+    "{!r} has changed between the passes (weights, adapters, train or eval): with reuse_prefix=True nothing below the "
+    "selected layers may"
+)
+
 
 class _Stop(BaseException):
-    """What there is to keep of a forward pass has been: the rest of it is of no use."""
+    """Everything that is needed has been kept; the rest of this forward pass is not."""
 
 
 class Prefix:
@@ -100,7 +105,7 @@ class Prefix:
         self._take_over(self._record)
 
     def look_at(self, loss: Any, leaves: Collection[Tensor]) -> None:
-        """Asked with each loss of the ascent, before a selective backward pass and after another.
+        """Called with each loss of the ascent: before a selective backward pass, after an ordinary one.
 
         Args:
             leaves: what the ascent differentiates with respect to.
@@ -172,9 +177,10 @@ class Prefix:
         block = self._blocks[number][1]
         self._seen += 1
         if self._partial is not None:
-            return detached(
-                self._next(self._partial, name).again(args, kwargs, self._handed, self._differences, self._rows)
+            part = self._next(self._partial, name, block).again(
+                args, kwargs, self._handed, self._differences, self._rows
             )
+            return detached(part, requires_grad=number == len(self._blocks) - 1 and not self._selective)
         if in_functorch():
             raise RuntimeError(f"{name!r} runs inside a torch.func transform: leave reuse_prefix out")
         if hook := foreign_hook(block, name):
@@ -183,6 +189,7 @@ class Prefix:
         counted = self._kept.counting(block, call) if not self._looked else nullcontext()
         with counted:
             kept, output = Call.make(name, call, args, kwargs, first=number == 0)
+        kept.training = _training_of(block)
         if not self._looked:
             self._kept.add([*kept.tensors_in(), *kept.tensors_out()])
         self._calls.append(kept)
@@ -206,10 +213,7 @@ class Prefix:
         for name, block in self._blocks:
             if self._state[name] != (_weights_of(block), _flags_of(block)):
                 self.abort()
-                raise RuntimeError(
-                    f"{name!r} has changed between the passes (weights, adapters, train or eval): with "
-                    "reuse_prefix=True nothing below the selected layers may"
-                )
+                raise RuntimeError(_CHANGED.format(name))
         self._handed, self._descending = {}, True
         self._take_over(self._replay)
 
@@ -227,10 +231,10 @@ class Prefix:
         if not self._descending:
             return
         self._fewer, self._descending = bool(self._calls), False
-        self._differences.send()
         self._give_back()
         self._calls.clear()
         self._handed = {}
+        self._differences.send()
 
     def check(self) -> None:
         """Asked before the step, which must not be taken where pass 2 was another than pass 1. Waits for the
@@ -249,7 +253,7 @@ class Prefix:
         block = self._blocks[number][1]
         if hook := foreign_hook(block, name):
             raise RuntimeError(f"{hook}, which a block that is taken from pass 1 does not run: leave reuse_prefix out")
-        output = self._next(self._calls, name).again(args, kwargs, self._handed, self._differences)
+        output = self._next(self._calls, name, block).again(args, kwargs, self._handed, self._differences)
         if not self._calls:
             self._differences.send()
         for capture in hidden_states_hooks(block):
@@ -257,17 +261,19 @@ class Prefix:
         return output
 
     @staticmethod
-    def _next(calls: deque[Call], name: str) -> Call:
+    def _next(calls: deque[Call], name: str, block: nn.Module) -> Call:
         if not calls:
             raise RuntimeError(_OTHER_CALLS.format("more often"))
         if calls[0].name != name:
             raise RuntimeError(_OTHER_CALLS.format("in another order"))
+        if calls[0].training != _training_of(block):
+            raise RuntimeError(_CHANGED.format(name))
         return calls.popleft()
 
     # -- in between
 
     def abort(self) -> None:
-        """Let go of everything, in whatever state it is."""
+        """Drops everything that is kept, in any state."""
         self._give_back()
         self._calls.clear()
         self._handed, self._state, self._partial = {}, {}, None
@@ -309,6 +315,10 @@ def _weights_of(block: nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
+def _training_of(block: nn.Module) -> list[bool]:
+    return [module.training for module in block.modules()]
+
+
 def _flags_of(block: nn.Module) -> list[tuple[str, Any]]:
     """Switches of the block's modules: training, adapters that are active, disabled or merged…"""
     return [
@@ -317,4 +327,9 @@ def _flags_of(block: nn.Module) -> list[tuple[str, Any]]:
         for name, value in module.__dict__.items()
         if isinstance(value, (bool, str))
         or (isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value))
+    ] + [
+        (name, (id(buffer), version(buffer)))
+        for module in block.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]

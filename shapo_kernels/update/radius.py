@@ -61,7 +61,7 @@ class Radius:
         self._rho = checked_rho(value, self.norm)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where a group's own radius is none."""
+        """Raises ValueError where a group's own radius is not valid."""
         if self.key in group:
             checked_rho(group[self.key], self.norm)
 

@@ -92,7 +92,7 @@ class TwoPassUpdate:
 
     def ascend(self, loss: Tensor, scaler: Any) -> None:
         if self._ascent is None:
-            raise RuntimeError("ascend() is part of an ascent: call it inside `with opt.ascent():`")
+            raise PhaseError("ascend() is part of an ascent: call it inside `with opt.ascent():`")
         self.scaling.use(scaler)
         self._handed_over = True
         self.prefix.look_at(loss, self._ascent.leaves())
@@ -102,24 +102,30 @@ class TwoPassUpdate:
     def _pass_one(self, *, selective: bool, replay_rng: bool) -> Iterator[Ascent]:
         """Sets the direction on leaving; an exception leaves phase and direction as they were."""
         self.check_between_passes("start an ascent")
-        before = self.phase
+        before, random, scaler = self.phase, self._random, self.scaling.scaler
         self._begin(replay_rng)
         ascent = self.bound.new_ascent(self._parameters())
         ascent.begin()
         self._progress.enter(Phase.ASCENDING)
-        after = before
+        after, done = before, False
         try:
             self.prefix.begin_ascent(self.model, self.bound.layers, selective=selective)
             with self._base.without_reduction(self.model, selective=selective):
                 yield ascent
+            if self.phase is Phase.DETACHED:
+                self._progress.enter(Phase.ASCENDED)  # raises
             self.direction = self.bound.agreed(ascent.finish())
             self.prefix.end_ascent()
-            after = Phase.ASCENDED
+            after, done = Phase.ASCENDED, True
         finally:
-            if after is not Phase.ASCENDED:
+            if not done:
+                # An earlier direction stays; its blocks are not reused.
                 self.prefix.abort()
+                self._random = random
+                self.scaling.back_to(scaler)
             ascent.abort()
-            self._progress.enter(after)
+            if self.phase is not Phase.DETACHED:
+                self._progress.enter(after)
 
     # -- pass 2
 
@@ -284,10 +290,12 @@ class TwoPassUpdate:
         """Restores without replacing an exception in flight: returns an error message, or ``None``."""
         if self.phase is not Phase.DESCENDING:
             return None
-        self.prefix.end_descent()
         message = self.bound.restore()
-        self.scaling.descended(self._base.optimizer, self._scaling_groups())
         self._progress.enter(after)
+        self.prefix.end_descent()
+        if after is Phase.IDLE:
+            self.prefix.abort()
+        self.scaling.descended(self._base.optimizer, self._scaling_groups())
         return message
 
     def _parameters(self) -> list[nn.Parameter]:

@@ -125,3 +125,29 @@ def test_a_detached_optimizer_starts_no_update(toy, subspace):
     with pytest.raises(RuntimeError, match="detached from its model"), opt.ascent():
         pass
     assert isinstance(opt, sk.ShaPOOptimizer)
+
+
+def test_a_failed_second_ascent_keeps_the_firsts_random_state_and_scaler(toy, batch, loss, subspace):
+    model = toy(torch.float32)
+    opt = wrap(model, subspace, rho=1e-3, norm="none")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    data = batch(dtype=torch.float32)
+    with opt.ascent():
+        opt.ascend(loss(model, data), scaler=scaler)
+    with pytest.raises(ZeroDivisionError), opt.ascent():
+        raise ZeroDivisionError
+    with opt.perturbed():
+        loss(model, data).backward()
+    assert opt.stats["epsilon_norm"] == pytest.approx(1e-3 * opt.stats["grad_norm"], rel=1e-5)
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss(model, data), [named[n] for n in subspace])
+    selected = [g[:, i] for g, i in zip(gradients, subspace.values(), strict=True)]
+    assert opt.stats["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in selected]).norm().item(), rel=1e-4)
+
+
+def test_detaching_inside_an_ascent_does_not_hide_the_exception_in_flight(toy, subspace):
+    opt = wrap(toy(), subspace, rho=0.1)
+    with pytest.raises(KeyboardInterrupt), opt.ascent():  # noqa: PT012
+        opt.detach()
+        raise KeyboardInterrupt
+    assert opt.phase is Phase.DETACHED

@@ -324,3 +324,107 @@ def test_nothing_is_written_where_an_update_is_refused_after_the_weights_have_mo
             passes(model, opt, [tokens(0)], second)
         assert same_bits(model, before)
     trained(build, reuse_prefix=True)
+
+
+class Blocks(nn.Module):
+    """An embedding, three residual blocks with dropout and a buffer, and a head."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.drop = nn.Linear(8, 16), nn.Linear(16, 8), nn.Dropout(0.5)
+            self.register_buffer("bias", torch.zeros(8))
+
+        def forward(self, x):
+            return x + self.drop(self.down(torch.tanh(self.up(x)))) + self.bias
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.layers = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.layers:
+            x = block(x)
+        return self.head(x)
+
+
+def blocks(**options):
+    torch.manual_seed(0)
+    model = Blocks()
+    subspace = sk.Subspace({"layers.2.down.weight": [1, 3]})
+    return model, wrap(model, subspace, rho=0.05, **options), torch.randn(4, 8)
+
+
+def squared(model, x):
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize("switched_in", ["ascent", "descent"])
+def test_a_switch_to_evaluation_inside_one_pass_is_refused(switched_in):
+    model, opt, x = blocks(reuse_prefix=True)
+    with opt.ascent():
+        model.train(switched_in != "ascent")
+        opt.ascend(squared(model, x))
+        model.train()
+    with refuses_in_one_line("has changed between the passes"), opt.perturbed():
+        model.train(switched_in != "descent")
+        squared(model, x).backward()
+
+
+def test_a_buffer_below_that_is_written_between_the_passes_is_refused():
+    model, opt, x = blocks(reuse_prefix=True)
+    model.eval()
+    with opt.ascent():
+        opt.ascend(squared(model, x))
+    model.layers[0].bias.add_(1)
+    with refuses_in_one_line("has changed between the passes"), opt.perturbed():
+        squared(model, x).backward()
+
+
+def test_after_a_failed_second_ascent_the_blocks_below_are_trained_as_ever():
+    gradients = []
+    for reuse in (False, True):
+        model, opt, x = blocks(reuse_prefix=reuse)
+        model.eval()
+        with opt.ascent():
+            opt.ascend(squared(model, x))
+        with pytest.raises(ZeroDivisionError), opt.ascent():
+            raise ZeroDivisionError
+        with opt.perturbed():
+            squared(model, x).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        opt.step()
+    for plain, reused in zip(*gradients, strict=True):
+        assert torch.equal(plain, reused)
+
+
+def test_a_plain_update_after_a_failed_descent_is_taken():
+    model, opt, x = blocks(reuse_prefix=True)
+    model.eval()
+    with opt.ascent():
+        opt.ascend(squared(model, x))
+    with pytest.raises(ZeroDivisionError), opt.perturbed():
+        raise ZeroDivisionError
+    opt.rho = 0
+    squared(model, x).backward()
+    opt.step()
+    assert opt.updates == 1
+
+
+def test_weights_are_restored_where_the_comparison_itself_fails(monkeypatch):
+    model, opt, x = blocks(reuse_prefix=True, perturbation="in_place")
+    model.eval()
+    before = bits(model)
+    with opt.ascent():
+        opt.ascend(squared(model, x))
+
+    def fails():
+        raise MemoryError
+
+    with pytest.raises(MemoryError), opt.perturbed():  # noqa: PT012
+        squared(model, x).backward()
+        monkeypatch.setattr(opt._update.prefix._differences, "send", fails)
+    assert same_bits(model, before)
+    assert opt.phase is not sk.Phase.DESCENDING
