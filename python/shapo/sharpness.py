@@ -187,21 +187,20 @@ def measure(
     ):
         base, norm = loss.value(), _norm(gradient.values())
 
-        def point(mover: _Mover, rho: float) -> Point:
+        def point(mover: _Mover, rho: float, ratio: float) -> Point:
             with mover.moved(rho):
                 increase = loss.value() - base
             if not math.isfinite(increase):
                 raise UserError(f"at rho {rho:g} the loss is not finite; give smaller radii")
             bar.update()
             worst = full.get(rho, increase if mover is movers[0] else 0.0)
-            ratio = rho / mover.weight_norm if mover.weight_norm else math.nan
             return Point(rho, ratio, increase, increase / worst if worst else None, mover.realised)
 
         curves = []
         for (name, space), mover in zip(spaces.items(), movers, strict=True):
             share = (mover.gradient_norm / norm) ** 2 if norm else math.nan
-            by_rho = [point(mover, rho) for rho in rhos]
-            by_ratio = [point(mover, ratio * mover.weight_norm) for ratio in ratios]
+            by_rho = [point(mover, rho, rho / mover.weight_norm if mover.weight_norm else math.nan) for rho in rhos]
+            by_ratio = [point(mover, ratio * mover.weight_norm, ratio) for ratio in ratios]
             curves.append(Curve(name, space.count, mover.weight_norm, share, by_rho, by_ratio))
             full = full or {one.rho: one.increase for one in by_rho}
     return Sharpness(base, norm, len(loss), curves)

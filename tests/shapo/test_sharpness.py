@@ -74,6 +74,7 @@ def test_ratios_are_multiples_of_the_selected_weights_norm(result, tiny_llama):
     norm = math.sqrt(sum(float(value.double().square().sum()) for value in selected))
     assert some.weight_norm == pytest.approx(norm)
     assert some.by_ratio[0].rho == pytest.approx(0.1 * norm)
+    assert some.by_ratio[0].ratio == 0.1
     assert some.by_rho[1].ratio == pytest.approx(0.3 / norm)
     assert some.neurons == 5
 

@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.storage.outputs import is_same
 
     require_writable(arguments.output)
-    # An earlier page, which `runs/*` holds too, is written anew; what was measured is not written over.
-    given = [path for path in arguments.runs if Path(path).is_dir() or not is_same(Path(path), Path(arguments.output))]
-    if any(Path(path).suffix != ".html" for path in set(arguments.runs) - set(given)):
+    # `runs/*` holds an earlier page and recipes too. The page is written anew; what was measured is not written over.
+    runs = [path for path in arguments.runs if not path.endswith(".recipe.yaml")]
+    given = [path for path in runs if Path(path).is_dir() or not is_same(Path(path), Path(arguments.output))]
+    if any(Path(path).suffix != ".html" for path in set(runs) - set(given)):
         raise UserError(f"--output would overwrite {arguments.output}, which is one of the results; choose another")
     page = collect(given)
     write_text(arguments.output, render(page, title=arguments.title))

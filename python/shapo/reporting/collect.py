@@ -55,6 +55,9 @@ def collect(paths: Sequence[str | os.PathLike[str]]) -> Page:
         if not given:
             continue
         try:
+            if kind == "train":
+                given, repeated = training.distinct(given)
+                page.left_out += repeated
             page.sections += reader(given)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             names = ", ".join(str(path) for path, _ in given)
@@ -72,7 +75,7 @@ def _identify(path: Path) -> Found:
     if path.is_file():
         values = _load(path)
         if not {"attack_success", "preferences", "win_rate", "lm_eval"} & set(values):
-            raise UserError("it is no result of `shapo evaluate`")
+            raise UserError("it holds no numbers: neither preferences, verdicts, comparisons nor lm-eval")
         return Found(path, "verdicts", values)
     for name, kind in _FILES.items():
         if (path / name).is_file():
@@ -83,6 +86,8 @@ def _identify(path: Path) -> Found:
         raise UserError("an unfinished run: metrics, but no run.json at its end; resume it, then report again")
     if (path / "methods").is_dir() or list(path.glob("seed-*")):
         raise UserError("an unfinished demo or attack: it has begun and not written its results")
+    if (path / "probe.json").is_file():
+        raise UserError("a run of `shapo probe`: it measures no method")
     raise UserError("no run: none of run.json, report.json, attack.json, sharpness.json is there")
 
 

@@ -43,6 +43,27 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return made
 
 
+def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """One run of each method, data and seed, and the others with the reason: a run repeated is no second seed."""
+    kept: dict[str, Run] = {}
+    repeated = []
+    for folder, values in runs:
+        arguments = values["arguments"]
+        seeds = [arguments.get("seed"), arguments.get("noise_seed") if arguments.get("noise") else None]
+        data = values.get("digests", {}).get("data")
+        key = json.dumps([_comparable(values), _name(arguments), _settings(arguments), data, *seeds])
+        if key in kept:
+            repeated.append((str(folder), f"the same settings and seed as {kept[key][0]}"))
+        else:
+            kept[key] = (folder, values)
+    return list(kept.values()), repeated
+
+
+def _settings(arguments: Mapping[str, Any]) -> str:
+    """What makes a method besides its name."""
+    return json.dumps({k: v for k, v in arguments.items() if k not in _NOT_THE_METHOD | _NAMED}, sort_keys=True)
+
+
 def _comparable(values: Mapping[str, Any]) -> str:
     arguments = values["arguments"]
     digests = values.get("digests", {})
@@ -78,8 +99,7 @@ def _methods(runs: list[Run]) -> dict[str, list[Run]]:
     by_name: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         arguments = run[1]["arguments"]
-        rest = {k: v for k, v in arguments.items() if k not in _NOT_THE_METHOD | _NAMED}
-        by_name.setdefault(_name(arguments), {}).setdefault(json.dumps(rest, sort_keys=True), []).append(run)
+        by_name.setdefault(_name(arguments), {}).setdefault(_settings(arguments), []).append(run)
     methods: dict[str, list[Run]] = {}
     for name, variants in by_name.items():
         settings = [json.loads(key) for key in variants]

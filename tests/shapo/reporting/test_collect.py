@@ -33,6 +33,13 @@ def test_seeds_of_a_method_are_brought_together(tmp_path):
     assert "Some methods were run with one seed only." in section.limits
 
 
+def test_a_run_repeated_with_the_same_seed_is_no_second_seed(tmp_path):
+    first, again = (runs.train_run(tmp_path / name, seed=3) for name in ("first", "again"))
+    page = collect([first, again])
+    assert texts(page.sections[0].tables[0])[0][1:3] == ["1", "75.0 (65 to 85)"]
+    assert page.left_out == [(str(again), f"the same settings and seed as {first}")]
+
+
 def test_settings_that_differ_make_methods_of_their_own(tmp_path):
     paths = [runs.train_run(tmp_path / f"r{lr}", lr=lr) for lr in (1e-3, 1e-4)]
     (section,) = collect(paths).sections
@@ -80,8 +87,14 @@ def test_what_cannot_be_shown_is_named_with_its_reason(tmp_path):
     damaged = runs.train_run(tmp_path / "damaged")
     (damaged / "run.json").write_text('{"arguments": ')
     (tmp_path / "odd.json").write_text("[1]")
+    (tmp_path / "answers.json").write_text('{"answers": []}')
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "probe.json").write_text("{}")
     given = [whole, half, tmp_path / "none", damaged, tmp_path / "odd.json", tmp_path / "nowhere"]
+    given += [tmp_path / "answers.json", tmp_path / "probe"]
     reasons = dict(collect(given).left_out)
+    assert "holds no numbers" in reasons[str(tmp_path / "answers.json")]
+    assert "measures no method" in reasons[str(tmp_path / "probe")]
     assert "unfinished run" in reasons[str(half)]
     assert "no run" in reasons[str(tmp_path / "none")]
     assert "run.json is damaged" in reasons[str(damaged)]
@@ -109,7 +122,9 @@ def test_a_page_may_replace_an_earlier_page_and_nothing_else(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     result, before = runs.safety(tmp_path / "e.json"), (tmp_path / "e.json").read_bytes()
     assert main(["report", "e.json", "--output", "report.html"]) == 0
-    assert main(["report", "e.json", "report.html", "--output", "report.html"]) == 0
+    (tmp_path / "e.json.recipe.yaml").write_text("model: a\n")
+    everything = ["e.json", "e.json.recipe.yaml", "report.html"]
+    assert main(["report", *everything, "--output", "report.html"]) == 0
     assert "left out" not in capsys.readouterr().out
     assert main(["report", "e.json", "--output", str(result)]) == 2
     assert "would overwrite" in capsys.readouterr().err
