@@ -8,6 +8,7 @@ from torch import nn
 
 from shapo.libraries import accelerate, peft
 from shapo.libraries import torch as ours
+from shapo_kernels.interop.names import COMPILED, REPLICATED
 
 
 @pytest.mark.parametrize("name", accelerate.OPTIMIZER)
@@ -59,8 +60,8 @@ def test_hooks_are_seen():
 
 def test_wrappers_keep_their_model_where_it_is_looked_for():
     layer = nn.Linear(1, 1)
-    assert dict(nn.DataParallel(layer).named_children())[ours.REPLICATED] is layer
-    assert dict(torch.compile(layer).named_children())[ours.COMPILED] is layer
+    assert dict(nn.DataParallel(layer).named_children())[REPLICATED] is layer
+    assert dict(torch.compile(layer).named_children())[COMPILED] is layer
 
 
 @pytest.mark.parametrize("name", ours.FSDP2)
