@@ -91,8 +91,9 @@ class Loop:
             self._finish(save, check)
         self.model.train(self.config.dropout)
         with (
-            MetricsLog(self.output / METRICS, position=position) as log,
+            # First, so that a tracker that does not start leaves no metrics.jsonl, which would pass for a run.
             Trackers(self.config.report_to or (), self.output, self.run) as trackers,
+            MetricsLog(self.output / METRICS, position=position) as log,
             Interruptible() as interrupt,
             tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not progress) as bar,
         ):

@@ -55,6 +55,8 @@ class Trackers:
 
     def _start(self, name: str) -> Any:
         made = getattr(importlib.import_module("accelerate.tracking"), _CLASSES[name])
+        # Accelerate's trackers log through a logger that wants this state; without an Accelerator nobody else makes it.
+        importlib.import_module("accelerate").PartialState()
         if name == "tensorboard":
             tracker = made("tensorboard", self._output)
         elif name == "wandb":

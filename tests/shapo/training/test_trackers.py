@@ -100,6 +100,30 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(tmp_path, capsys)
     assert "no route to host" in capsys.readouterr().err
 
 
+def test_a_tracker_starts_where_nothing_else_has_set_up_accelerate(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from accelerate import PartialState
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    PartialState._reset_state()
+    with Trackers(["wandb"], tmp_path, {}) as trackers:
+        trackers.log("update", {"loss": 1.0}, 1)
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_a_tracker_that_does_not_start_leaves_no_run_in_the_way_of_the_next(train, monkeypatch):
+    def refuse(self, name):
+        raise OSError("no key")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trackers, "_start", refuse)
+        code, error = train("--report-to", "tensorboard")
+    assert code == 2
+    assert "--report-to tensorboard does not start: no key" in error
+    assert train()[0] == 0
+
+
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused(monkeypatch):
     with pytest.raises(UserError, match="unknown tracker 'clearml'"):
         LoopConfig(report_to=("clearml",))
