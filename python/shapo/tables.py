@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables and counts for a terminal."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

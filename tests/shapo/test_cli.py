@@ -101,10 +101,13 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
     assert shapo(*train_arguments(files, "--save-every", 1))[0] == 0
     code, _, error = shapo(*train_arguments(files))
     assert code == 2
-    assert "already holds a run" in error
+    assert "already holds a run; --resume goes on with it, --overwrite replaces it" in error
     assert shapo(*train_arguments(files, "--resume"))[0] == 0
     assert shapo(*train_arguments(files, "--overwrite"))[0] == 0
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert "already holds a run; --overwrite replaces it" in shapo(*train_arguments(files))[2]
+    code, _, error = shapo(*train_arguments(files, "--resume"))
+    assert (code, "out is finished and left no checkpoint; --overwrite replaces it" in error) == (2, True)
     assert len(read_metrics("out/metrics.jsonl", "update")) == 2
 
 
@@ -188,8 +191,41 @@ def test_an_option_that_can_never_act_is_refused(command, message, shapo, files,
 def test_a_warm_up_that_does_not_end_is_told(shapo, files):
     code, _, error = shapo(*train_arguments(files, "--warmup", 5, "--save-every", 3))
     assert code == 0
-    assert "shapo: note: warmup is 5, more than the 2 updates: lr is never reached" in error
-    assert "save_every is 3, more than the 2 updates: no checkpoint is written" in error
+    assert "shapo: note: warmup is 5, but the run has 2 updates: lr is never reached" in error
+    assert "save_every is 3, but the run has 2 updates: no checkpoint is written" in error
+
+
+@pytest.mark.parametrize(("subspace", "told"), [("full", True), ("head", False)])
+def test_a_prefix_that_saves_nothing_is_told(subspace, told, shapo, files):
+    code, _, error = shapo(*train_arguments(files, "--rho", 0.1, "--subspace", subspace, "--reuse-prefix"))
+    assert code == 0
+    assert ("shapo: note: --reuse-prefix saves nothing" in error) == told
+
+
+def test_a_perturbation_that_is_next_to_nothing_is_told(shapo, files):
+    for rho, told in ((1e-9, True), (10.0, False)):
+        more = ["--rho", rho, "--subspace", "full", "--norm", "none", "--interval", 1, "--overwrite"]
+        code, out, error = shapo(*train_arguments(files, *more))
+        assert code == 0
+        ratio = float(re.search(r"\|\|W_S\|\|: (\S+)", out)[1])
+        assert (ratio < 1e-5, "next to nothing here; see recipe shapo-probe" in error) == (told, told)
+
+
+def test_what_is_selected_is_counted_in_neurons_and_layers(shapo, files):
+    random = ["select", "--model", files / "model", "--method", "random", "--output", "s.safetensors"]
+    assert "128 neurons in 2 layers: s.safetensors" in shapo(*random, "--percent", 100)[1]
+    assert "1 neuron in 1 layer: s.safetensors" in shapo(*random, "--percent", 0.8)[1]
+
+
+def test_a_probe_no_better_than_the_majority_class_is_told(shapo, files):
+    probe = ["probe", "--model", files / "model", "--data", files / "train.jsonl", *TOKENS, "--quiet", "--output"]
+    for name, lr in (("untrained", 1e-12), ("trained", 0.05)):
+        code, out, error = shapo(*probe, name, "--lr", lr)
+        assert code == 0, error
+        accuracy, majority = re.search(r"accuracy (\S+) %, majority class (\S+) %", out).groups()
+        assert ("its direction points nowhere" in error) == (float(accuracy) <= float(majority))
+        if name == "untrained":
+            assert accuracy <= majority
 
 
 def test_a_short_length_alone_is_no_mistake(shapo, files):

@@ -148,11 +148,12 @@ def run_folder(arguments: argparse.Namespace) -> Path:
         UserError: Not writable, or there is a run and neither --resume nor --overwrite.
     """
     from shapo.storage.files import require_writable
-    from shapo.training.loop import METRICS
+    from shapo.training.loop import CHECKPOINT, METRICS
 
     folder = require_writable(arguments.output, folder=True)
     if (folder / METRICS).exists() and not (arguments.resume or arguments.overwrite):
-        raise UserError(f"{folder} already holds a run; add --resume to go on with it or --overwrite to replace it")
+        resumable = "--resume goes on with it, " if (folder / CHECKPOINT).exists() else ""
+        raise UserError(f"{folder} already holds a run; {resumable}--overwrite replaces it")
     return folder
 
 

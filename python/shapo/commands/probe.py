@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shapo.commands import common
+from shapo.notes import note
 from shapo.options import Group, option, positive_int, seed_number
 
 SUMMARY = "train the safety probe on a model's hidden states"
@@ -100,4 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
         f"validation accuracy {100 * probe.accuracy:.1f} %, majority class {100 * probe.majority:.1f} %, "
         f"{len(examples)} responses"
     )
+    if probe.accuracy <= probe.majority:
+        note("the probe does no better than the majority class: its direction points nowhere")
     print(f"probe: {output / 'probe.safetensors'}")

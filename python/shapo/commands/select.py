@@ -88,7 +88,7 @@ OPTIONS = (
 
 def run(arguments: argparse.Namespace) -> None:
     from shapo.storage.files import atomic_file, require_writable
-    from shapo.tables import table
+    from shapo.tables import counted, table
 
     _check(arguments)
     require_writable(arguments.output)
@@ -99,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         subspace.save(temporary)
     rows = [(name, str(subspace[name].numel())) for name in subspace.names]
     print(table(("weight", "neurons"), rows))
-    print(f"{subspace.count} neurons of {len(subspace)} weights: {arguments.output}")
+    neurons, layers = counted(subspace.count, "neuron"), counted(len(subspace), "layer")
+    print(f"{neurons} in {layers}: {arguments.output}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from shapo.commands import common
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
+from shapo.notes import note
 from shapo.options import Group, given, option, positive_int, read, seed_number
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def run(arguments: argparse.Namespace) -> None:
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), **summary})
     if summary["rho_over_weight_norm"] is not None:
         print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")
+        if arguments.norm == "none" and summary["rho_over_weight_norm"] < 1e-5:
+            note("the perturbation is next to nothing here; see recipe shapo-probe")
     for name, value in summary["final"].items():
         print(f"{name}: {value:.4g}")
     measured = {name: summary[name] for name in ("updates", "seconds_per_update", "rho_over_weight_norm", "flipped")}
@@ -174,7 +177,6 @@ def _shapo_config(arguments: argparse.Namespace) -> ShaPOConfig | None:
 
 
 def _warn_of_saturation(rewards: PairRewards, beta_reward: float) -> None:
-    from shapo.notes import note
     from shapo.scoring.reward_head import saturated, sharpness_hint
 
     share = saturated(rewards, beta_reward)

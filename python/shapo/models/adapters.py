@@ -48,8 +48,10 @@ class Lora:
             name, equals, value = part.strip().partition("=")
             if equals:
                 key = name
-                if key not in ("r", "alpha", "dropout", "targets") or key in values:
-                    raise UserError(f"--lora has {key} {'twice' if key in values else ''}; {_EXPECTED}")
+                if key not in ("r", "alpha", "dropout", "targets"):
+                    raise UserError(f"--lora does not know {key!r}; {_EXPECTED}")
+                if key in values:
+                    raise UserError(f"--lora has {key} twice; {_EXPECTED}")
                 values[key] = (value,) if key == "targets" else value
             elif key == "targets" and name:
                 values[key] += (name,)

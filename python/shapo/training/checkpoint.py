@@ -81,6 +81,8 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dic
         UserError: No such file, not a checkpoint, damaged, or of another run.
     """
     if not Path(path).is_file():
+        if (Path(path).parent / "run.json").exists():
+            raise UserError(f"{Path(path).parent} is finished and left no checkpoint; --overwrite replaces it")
         raise UserError(f"there is no checkpoint {path} to resume from; run without --resume first")
     try:
         with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them

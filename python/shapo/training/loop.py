@@ -18,6 +18,7 @@ from tqdm import tqdm
 from shapo.config import LoopConfig
 from shapo.errors import UserError
 from shapo.notes import note
+from shapo.tables import counted
 from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
@@ -86,7 +87,7 @@ class Loop:
             ("save_every", self.config.save_every, "no checkpoint is written"),
         ):
             if value > self.total:
-                note(f"{option} is {value}, more than the {self.total} updates: {effect}")
+                note(f"{option} is {value}, but the run has {counted(self.total, 'update')}: {effect}")
         if done == self.total:
             self._finish(save, check)
         self.model.train(self.config.dropout)

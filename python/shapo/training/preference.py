@@ -120,6 +120,11 @@ def train_preferences(
     optimizer: Any = base
     if shapo is not None and subspace is not None:
         optimizer = ShaPOOptimizer(base, model, subspace, seed=loop.seed, **shapo.for_optimizer())
+        if shapo.reuse_prefix and not optimizer.stats["prefix_blocks"]:
+            note(
+                "--reuse-prefix saves nothing: the subspace reaches the lowest block; "
+                "shapo select --depth 0.25 leaves blocks below it"
+            )
         if loop.fused_head == "on":
             find_fused_head(model, "on")  # a perturbed head cannot be left out
     scheduler = make_scheduler(optimizer, loop, total)
@@ -165,7 +170,9 @@ class _Pass:
 
     def accuracy_and_margin(self) -> dict[str, float]:
         margins = torch.cat(self.margins)
-        return {"accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
+        # A tie counts half, as in the evaluation: in the first update every pair is one.
+        accuracy = (margins.sign().double().mean().item() + 1) / 2
+        return {"accuracy": accuracy, "margin": margins.mean().item()}
 
 
 @dataclass

@@ -104,7 +104,7 @@ def test_a_run_with_an_adapter_resumes_to_the_bit_and_with_another_one_is_refuse
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--lora", "rank=3"], "--lora has rank"),
+        (["--lora", "rank=3"], "--lora does not know 'rank'; r=16"),
         (["--lora", "r=two"], "--lora is 'r=two'"),
         (["--lora", "r=0"], "r and alpha of at least 1"),
         (["--lora", "r=2,r=3"], "--lora has r twice"),

@@ -17,7 +17,7 @@ from shapo.errors import UserError
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
 from shapo.training.metrics import MetricsLog, read_metrics
-from shapo.training.preference import train_preferences
+from shapo.training.preference import _Pass, train_preferences
 from shapo.training.sft import train_sft
 from shapo_kernels import Subspace, losses
 
@@ -385,3 +385,8 @@ def test_options_that_do_not_belong_together_are_refused(tiny_llama, pairs, rewa
         train(tiny_llama, pairs, tmp_path, loss=LossConfig("reward_level"))
     with pytest.raises(UserError, match="both a radius and a subspace"):
         train(tiny_llama, pairs, tmp_path, subspace=Subspace(NEURONS))
+
+
+def test_a_tie_counts_half_in_an_updates_accuracy():
+    seen = _Pass(margins=[torch.tensor([0.0, 0.0, 2.0]), torch.tensor([-1.0, 0.0])])
+    assert seen.accuracy_and_margin() == {"accuracy": pytest.approx(2.5 / 5), "margin": pytest.approx(0.2)}
