@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shapo.errors import UserError, first_line
 from shapo.libraries.peft import is_peft
+from shapo.storage.fingerprint import digest_tensors
 from shapo_kernels import Subspace
 from shapo_kernels.interop.names import parameters_by_name, plain_name
 
@@ -120,6 +121,12 @@ def adapter_identity(model: Any) -> dict[str, Any]:
     }
 
 
+def digest_base(model: Any) -> str:
+    """`digest_model` of the model that the adapter was put onto: A is drawn anew for each seed, the base is not."""
+    state = model.get_base_model().state_dict()
+    return digest_tensors({plain_name(name): weight for name, weight in state.items() if "lora_" not in name})
+
+
 def adapters_subspace(model: Any) -> Subspace:
     """All trainable weights of the adapter, whole: ShaPO that moves the adapters and leaves the base as it is.
 
@@ -159,4 +166,4 @@ def merged(model: Any) -> Iterator[tuple[Any, dict[str, Tensor] | None]]:
                 layer.get_base_layer().weight.copy_(weight)
 
 
-__all__ = ["Lora", "adapter_identity", "adapters_subspace", "add_lora", "merged"]
+__all__ = ["Lora", "adapter_identity", "adapters_subspace", "add_lora", "digest_base", "merged"]

@@ -48,7 +48,7 @@ def write_card(
 
 Made with shapo (ShaPO, arXiv:2602.07340).
 
-* Base model: `{base if on_hub else Path(base).name}`
+* Base model: `{base}`
 * Data: {", ".join(f"`{source}`" for source in sources)}
 * Evaluation data: {f"`{recipe['eval_data']}`" if recipe.get("eval_data") else "none"}
 * Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}

@@ -68,7 +68,7 @@ def _comparable(values: Mapping[str, Any]) -> str:
     arguments = values["arguments"]
     digests = values.get("digests", {})
     key = {
-        "model": digests.get("model") or arguments.get("model"),
+        "model": digests.get("base") or digests.get("model") or arguments.get("model"),
         "data": arguments.get("data"),
         "limit": arguments.get("limit"),
         "noise": arguments.get("noise"),
@@ -79,10 +79,10 @@ def _comparable(values: Mapping[str, Any]) -> str:
 
 def _section(key: str, runs: list[Run], several: bool) -> Section:
     arguments = runs[0][1]["arguments"]
-    title = "Training" + (f": {Path(str(arguments.get('data'))).name}" if several else "")
+    title = "Training" + (f": {_sources(arguments, short=True)}" if several else "")
     noise = arguments.get("noise") or 0
     text = [
-        f"Started from {arguments.get('model')}, trained on {arguments.get('data')}"
+        f"Started from {arguments.get('model')}, trained on {_sources(arguments)}"
         + (f" with {100 * noise:g} % of the labels flipped" if noise else "")
         + f", measured on {arguments.get('eval_data') or 'no held-out pairs'}."
     ]
@@ -105,9 +105,21 @@ def _methods(runs: list[Run]) -> dict[str, list[Run]]:
         settings = [json.loads(key) for key in variants]
         differing = sorted(k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings))
         for found, members in zip(settings, variants.values(), strict=True):
-            told = ", ".join(f"{k.replace('_', ' ')} {found.get(k)}" for k in differing)
+            told = ", ".join(f"{k.replace('_', ' ')} {_shown(k, found.get(k))}" for k in differing)
             methods[f"{name} ({told})" if told else name] = members
     return methods
+
+
+def _sources(arguments: Mapping[str, Any], *, short: bool = False) -> str:
+    data = arguments.get("data")
+    texts = [str(source) for source in (data if isinstance(data, list) else [data])]
+    return ", ".join(Path(text).name if short else text for text in texts)
+
+
+def _shown(setting: str, value: Any) -> str:
+    if value is None:
+        return "none" if setting == "lora" else "default"
+    return str(value)
 
 
 def _name(arguments: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ from torch import Tensor
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
-from shapo.models.adapters import adapter_identity
+from shapo.libraries.peft import is_peft
+from shapo.models.adapters import adapter_identity, digest_base
 from shapo.models.fused_head import FusedHead, find_fused_head
 from shapo.models.modes import evaluating
 from shapo.notes import note
@@ -78,7 +79,8 @@ def train_preferences(
     Returns:
         A summary: `updates`, `seconds_per_update` and `cpu_seconds_per_update` (medians), `final` (last evaluation),
         `rho_over_weight_norm` (median over the ShaPO updates, or None), `flipped` (number of flipped labels),
-        `digests` (of the model at the start, the training pairs, the evaluation pairs).
+        `digests` (of the model at the start, of its `base` without an adapter, the training pairs, the evaluation
+        pairs).
 
     Raises:
         UserError: Options that do not belong together, a loss that is no longer finite, or see `Loop.train`.
@@ -95,6 +97,7 @@ def train_preferences(
         _require_an_ascent_that_fits(shapo, loss, loop)
         _require_shapo_updates(shapo, total)
     start = digest_model(model)
+    base_start = digest_base(model) if is_peft(model) else start
     run = {
         "kind": "preference",
         "model": start,
@@ -144,7 +147,8 @@ def train_preferences(
     finally:
         if isinstance(optimizer, ShaPOOptimizer):
             optimizer.detach()
-    digests = {"model": start, "data": data.digest(), "evaluation": evaluation.digest() if evaluation else None}
+    held_out_digest = evaluation.digest() if evaluation else None
+    digests = {"model": start, "base": base_start, "data": data.digest(), "evaluation": held_out_digest}
     return {**_summary(output / METRICS, int(data.flipped.sum())), "digests": digests}
 
 

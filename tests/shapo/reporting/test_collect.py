@@ -46,6 +46,15 @@ def test_settings_that_differ_make_methods_of_their_own(tmp_path):
     assert [row[0] for row in texts(section.tables[0])] == ["dpo (lr 0.001)", "dpo (lr 0.0001)"]
 
 
+def test_sources_and_settings_left_open_are_written_as_words(tmp_path):
+    given = {"data": ["a/pairs.jsonl", "b.jsonl"]}
+    paths = [runs.train_run(tmp_path / f"{n}", **given, updates=n, lora=f"r={n}" if n else n) for n in (None, 4)]
+    (section,) = collect(paths).sections
+    assert "trained on a/pairs.jsonl, b.jsonl with" in section.text[0]
+    names = [row[0] for row in texts(section.tables[0])]
+    assert names == ["dpo (lora none, updates default)", "dpo (lora r=4, updates 4)"]
+
+
 @pytest.mark.parametrize("other", [{"data": "b.jsonl"}, {"eval_data": "b.jsonl"}, {"model": "b"}, {"noise": 0.1}])
 def test_runs_of_different_data_are_said_to_be_and_shown_apart(other, tmp_path):
     page = collect([runs.train_run(tmp_path / "a"), runs.train_run(tmp_path / "b", **other)])

@@ -11,9 +11,10 @@ import torch
 from shapo.cli import main
 from shapo.config import OPTIMIZERS, LoopConfig
 from shapo.errors import UserError
-from shapo.models.adapters import Lora, add_lora, merged
+from shapo.models.adapters import Lora, add_lora, digest_base, merged
 from shapo.models.blocks import checkpoint_blocks, set_attention
 from shapo.models.loading import load_model
+from shapo.storage.fingerprint import digest_model
 from shapo.training.metrics import read_metrics
 from shapo.training.optimizers import make_optimizer
 from shapo_kernels import Subspace
@@ -70,6 +71,12 @@ def test_a_merged_model_is_w_plus_scaled_b_a_and_the_base_comes_back_to_the_bit(
         torch.testing.assert_close(state[DOWN], wanted)
         assert not any("lora" in name or "base_layer" in name for name in state)
     assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+def test_the_digest_of_the_base_is_that_of_the_model_without_the_adapter(tiny_llama):
+    before = digest_model(tiny_llama)
+    adapted = add_lora(tiny_llama, Lora(r=2), seed=0)
+    assert digest_base(adapted) == before != digest_model(adapted)
 
 
 @pytest.mark.parametrize("subspace", ["{files}/subspace.safetensors", "adapters"])

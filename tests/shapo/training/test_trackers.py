@@ -165,7 +165,7 @@ def test_the_model_card_says_what_the_model_is_made_of(train, files):
     card = ModelCard.load("out/model/README.md")
     assert card.data.library_name == "transformers"
     assert "shapo" in card.data.tags
-    for text in ("Base model: `model`", f"`{files}/train.jsonl`", "| accuracy |", "beta: 0.25", "## Limits"):
+    for text in (f"Base model: `{files}/model`", f"`{files}/train.jsonl`", "| accuracy |", "beta: 0.25", "## Limits"):
         assert text in card.text, text
 
 
