@@ -63,7 +63,12 @@ class LossConfig:
     name: str = option("formulas: docs/losses.md", "dpo", flag="loss", choices=LOSSES)
     beta: float = option("inverse temperature of the implicit reward (simpo: scale of the mean log-probabilities)", 0.1)
     epsilon: float | None = option(
-        "assumed share of flipped labels, in [0, 0.5)", None, of=("cdpo", "rdpo"), parse=float, absent="0.1"
+        "assumed share of flipped labels, in [0, 0.5)",
+        None,
+        of=("cdpo", "rdpo"),
+        parse=float,
+        absent="0.1",
+        metavar="SHARE",
     )
     gamma: float | None = option("target margin", None, of=("simpo",), parse=float, absent="0.5")
     beta_reward: float | None = option(
@@ -71,7 +76,9 @@ class LossConfig:
     )
     aggregation: str = option("how a batch's pairs come together", "mean", choices=AGGREGATIONS)
     beta_prime: float | None = option("its temperature, in nats", None, of=("drdpo",), parse=float, absent="1")
-    nll: float = option("weight of the chosen responses' negative log-likelihood per token, added to the loss", 0.0)
+    nll: float = option(
+        "weight of the chosen responses' negative log-likelihood per token, added to the loss", 0.0, metavar="WEIGHT"
+    )
 
     def __post_init__(self) -> None:
         _choice("loss", self.name, LOSSES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     float: ((str, int, float), "a number"),
 }
 
+# What other libraries call these options.
+_ALIASES = {"learning_rate": "lr", "batch": "batch_size"}
+
 # What a run does with what is there already belongs to one call, not to the recipe.
 _OF_ONE_CALL = ("config", "resume", "overwrite", "push_to_hub")
 
@@ -40,8 +44,8 @@ class RecipeOption:
     """For all commands with an output."""
 
     config: str | None = option(
-        "YAML file of this command's options, or a shipped recipe by its name; the command line wins "
-        "(--no-X takes back an X: true)",
+        "YAML file of this command's options, or a shipped recipe by its name (names: docs/cli.md#recipes); the "
+        "command line wins (--no-X takes back an X: true)",
         None,
         metavar="RECIPE",
         reads=True,
@@ -100,7 +104,9 @@ def write(values: Mapping[str, Any], command: str, groups: Sequence[Group]) -> P
     folder = options_of(groups)["output"][1].metavar == "FOLDER"
     path = output / "recipe.yaml" if folder else output.with_name(f"{output.name}.recipe.yaml")
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
-    write_text(path, f"# shapo {command} --config {path.name}\n{text}")
+    # A name that would break the comment, and with it the YAML, is not written.
+    named = shlex.quote(str(path)) if str(path).isprintable() else "RECIPE"
+    write_text(path, f"# shapo {command} --config {named}\n{text}")
     return path
 
 
@@ -156,7 +162,7 @@ def _unknown(path: Path, key: str, command: str, commands: Mapping[str, Sequence
     if key in _OF_ONE_CALL:
         return f"{path}: {key} belongs on the command line, not into a recipe"
     own = [name for name in options_of(commands[command]) if name not in _OF_ONE_CALL]
-    near = difflib.get_close_matches(key, own, 1)
+    near = [name for name in [_ALIASES.get(key)] if name in own] or difflib.get_close_matches(key, own, 1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else f"; `shapo {command} --help` lists those it has"
     others = [other for other in COMMANDS if key in options_of(commands[other])]
     if others:

@@ -101,6 +101,7 @@ def test_the_merged_recipe_runs_the_command_again_to_the_same_bits(run, tmp_path
     (tmp_path / "mine.yaml").write_text("lr: 1e-3\nbatch-size: 4\nupdates: 3\nnoise: 0.25\nseed: 7\nquiet: true\n")
     assert run("train", "--config", "mine.yaml", *TOKENS, "--seed", "8", "--output", "first")[0] == 0
     assert run("train", "--config", "first/recipe.yaml", "--output", "second", data=False)[0] == 0
+    assert (tmp_path / "first/recipe.yaml").read_text().startswith("# shapo train --config first/recipe.yaml\n")
     first, second = (load_model(f"{name}/model").state_dict() for name in ("first", "second"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     kept = [yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("first", "second")]
@@ -139,6 +140,7 @@ def test_values_are_read_as_yaml_writes_them(tmp_path):
     ("text", "message"),
     [
         ("bach_size: 3", "r.yaml: train has no option bach_size; did you mean batch_size?"),
+        ("learning_rate: 3", "r.yaml: train has no option learning_rate; did you mean lr?"),
         ("xyzzy: 3", "r.yaml: train has no option xyzzy; `shapo train --help` lists those it has"),
         ("percent: 3", "r.yaml: percent is an option of select, not of train"),
         ("held_out: 3", "held_out is an option of sft, attack, not of train"),

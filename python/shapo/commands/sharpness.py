@@ -36,8 +36,10 @@ class SharpnessOptions:
     )
     random: int = option("random controls of the first subspace, of each kind: any layer, same layers", 1, metavar="N")
     random_seed: int = option("of the first control; the next ones count up", 0, parse=seed_number)
-    rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii)
-    ratios: list[float] = option("radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii)
+    rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii, metavar="R,R,...")
+    ratios: list[float] = option(
+        "radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii, metavar="R,R,..."
+    )
     beta: float = option("inverse temperature of the DPO loss", 0.1)
     bf16: bool = option("compute in bfloat16 under autocast; eps stays exact", False)
     batch_size: int = option("pairs through the model at once", 16, parse=positive_int, metavar="N")
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     plot_sharpness(
         output / "sharpness.png", result, title=f"{arguments.model}, {len(data)} pairs, loss {result.loss:.4f}"
     )
-    header = ("subspace", "neurons", "||W_S||", "gradient share", *(f"rho {rho:g}" for rho in arguments.rhos))
+    header = ("subspace", "neurons or rows", "||W_S||", "gradient share", *(f"rho {rho:g}" for rho in arguments.rhos))
     rows = [
         (
             c.name,

@@ -42,7 +42,7 @@ class HeldOutOptions:
     eval_split: str | None = option("split of --eval-data on the hub", None, metavar="NAME")
     eval_limit: int | None = option("evaluate on the first N of them alone", None, parse=positive_int, metavar="N")
     noise: float = option("flip this share of the training labels, 0 to 1", 0.0, metavar="SHARE")
-    noise_seed: int = option("which labels are flipped", 0, parse=seed_number)
+    noise_seed: int = option("which labels are flipped", 0, parse=seed_number, metavar="N")
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ def check_pairs(
         encoder: the template and the lengths of training.
 
     Returns:
-        `pairs`, `dropped`; `duplicates`: pairs that stand more than once, pairs that stand with their labels exchanged
-        too, and prompts of more than one pair; `in_common` with `against`: pairs and prompts; `prefixes`: rows whose
-        transcripts differ before the answer, answers that begin with their prompt; `lengths`: quantiles of prompt,
-        chosen and rejected; with an encoder `cut`: prompts, responses, and pairs that are equal after the cut;
+        `pairs`, `dropped`; `duplicates`: pairs that occur more than once, pairs that also occur with their
+        labels swapped, prompts of more than one pair; `in_common` with `against`: pairs and prompts; `prefixes`: rows
+        whose transcripts differ before the answer, answers that begin with their prompt; `lengths`: quantiles of
+        prompt, chosen and rejected; with an encoder `cut`: prompts, responses, and pairs that are equal after the cut;
         `balance`: share of the pairs whose chosen response is the longer one, safety flags, categories.
 
     Raises:
@@ -132,8 +132,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  left out: {count} {reason}" for reason, count in report["dropped"].items()]
     double, prefixes = report["duplicates"], report["prefixes"]
     lines += [
-        _marked(double["pairs"], "pairs stand more than once"),
-        _marked(double["with_exchanged_labels"], "pairs stand with their labels exchanged too"),
+        _marked(double["pairs"], "pairs occur more than once"),
+        _marked(double["with_exchanged_labels"], "pairs also occur with their labels swapped"),
         f"  {double['prompts']} prompts, {double['prompts_of_several_pairs']} of them in several pairs",
         _marked(prefixes["rows_whose_transcripts_differ"], "rows were left out: their transcripts differ too early"),
         _marked(prefixes["answers_that_begin_with_their_prompt"], "pairs whose answers begin with their prompt"),

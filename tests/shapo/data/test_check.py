@@ -116,7 +116,7 @@ def test_the_command_prints_the_counts_and_keeps_them(files: dict[str, str], cap
     ]
     assert main(["data", "check", files["a.jsonl"], *options]) == 0
     printed = capsys.readouterr().out
-    assert "! 1 pairs stand more than once" in printed
+    assert "! 1 pairs occur more than once" in printed
     assert f"! 1 pairs have a prompt of {files['b.jsonl']}" in printed
     assert "<|bos|>two«two c<|eos|>»" in printed
     report = json.loads(Path(files["report.json"]).read_text())
