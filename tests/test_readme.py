@@ -8,7 +8,7 @@ import pytest
 from benchmarks import report
 
 README = Path(__file__).parents[1] / "README.md"
-KERNELS = ["subspace_update", "column_cosine", "shapo_update"]
+KERNELS = ["subspace_update", "column_cosine", "shapo_update", "reused_prefix"]
 LOGPS = ["sequence_logps", "linear_sequence_logps", "linear_sequence_logps_step"]
 TABLES = [
     ("README.md", ["--wide", *KERNELS]),
