@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def save(name: str, rows: Iterable[dict[str, Any]], keep: Sequence[str]) -> None:
-    """Write rows beside earlier ones that differ in one of the columns ``keep``; each says of which commit it is."""
+    """Write rows beside earlier ones that differ in one of the columns `keep`; each says of which commit it is."""
     now, path = environment(), FOLDER / f"{name}.json"
     new = [{**one, "commit": now["commit"]} for one in rows]
     earlier = json.loads(path.read_text())["rows"] if keep and path.exists() else []
@@ -301,7 +301,7 @@ def ratio_columns(seconds: list[float], plain: list[float]) -> dict[str, float]:
 
 
 def make_loss(model: Any, count: int) -> Callable[[list[int]], Tensor]:
-    """The DPO loss of some of ``count`` pairs of random tokens, half of each the prompt."""
+    """The DPO loss of some of `count` pairs of random tokens, half of each the prompt."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 4096, (2, count, PRICE_TOKENS), generator=generator)
     reference = torch.full((count,), -150.0)

@@ -3,8 +3,8 @@
     python -m benchmarks.base_rounding
 
 A Llama of 0.6 million parameters, trained for 60 updates in fp32 and rounded to bfloat16, is fine-tuned on generated
-answers for 100 more updates by AdamW (10 of warm-up) with weights in float32 and in bfloat16. ``moved`` is the share of
-elements that an update changes (`shapo.training.rounding`), ``kept`` the decrease of the loss relative to float32's. No
+answers for 100 more updates by AdamW (10 of warm-up) with weights in float32 and in bfloat16. `moved` is the share of
+elements that an update changes (`shapo.training.rounding`), `kept` the decrease of the loss relative to float32's. No
 timing; one seed.
 """
 

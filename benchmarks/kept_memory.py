@@ -3,7 +3,7 @@
     python -m benchmarks.kept_memory [--pairs 16] [--tokens 96] [--updates 3]
 
 A Llama of SmolLM2-135M's shape with random weights, computing under bfloat16 autocast, AdamW. Each way has a process of
-its own, since the setting cannot be taken back. Writes ``benchmarks/results/kept_memory.json``.
+its own, since the setting cannot be taken back. Writes `benchmarks/results/kept_memory.json`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ COPY = "copy"
 
 
 class Copy:
-    """A copy between buffers far larger than the caches; measured in turn with the variants under the name ``COPY``."""
+    """A copy between buffers far larger than the caches; measured in turn with the variants under the name `COPY`."""
 
     def __init__(self, megabytes: int = 256) -> None:
         self._from = torch.ones(megabytes * 2**18)
@@ -24,7 +24,7 @@ class Copy:
         self._to.copy_(self._from)
 
     def columns(self, seconds: list[float], copies: list[float], bytes_needed: int) -> dict[str, float]:
-        """The floor, ``bytes_needed`` at the copy's rate, and the variant's median distance from it."""
+        """The floor, `bytes_needed` at the copy's rate, and the variant's median distance from it."""
         rates = [self.bytes_moved / copy for copy in copies]
         return {
             "bytes": bytes_needed,

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def between_markers(document: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
-    """The document with ``text`` between its markers.
+    """The document with `text` between its markers.
 
     Raises:
         ValueError: the markers are not there, the first before the second.

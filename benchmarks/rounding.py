@@ -2,7 +2,7 @@
 
     python -m benchmarks.rounding
 
-Weights are N(0, 0.02^2) rounded to bfloat16 and eps is N(0, size^2), two million elements. ``share`` is
+Weights are N(0, 0.02^2) rounded to bfloat16 and eps is N(0, size^2), two million elements. `share` is
 <realised, eps> / ||eps||^2: to first order, the share of the loss increase that is left. The published perturbation is
 W += gamma * g without a norm, gamma in [2e-6, 4e-6]: its size follows the gradient's, so rows are given for gradients
 whose elements have standard deviation 1e-3, 1e-1 and 1. No timing; one seed.

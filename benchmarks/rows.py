@@ -1,6 +1,6 @@
 """What a benchmark leaves behind: rows of timings taken in turn, and the machine they were taken on.
 
-A file under ``benchmarks/results/`` is one run, ``{"environment": …, "rows": [...]}``; ``report.py`` tabulates it.
+A file under `benchmarks/results/` is one run, `{"environment": …, "rows": [...]}`; `report.py` tabulates it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def keep_freed_memory() -> bool:
 
 
 def ratios(seconds: Mapping[str, list[float]], ours: str) -> dict[str, float]:
-    """How many times longer each variant takes than ``ours``: the median over the rounds, round by round."""
+    """How many times longer each variant takes than `ours`: the median over the rounds, round by round."""
     return {
         name: statistics.median(other / mine for other, mine in zip(times, seconds[ours], strict=True))
         for name, times in seconds.items()
@@ -69,7 +69,7 @@ def ratios(seconds: Mapping[str, list[float]], ours: str) -> dict[str, float]:
 
 
 def row(suite: str, case: str, variant: str, seconds: list[float], **columns: Any) -> dict[str, Any]:
-    """One variant's timings in milliseconds; ``columns`` such as dtype, shape, bytes (moved), extra_bytes."""
+    """One variant's timings in milliseconds; `columns` such as dtype, shape, bytes (moved), extra_bytes."""
     ordered = sorted(seconds)
     percentile = lambda p: 1e3 * ordered[min(len(ordered) - 1, round(p * (len(ordered) - 1)))]  # noqa: E731
     found = {
@@ -111,7 +111,7 @@ def environment() -> dict[str, Any]:
 def write(
     name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, measured_in: dict[str, Any] | None = None
 ) -> Path:
-    """Write one run's rows to ``<folder>/<name>.json``; ``measured_in`` is another machine's :func:`environment`."""
+    """Write one run's rows to `<folder>/<name>.json`; `measured_in` is another machine's :func:`environment`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"environment": measured_in or environment(), "rows": rows}, indent=1) + "\n")

@@ -22,7 +22,7 @@ from benchmarks.rows import add, interleaved, keep_freed_memory, ratios, row
 from shapo_kernels import losses
 
 BLOCKS, PAIRS, TOKENS, ROUNDS = 12, 4, 64, 5
-#: The lowest block with selected neurons, and what an update may cost at most, in plain ones; ``None``: no promise.
+#: The lowest block with selected neurons, and what an update may cost at most, in plain ones; `None`: no promise.
 CASES: dict[str, tuple[int, float | None]] = {
     "all blocks": (0, None),
     "upper half": (6, 1.40),

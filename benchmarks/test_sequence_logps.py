@@ -3,8 +3,8 @@
 python -m pytest benchmarks/test_sequence_logps.py
 
 Every variant is checked before it is timed: our error against float64 must not exceed eager's. Liger's chunked DPO
-and cut-cross-entropy (its filter off) are measured where they are installed (``pip install liger-kernel
-cut-cross-entropy``). Of the head, ``an eighth of the logits`` shows what larger batches pay for memory: the logits
+and cut-cross-entropy (its filter off) are measured where they are installed (`pip install liger-kernel
+cut-cross-entropy`). Of the head, `an eighth of the logits` shows what larger batches pay for memory: the logits
 computed twice.
 """
 

@@ -46,7 +46,7 @@ def build_model(layers: int = 7) -> Any:
 def make_update(
     model: Any, ascent: str | None, depth: float = 1.0, length: int = TOKENS, **options: Any
 ) -> Callable[[], None]:
-    """A plain update where ``ascent`` is None; else one with 1 % of all neurons, taken from the upper ``depth``."""
+    """A plain update where `ascent` is None; else one with 1 % of all neurons, taken from the upper `depth`."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 4096, (2 * PAIRS, length), generator=generator)
     labels = tokens.clone()

@@ -4,7 +4,7 @@ ShaPO (arXiv:2602.07340) minimises a preference loss at weights that are moved a
 alignment-critical subspace only:  min L(theta + eps),  eps = rho * g_S / (||g_S||_2 + eta).
 
 This package needs torch alone. The method around it (probe, selection, training, evaluation, command line) is
-``shapo``.
+`shapo`.
 """
 
 from . import backends, losses, ops

@@ -1,4 +1,4 @@
-"""``python -m shapo_kernels``: what is installed here, what was built, and which backend serves which device."""
+"""`python -m shapo_kernels`: what is installed here, what was built, and which backend serves which device."""
 
 from __future__ import annotations
 

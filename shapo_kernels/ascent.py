@@ -1,8 +1,8 @@
 """The ascent (pass 1): where the direction of the perturbation comes from.
 
-``SelectiveAscent`` differentiates the loss with respect to the selected neurons only. It computes no weight gradients,
-touches no ``.grad``, and its backward pass ends at the lowest selected layer. ``GradAscent`` takes the direction from
-the ``.grad`` of an ordinary backward pass, as the classic two-step SAM loop does.
+`SelectiveAscent` differentiates the loss with respect to the selected neurons only. It computes no weight gradients,
+touches no `.grad`, and its backward pass ends at the lowest selected layer. `GradAscent` takes the direction from
+the `.grad` of an ordinary backward pass, as the classic two-step SAM loop does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .ops.subspace_update import compute_dtype_of
 
 
 class Ascent(Protocol):
-    """``begin``, any number of backward passes, then ``finish`` for the direction, or ``abort`` after a failure."""
+    """`begin`, any number of backward passes, then `finish` for the direction, or `abort` after a failure."""
 
     @property
     def is_empty(self) -> bool:
@@ -35,7 +35,7 @@ class Ascent(Protocol):
         """What a loss of the ascent is differentiated with respect to, each graph's end."""
 
     def collect(self, loss: Any = None) -> None:
-        """Takes in what a closure's own ``loss.backward()`` has left behind.
+        """Takes in what a closure's own `loss.backward()` has left behind.
 
         Args:
             loss: what the closure returned.
@@ -48,7 +48,7 @@ class Ascent(Protocol):
 
 
 class SelectiveAscent:
-    """``torch.autograd.grad`` of the loss with respect to the compact directions, summed over micro-batches.
+    """`torch.autograd.grad` of the loss with respect to the compact directions, summed over micro-batches.
 
     Args:
         parameters: all that a backward pass may leave a gradient in.
@@ -125,7 +125,7 @@ class SelectiveAscent:
 
 
 class GradAscent:
-    """Ordinary backward passes into ``.grad``, which is put back as it was found."""
+    """Ordinary backward passes into `.grad`, which is put back as it was found."""
 
     def __init__(self, targets: Sequence[Target], parameters: Sequence[nn.Parameter], *, strict: bool) -> None:
         self._targets, self._parameters, self._strict = targets, parameters, strict
@@ -169,7 +169,7 @@ class GradAscent:
 
 
 def gather_gradients(targets: Sequence[Target]) -> tuple[list[Target], list[Tensor]]:
-    """The compact ``.grad`` of each target that has one."""
+    """The compact `.grad` of each target that has one."""
     found = [(target, grad) for target in targets if (grad := target.gradient()) is not None]
     targets = [target for target, _ in found]
     values, _ = ops.gather(
@@ -238,7 +238,7 @@ def _check_layers_ran(loss: Tensor, idle: Sequence[Target]) -> None:
 
 
 def _check_no_reentrant_checkpoints(loss: Tensor) -> None:
-    """A reentrant checkpoint hides neurons from ``autograd.grad``, and the others alone give a wrong direction."""
+    """A reentrant checkpoint hides neurons from `autograd.grad`, and the others alone give a wrong direction."""
     if any(node.name() == "CheckpointFunctionBackward" for node in weight_uses.nodes(loss.grad_fn)):
         raise RuntimeError(
             "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "

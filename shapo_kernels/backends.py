@@ -1,10 +1,10 @@
 """The choice between backends: the reference, the C++ CPU kernels, Triton and CUDA C++.
 
-A backend is a namespace of functions with the names and positional arguments of the schemas in ``ops/_schemas.py``.
-``reference`` (plain PyTorch) serves every device and has every operator; ``cpu`` and ``cuda`` are the compiled
-libraries; ``triton`` is compiled at run time. By default an operator on CPU tensors is served by ``cpu``, on CUDA
-tensors by ``cuda``, else by ``triton``: by the first that is available and has it, else by ``reference``.
-``SHAPO_BACKEND`` or :func:`use` name one backend instead. If it cannot serve a tensor's device that is an error; an
+A backend is a namespace of functions with the names and positional arguments of the schemas in `ops/_schemas.py`.
+`reference` (plain PyTorch) serves every device and has every operator; `cpu` and `cuda` are the compiled
+libraries; `triton` is compiled at run time. By default an operator on CPU tensors is served by `cpu`, on CUDA
+tensors by `cuda`, else by `triton`: by the first that is available and has it, else by `reference`.
+`SHAPO_BACKEND` or :func:`use` name one backend instead. If it cannot serve a tensor's device that is an error; an
 operator that it does not have is served by the reference.
 """
 
@@ -39,15 +39,15 @@ _override: str | None = None
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that can run here, in the order of ``NAMES``."""
+    """Names of the backends that can run here, in the order of `NAMES`."""
     return tuple(name for name in NAMES if why_not_available(name) is None)
 
 
 def serving(device_type: str) -> str:
-    """The name of the backend that serves tensors of a device type (``"cpu"``, ``"cuda"``, …).
+    """The name of the backend that serves tensors of a device type (`"cpu"`, `"cuda"`, …).
 
     Raises:
-        ValueError: the backend asked for by ``use`` or ``SHAPO_BACKEND`` is unknown or cannot serve that device here.
+        ValueError: the backend asked for by `use` or `SHAPO_BACKEND` is unknown or cannot serve that device here.
     """
     return _order(device_type)[0]
 
@@ -75,7 +75,7 @@ def _order(device_type: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve every operator by one backend inside the ``with`` block (for the whole process, all threads).
+    """Serve every operator by one backend inside the `with` block (for the whole process, all threads).
 
     Raises:
         ValueError: the name is unknown or the backend is not available here.
@@ -106,7 +106,7 @@ def _serves(name: str, device_type: str) -> bool:
 
 
 def why_not_available(name: str) -> str | None:
-    """Why a backend cannot run here, or ``None`` where it can."""
+    """Why a backend cannot run here, or `None` where it can."""
     if name == "cpu":
         return None if native.has_cpu else native.problems.get("cpu", "the CPU library was not built")
     if name == "cuda":

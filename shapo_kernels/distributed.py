@@ -1,4 +1,4 @@
-"""Collectives: sums over the parts of weights, means over data-parallel ranks. Which ranks: ``interop.sharding``."""
+"""Collectives: sums over the parts of weights, means over data-parallel ranks. Which ranks: `interop.sharding`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def total(sums: Tensor, over: Sequence[tuple[Any, ...]]) -> Tensor:
     """Sums over each rank's parts -> sums over whole weights.
 
     Args:
-        sums: ``[n, …]``, a row for each weight.
+        sums: `[n, …]`, a row for each weight.
         over: n times the groups whose ranks hold the other parts; none where the weight is whole.
     """
     for group in dict.fromkeys(group for groups in over for group in groups):
@@ -65,7 +65,7 @@ def total_over_parts(sums: Tensor, targets: Sequence[Target]) -> Tensor:
 
 
 def selected_weight_squared_norms(targets: Sequence[Target]) -> Tensor:
-    """||W_S||^2 of each target, float64 ``[n]``: of the whole weight (a collective), NaN where it is quantised."""
+    """||W_S||^2 of each target, float64 `[n]`: of the whole weight (a collective), NaN where it is quantised."""
     known = [i for i, target in enumerate(targets) if not target.quantised]
     parts = [targets[i].held_neurons() for i in known]
     found = ops.selected_squared_norms(

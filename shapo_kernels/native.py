@@ -1,4 +1,4 @@
-"""Loads the compiled libraries, which register their operators as ``torch.ops.shapo_kernels.*``; calls none of them.
+"""Loads the compiled libraries, which register their operators as `torch.ops.shapo_kernels.*`; calls none of them.
 
 If a library is missing, the reference serves instead; so it does if one cannot be loaded, which is reported once.
 """

@@ -46,20 +46,20 @@ class ShaPOOptimizer(BaseFacade):
             opt.step()
             opt.zero_grad()
 
-    ``opt.step(closure)`` runs the whole update by itself; ``perturb``/``restore`` (or ``first_step``/``second_step``)
-    drive it by hand from ``.grad``, as SAM implementations do.
+    `opt.step(closure)` runs the whole update by itself; `perturb`/`restore` (or `first_step`/`second_step`)
+    drive it by hand from `.grad`, as SAM implementations do.
 
     Args:
         base_optimizer: an *instance* of a torch optimizer; its param groups and state stay its own. Around a DeepSpeed
-            engine, the optimizer that ``deepspeed.initialize`` returned with it.
+            engine, the optimizer that `deepspeed.initialize` returned with it.
         model: the model whose weights the subspace names, wrapped or not.
         subspace: the selected neurons; names are the unwrapped model's.
         rho: radius of the perturbation (2-norm, >= 0; 0 makes every update a plain one). A param group may carry its
-            own ``"rho"`` (``"shapo_rho"`` around Adadelta, which has a ``"rho"`` of another meaning). With
-            ``norm="none"`` it is the factor on the raw gradient, or a ``(low, high)`` range to draw that from at every
-            ShaPO update. ``opt.rho`` may be set at any time: a schedule, a plain warm start.
-        relative: the radius is ``rho * ||W_S||``, taken on the device.
-        interval: every ``interval``-th update is a ShaPO update, the others are plain ones.
+            own `"rho"` (`"shapo_rho"` around Adadelta, which has a `"rho"` of another meaning). With
+            `norm="none"` it is the factor on the raw gradient, or a `(low, high)` range to draw that from at every
+            ShaPO update. `opt.rho` may be set at any time: a schedule, a plain warm start.
+        relative: the radius is `rho * ||W_S||`, taken on the device.
+        interval: every `interval`-th update is a ShaPO update, the others are plain ones.
         ascent: "selective" differentiates the selected neurons only; "grad" takes an ordinary backward pass.
         perturbation: "in_place" writes the selected neurons and restores their bits; "delta" adds eps in the forward
             pass and writes nothing (the one that survives low precision); "auto" is in_place where weights and
@@ -67,14 +67,14 @@ class ShaPOOptimizer(BaseFacade):
         norm: "global" normalises by the norm over all selected neurons, "layer" by each weight's own, "none" not.
         sync: average the direction over data-parallel ranks; otherwise each rank perturbs along its own.
         eta: added to the norm.
-        seed: of the draws from a ``rho`` range, and of stochastic rounding.
+        seed: of the draws from a `rho` range, and of stochastic rounding.
         replay_rng: let pass 2 draw the random numbers that pass 1 drew, so that dropout's masks agree.
         stochastic_rounding: round bfloat16 and float16 weights stochastically where they are perturbed in place: right
-            on average, where rounding to nearest loses small perturbations. Only with ``perturbation="in_place"``.
+            on average, where rounding to nearest loses small perturbations. Only with `perturbation="in_place"`.
         reuse_prefix: the descent takes the blocks below the lowest selected layer from the ascent's forward pass, graph
             and all. Exact; with f the share of the depth above it costs 3 + 2 f units instead of 5. Both passes must
-            take the same rows in the same order, anything else raises. ``True`` finds the stack of blocks, a string
-            names it (``"model.layers"``). One graph for each micro-batch is kept until its descent.
+            take the same rows in the same order, anything else raises. `True` finds the stack of blocks, a string
+            names it (`"model.layers"`). One graph for each micro-batch is kept until its descent.
 
     Raises:
         TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped.
@@ -149,7 +149,7 @@ class ShaPOOptimizer(BaseFacade):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer; it may carry its own ``"rho"``."""
+        """Adds a group to the base optimizer; it may carry its own `"rho"`."""
         self._radius.check_group(param_group)
         super().add_param_group(param_group)
 
@@ -166,7 +166,7 @@ class ShaPOOptimizer(BaseFacade):
 
     @property
     def due(self) -> bool:
-        """Whether the coming update is a ShaPO update: every ``interval``-th one, while any radius is above 0."""
+        """Whether the coming update is a ShaPO update: every `interval`-th one, while any radius is above 0."""
         return (self._updates + 1) % self.interval == 0 and self._radius.any_positive()
 
     @property
@@ -222,10 +222,10 @@ class ShaPOOptimizer(BaseFacade):
     def stats(self) -> dict[str, float]:
         """The last perturbation in numbers; reading it waits for the device.
 
-        ``grad_norm`` ||g_S||, ``epsilon_norm`` ||eps||, ``weight_norm`` ||W_S||, ``relative_radius`` ||eps|| / ||W_S||,
-        ``realised_norm`` and ``realised_cosine`` of what reaches the forward pass in the dtype it computes in (NaN
-        where eps is zero), ``skipped`` perturbations since the start because the norm was not finite. With
-        ``reuse_prefix``: ``prefix_blocks`` that the descent reuses, and ``prefix_bytes`` of activations that the first
+        `grad_norm` ||g_S||, `epsilon_norm` ||eps||, `weight_norm` ||W_S||, `relative_radius` ||eps|| / ||W_S||,
+        `realised_norm` and `realised_cosine` of what reaches the forward pass in the dtype it computes in (NaN
+        where eps is zero), `skipped` perturbations since the start because the norm was not finite. With
+        `reuse_prefix`: `prefix_blocks` that the descent reuses, and `prefix_bytes` of activations that the first
         ascent kept for it, over all micro-batches (NaN where blocks are compiled).
         """
         return {**self._stats.read(), **self._update.prefix.stats()}
@@ -236,7 +236,7 @@ class ShaPOOptimizer(BaseFacade):
     def ascent(self) -> Iterator[None]:
         """Pass 1: forward passes inside belong to the ascent; hand their losses to :meth:`ascend`.
 
-        In an update that is not due everything inside is ordinary and ``ascend`` does nothing. Ask ``due`` first to
+        In an update that is not due everything inside is ordinary and `ascend` does nothing. Ask `due` first to
         save the forward pass. A second ascent before the descent replaces the first one's direction.
 
         Raises:
@@ -253,7 +253,7 @@ class ShaPOOptimizer(BaseFacade):
 
         Args:
             loss: a scalar.
-            scaler: a ``torch.amp.GradScaler`` to scale it with, so that float16 gradients do not underflow; the
+            scaler: a `torch.amp.GradScaler` to scale it with, so that float16 gradients do not underflow; the
                 direction is unscaled again. Where the direction is normalised, a loss that is scaled already will do.
 
         Raises:
@@ -264,7 +264,7 @@ class ShaPOOptimizer(BaseFacade):
 
     @contextlib.contextmanager
     def ascent_part(self, run: Callable[[], Any], rows: Tensor) -> Iterator[None]:
-        """For an ascent on some rows of a batch with ``reuse_prefix``: the blocks below run for all of its rows. ::
+        """For an ascent on some rows of a batch with `reuse_prefix`: the blocks below run for all of its rows. ::
 
             with opt.ascent():
                 with opt.ascent_part(lambda: model(**batch), rows):
@@ -272,11 +272,11 @@ class ShaPOOptimizer(BaseFacade):
             with opt.perturbed():
                 loss(model, batch).backward()
 
-        Where nothing is reused it does nothing, and ``run`` is not called.
+        Where nothing is reused it does nothing, and `run` is not called.
 
         Args:
             run: one forward pass over the whole batch. It is left where the blocks below end.
-            rows: int64 ``[n]``, the batch's rows that the model is given inside, padded as the batch is. The block may
+            rows: int64 `[n]`, the batch's rows that the model is given inside, padded as the batch is. The block may
                 be empty: a micro-batch that the ascent does not look at.
 
         Raises:
@@ -311,16 +311,16 @@ class ShaPOOptimizer(BaseFacade):
         """The base optimizer's step, which ends the update.
 
         Args:
-            closure: clears gradients, computes the loss, calls ``backward`` and returns the loss. With it the whole
+            closure: clears gradients, computes the loss, calls `backward` and returns the loss. With it the whole
                 update is run: the closure twice where the update is due, once otherwise.
-            scaler: the ``torch.amp.GradScaler`` that the closure scales its loss with; it is asked to step.
+            scaler: the `torch.amp.GradScaler` that the closure scales its loss with; it is asked to step.
 
         Returns:
             The first pass's loss, or what the base's step returns.
 
         Raises:
             RuntimeError: while perturbed or inside an ascent; the update is due, has a learning rate above 0 and there
-                was no ascent, or no descent after it; a closure by way of ``scaler.step``. TypeError: a scaler without
+                was no ascent, or no descent after it; a closure by way of `scaler.step`. TypeError: a scaler without
                 a closure.
         """
         self._base.check_step(closure, scaler)
@@ -381,12 +381,12 @@ class ShaPOOptimizer(BaseFacade):
     # -- an update by hand
 
     def perturb(self) -> None:
-        """Moves to theta + eps along an ascent's direction, else along ``.grad``, which is cleared for pass 2.
+        """Moves to theta + eps along an ascent's direction, else along `.grad`, which is cleared for pass 2.
 
-        In an update that is not due only ``.grad`` is cleared.
+        In an update that is not due only `.grad` is cleared.
 
         Raises:
-            RuntimeError: already perturbed; without an ascent and with ``replay_rng=True``, or sharded weights.
+            RuntimeError: already perturbed; without an ascent and with `replay_rng=True`, or sharded weights.
         """
         self._perturb(clear_gradients=True)
 
@@ -430,13 +430,13 @@ class ShaPOOptimizer(BaseFacade):
         self._base.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict and, under ``"shapo"``, what else resuming needs; clean while perturbed."""
+        """The base optimizer's state dict and, under `"shapo"`, what else resuming needs; clean while perturbed."""
         return {**self.base.state_dict(), "shapo": self.shapo_state_dict()}
 
     def shapo_state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the base's state: update counter, radius, draws; the same on every rank.
 
-        ``torch.distributed.checkpoint``'s ``get_state_dict`` keeps the base's part of :meth:`state_dict` only: save
+        `torch.distributed.checkpoint`'s `get_state_dict` keeps the base's part of :meth:`state_dict` only: save
         this beside it.
         """
         return {

@@ -1,6 +1,6 @@
 """The perturbation: holds a model at theta + eps, and gives it back as it was.
 
-``InPlace`` writes the selected neurons and keeps their old bits. ``Delta`` writes nothing: the taps add the direction
+`InPlace` writes the selected neurons and keeps their old bits. `Delta` writes nothing: the taps add the direction
 in the forward pass. Both take compact gradients and one scale for each layer, and report how much of eps reaches the
 forward pass in the dtype that it computes in.
 """
@@ -26,7 +26,7 @@ class Perturbation(Protocol):
         """Moves to theta + scale * values.
 
         Returns:
-            float64 ``[n, 3]`` as :func:`shapo_kernels.ops.perturb_` does, of what this rank computes with. The third
+            float64 `[n, 3]` as :func:`shapo_kernels.ops.perturb_` does, of what this rank computes with. The third
             column, ||W_S||^2, is only of use where the weights are written.
         """
 
@@ -34,7 +34,7 @@ class Perturbation(Protocol):
         """Inside, theta again; on leaving, the very bits that were applied."""
 
     def remove(self) -> str | None:
-        """Back to theta, bit for bit; does nothing where nothing is applied. Returns an error message, or ``None``."""
+        """Back to theta, bit for bit; does nothing where nothing is applied. Returns an error message, or `None`."""
 
 
 class StochasticRounding:
@@ -155,7 +155,7 @@ class InPlace:
 
 
 def _forget_autocast_copies() -> None:
-    """``torch.autocast`` around both passes keeps its copies of weights, which a write makes stale."""
+    """`torch.autocast` around both passes keeps its copies of weights, which a write makes stale."""
     torch.clear_autocast_cache()
 
 
@@ -227,7 +227,7 @@ def _like(values: Sequence[Tensor], made: Callable[..., Tensor]) -> list[Tensor]
 
 
 def suits_in_place(targets: Sequence[Target]) -> bool:
-    """Whether there are weights to write to, and they and computation wide enough for eps: the rule of ``auto``."""
+    """Whether there are weights to write to, and they and computation wide enough for eps: the rule of `auto`."""
     wide = (torch.float32, torch.float64)
     return not any_gathered(targets) and all(
         not target.quantised and target.parameter.dtype in wide and target.forward_dtype in wide for target in targets
@@ -243,7 +243,7 @@ def suits_delta(targets: Sequence[Target]) -> bool:
 
 
 def _lower_compute_dtype(targets: Sequence[Target]) -> torch.dtype | None:
-    """The one dtype that all layers compute in where it is not their weights' own (autocast), else ``None``."""
+    """The one dtype that all layers compute in where it is not their weights' own (autocast), else `None`."""
     found = {target.forward_dtype for target in targets if target.taps}
     return found.pop() if len(found) == 1 else None
 

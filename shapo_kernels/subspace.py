@@ -25,19 +25,19 @@ FORMAT = "shapo-subspace"
 class Subspace(Mapping[str, Tensor]):
     """A set of neurons: parameter name -> sorted int64 indices along that parameter's neuron axis.
 
-    A mapping: ``len(s)`` counts weights, ``s[name]`` is an index tensor ``[neurons]`` on the CPU, ``s.count`` counts
+    A mapping: `len(s)` counts weights, `s[name]` is an index tensor `[neurons]` on the CPU, `s.count` counts
     neurons. A weight without a selected neuron is left out.
 
-    ``Subspace.top`` selects by scores, ``random`` and ``random_like`` make controls of the same size, ``full`` selects
-    every parameter. ``save`` and ``load`` use safetensors. See ShaPO (arXiv:2602.07340) for what the neurons are.
+    `Subspace.top` selects by scores, `random` and `random_like` make controls of the same size, `full` selects
+    every parameter. `save` and `load` use safetensors. See ShaPO (arXiv:2602.07340) for what the neurons are.
 
     Args:
         indices: name of a weight in the unwrapped model -> indices of its selected neurons (tensor or sequence of
             ints).
-        axis: the axis that neurons lie on: 1 for the columns of an ``nn.Linear`` down-projection ``[hidden,
-            intermediate]``, 0 for the rows of a ``Conv1D`` weight ``[intermediate, hidden]``; or a mapping name -> 0 |
+        axis: the axis that neurons lie on: 1 for the columns of an `nn.Linear` down-projection `[hidden,
+            intermediate]`, 0 for the rows of a `Conv1D` weight `[intermediate, hidden]`; or a mapping name -> 0 |
             1.
-        metadata: strings to keep beside the indices, saved with them; not compared by ``==``.
+        metadata: strings to keep beside the indices, saved with them; not compared by `==`.
         own_layer: names whose weight is perturbed in the layer of that name only, where it is tied to others.
 
     Raises:
@@ -116,7 +116,7 @@ class Subspace(Mapping[str, Tensor]):
         """The neurons with the lowest (or largest) scores, a percentage of all names together.
 
         Args:
-            scores: name -> ``[neurons]``, one score for each neuron. For a probe: cosine with the unsafe direction, the
+            scores: name -> `[neurons]`, one score for each neuron. For a probe: cosine with the unsafe direction, the
                 lowest of which are the critical neurons. Ties go to the earlier name, then the lower index.
             percent: 0 < percent <= 100; the count is rounded to the nearest neuron, at least one.
             largest: take the largest scores instead.
@@ -156,7 +156,7 @@ class Subspace(Mapping[str, Tensor]):
                 leaves over goes to the names with the largest remainders, so that the total is the same).
 
         Raises:
-            SubspaceError: no neurons, a percentage out of range, another ``match``.
+            SubspaceError: no neurons, a percentage out of range, another `match`.
         """
         if match not in ("total", "layer"):
             raise SubspaceError(f"match is {match!r}: expected 'total' or 'layer'")
@@ -170,10 +170,10 @@ class Subspace(Mapping[str, Tensor]):
 
     @classmethod
     def random_like(cls, subspace: Subspace, sizes: Mapping[str, int], *, seed: int) -> Subspace:
-        """As many neurons of each weight as ``subspace`` has, drawn at random: the layer-matched control.
+        """As many neurons of each weight as `subspace` has, drawn at random: the layer-matched control.
 
         Raises:
-            SubspaceError: a name of the subspace that ``sizes`` lacks, or has fewer neurons for.
+            SubspaceError: a name of the subspace that `sizes` lacks, or has fewer neurons for.
         """
         for name, index in subspace.items():
             if name not in sizes:
@@ -204,11 +204,11 @@ class Subspace(Mapping[str, Tensor]):
     def head(cls, model: nn.Module, name: str | None = None) -> Subspace:
         """The whole output projection, where it gives the logits: a tied embedding is not moved.
 
-        SAM on the output layer alone (logits-SAM, arXiv:2603.18258). With ``reuse_prefix=True`` an update computes
+        SAM on the output layer alone (logits-SAM, arXiv:2603.18258). With `reuse_prefix=True` an update computes
         every block once.
 
         Args:
-            model: transformers' models say which layer it is (``get_output_embeddings``).
+            model: transformers' models say which layer it is (`get_output_embeddings`).
             name: of the layer, in other models.
 
         Raises:
@@ -297,7 +297,7 @@ class Subspace(Mapping[str, Tensor]):
     def resolve(
         self, model: nn.Module, *, shape_of: Callable[[Tensor], tuple[int, ...]] | None = None
     ) -> dict[str, nn.Parameter]:
-        """Each selected weight's parameter in ``model``, wrapped or not.
+        """Each selected weight's parameter in `model`, wrapped or not.
 
         Args:
             shape_of: the shape of the whole weight where a parameter's own may be that of a part of it.
@@ -400,7 +400,7 @@ def _split(order: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def _apportion(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Shares of ``count`` in proportion to ``sizes``, by largest remainder; the earlier name wins a tie."""
+    """Shares of `count` in proportion to `sizes`, by largest remainder; the earlier name wins a tie."""
     total = sum(sizes.values())
     counts = {name: count * size // total for name, size in sizes.items()}
     remainders = sorted(sizes, key=lambda name: -(count * sizes[name] % total))

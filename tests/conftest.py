@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Block(nn.Module):
-    """A residual MLP block with the names of a Llama's: ``down_proj`` columns are its neurons' value vectors."""
+    """A residual MLP block with the names of a Llama's: `down_proj` columns are its neurons' value vectors."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()

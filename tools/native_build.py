@@ -1,7 +1,7 @@
 """Finds torch, a compiler and CMake, and builds csrc/ as a step of setuptools' build. Imports neither torch nor shapo.
 
-Environment: ``SHAPO_CUDA`` = auto (default) | 0 | 1; ``SHAPO_CUDA_ARCHS`` as CMAKE_CUDA_ARCHITECTURES; ``MAX_JOBS``;
-``SHAPO_TORCH`` = folder of the torch package to build against; ``CXX``, ``CUDACXX``, ``CUDA_HOME``.
+Environment: `SHAPO_CUDA` = auto (default) | 0 | 1; `SHAPO_CUDA_ARCHS` as CMAKE_CUDA_ARCHITECTURES; `MAX_JOBS`;
+`SHAPO_TORCH` = folder of the torch package to build against; `CXX`, `CUDACXX`, `CUDA_HOME`.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a binary takes. ``widest``: bytes of a thread's widest global load or store, where it was looked for."""
+    """What a binary takes. `widest`: bytes of a thread's widest global load or store, where it was looked for."""
 
     registers: int
     shared: int

@@ -3,7 +3,7 @@
 A predicted time is the larger of two: the bytes at the rate of a copy, and the instructions at one a clock and
 scheduler, or for the products of a library their operations at the rate of a large product. Neither latency nor
 launches are in it, so it is a bound from below. A measured time stands beside it where
-``python -m benchmarks.gpu`` has recorded one for the same case.
+`python -m benchmarks.gpu` has recorded one for the same case.
 """
 
 from __future__ import annotations

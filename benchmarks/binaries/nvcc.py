@@ -22,7 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel takes on one architecture. ``spills``: bytes of stack frame and of spilled registers."""
+    """What one kernel takes on one architecture. `spills`: bytes of stack frame and of spilled registers."""
 
     source: str
     name: str
@@ -48,7 +48,7 @@ def headers() -> list[str]:
 def compile_source(
     source: Path, architectures: tuple[str, ...] = ARCHITECTURES, to: Path | None = None
 ) -> tuple[list[Kernel], list[str]]:
-    """The kernels of a source file and the compiler's warnings; the object file goes to ``to`` where that is given.
+    """The kernels of a source file and the compiler's warnings; the object file goes to `to` where that is given.
 
     Raises:
         subprocess.CalledProcessError: it does not compile.
@@ -136,7 +136,7 @@ def _kernels(source: str, output: str) -> list[Kernel]:
 
 
 def _short(name: str) -> str:
-    """``void shapo::cuda::(anonymous namespace)::gather_kernel<44>(…)`` -> ``gather_kernel<44>``."""
+    """`void shapo::cuda::(anonymous namespace)::gather_kernel<44>(…)` -> `gather_kernel<44>`."""
     name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").replace("shapo::cuda::", "")
     name = re.sub(r"\((?:int|bool)\)", "", name.removeprefix("void "))
     return name.partition("(")[0]

@@ -53,7 +53,7 @@ class Count:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """Of one function in cuobjdump's ``-sass`` output."""
+    """Of one function in cuobjdump's `-sass` output."""
     return [
         Instruction(int(address, 16), bool(guard), name, operands.strip())
         for address, guard, name, operands in _LINE.findall(text)
@@ -61,7 +61,7 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def count(code: list[Instruction], width: int) -> Count:
-    """Of the work that loads by accesses of ``width`` bytes.
+    """Of the work that loads by accesses of `width` bytes.
 
     Raises:
         ValueError: nothing loads so.

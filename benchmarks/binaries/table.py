@@ -1,8 +1,8 @@
 """Writes docs/gpu_kernels.md's tables: what every GPU kernel takes on every target, read from the compiled binaries.
 
-``python -m benchmarks.binaries.table`` compiles every Triton specialisation for every target and csrc/cuda for the
+`python -m benchmarks.binaries.table` compiles every Triton specialisation for every target and csrc/cuda for the
 default architectures (some minutes; Triton keeps what it has compiled), and refuses to write where one spills or breaks
-its limits. ``--floors`` writes the predicted and measured times alone, which is enough where rows have been recorded.
+its limits. `--floors` writes the predicted and measured times alone, which is enough where rows have been recorded.
 A fingerprint of the sources is written too, by which a test notices kernels that changed since.
 """
 

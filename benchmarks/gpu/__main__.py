@@ -6,11 +6,11 @@
     python -m benchmarks.gpu --dry-run             # the same code on the CPU, in small shapes: its numbers mean nothing
 
 Each step is a process in a session of its own. It is ended with all that it started when its time is up, and what it
-has found by then is kept. Four files are written: ``steps.jsonl`` (what passed, failed or was skipped, and why),
-``rows.jsonl`` (the timings), ``environment.json`` and ``log.txt`` (what the steps printed). A backend with a failed
+has found by then is kept. Four files are written: `steps.jsonl` (what passed, failed or was skipped, and why),
+`rows.jsonl` (the timings), `environment.json` and `log.txt` (what the steps printed). A backend with a failed
 check, and a suite's variant with a wrong result, is not timed. Exits with 1 where a step failed.
 
-``python -m benchmarks.gpu.record runs/gpu`` puts the rows of a run among the recorded ones.
+`python -m benchmarks.gpu.record runs/gpu` puts the rows of a run among the recorded ones.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def go_through(run: Run, only: Sequence[str]) -> list[str]:
 
 
 def _attempt(run: Run, step: Step, fit: dict[tuple[str, str], bool], *, unchecked: bool) -> tuple[str, str, float]:
-    """Status, reason and seconds of one step. ``unchecked``: whether what was not checked may be timed."""
+    """Status, reason and seconds of one step. `unchecked`: whether what was not checked may be timed."""
     left = run.deadline - time.monotonic()
     if left < step.least:
         return "skipped", f"{max(0.0, left):.0f} s were left", 0.0

@@ -2,8 +2,8 @@
 
 A variant that disagrees with float64 mathematics is recorded as refused and not timed. The others take turns. On a GPU
 each is captured in a CUDA graph and timed by events. One that cannot be captured is timed by the host's clock, and its
-row says so. ``p50_ms`` is cold: calls go round as many copies of the inputs as it takes to be four times the L2.
-``warm_ms`` calls on one copy again and again, and is left out where one alone is that large. A copy between large
+row says so. `p50_ms` is cold: calls go round as many copies of the inputs as it takes to be four times the L2.
+`warm_ms` calls on one copy again and again, and is left out where one alone is that large. A copy between large
 buffers takes its turn too: floors and shares refer to it. A dry run does the same on the CPU in small shapes, where the
 numbers mean nothing.
 """
@@ -36,9 +36,9 @@ Run = Callable[[], Any]
 class Variant:
     """One way to compute a case.
 
-    ``bind`` makes the call for one copy of the inputs. ``check`` is given those inputs and the call, and raises where
-    the result is wrong. ``later`` variants (what has to be compiled first, backends other than the first) are timed in
-    the second half of the run. ``host`` variants are not captured. ``rounds`` limits how often it is timed.
+    `bind` makes the call for one copy of the inputs. `check` is given those inputs and the call, and raises where
+    the result is wrong. `later` variants (what has to be compiled first, backends other than the first) are timed in
+    the second half of the run. `host` variants are not captured. `rounds` limits how often it is timed.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Variant:
 class Case:
     """Inputs and the variants to compute with them.
 
-    ``inputs(n)`` makes the n-th copy. ``held`` is the bytes that one call reads and writes at least once, by which
-    copies are counted. ``columns`` go into every row; ``bytes`` among them is the floor. ``against`` names a variant
-    that the others are multiples of in ``ratio_to_plain``; as ours it is timed in both halves of the run.
+    `inputs(n)` makes the n-th copy. `held` is the bytes that one call reads and writes at least once, by which
+    copies are counted. `columns` go into every row; `bytes` among them is the floor. `against` names a variant
+    that the others are multiples of in `ratio_to_plain`; as ours it is timed in both halves of the run.
     """
 
     suite: str
@@ -74,7 +74,7 @@ class Case:
 class Bench:
     """A device, the backends to be timed on it, and where rows go.
 
-    ``half``: "first" leaves out what comes later, "second" the rest but for ours, "both" nothing.
+    `half`: "first" leaves out what comes later, "second" the rest but for ours, "both" nothing.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Bench:
     def ours(
         self, bind: Callable[[Any], Run], check: Callable[[Any, Run], None], suffix: str = "", *, every: bool = False
     ) -> list[Variant]:
-        """A variant by the first backend to be timed, or by ``every`` one; those after the first come later."""
+        """A variant by the first backend to be timed, or by `every` one; those after the first come later."""
         return [
             Variant(_name_of_ours(name) + suffix, _served_by(name, bind), check, later=number > 0)
             for number, name in enumerate(self.backends[: None if every else 1])
@@ -287,7 +287,7 @@ def _graph(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
 
 
 def using(backend: str) -> contextlib.AbstractContextManager[None]:
-    """``backends.use``, but for the default, which nobody names."""
+    """`backends.use`, but for the default, which nobody names."""
     return contextlib.nullcontext() if backend == DEFAULT else backends.use(backend)
 
 
@@ -329,5 +329,5 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def sector_bytes(index: Tensor, itemsize: int, rows: int, sector: int) -> int:
-    """Bytes of the sectors that hold the selected columns of ``rows`` aligned rows."""
+    """Bytes of the sectors that hold the selected columns of `rows` aligned rows."""
     return rows * torch.unique(index * itemsize // sector).numel() * sector

@@ -1,7 +1,7 @@
 """What must hold of the kernels on a GPU, as functions that raise AssertionError where it does not.
 
-``tests/cuda/test_gpu.py`` runs them for every backend, and ``python -m benchmarks.gpu`` does before it times anything.
-Those in ``ANYWHERE`` hold on any device, so that a dry run on the CPU executes their code; those in ``ON_GPU`` need a
+`tests/cuda/test_gpu.py` runs them for every backend, and `python -m benchmarks.gpu` does before it times anything.
+Those in `ANYWHERE` hold on any device, so that a dry run on the CPU executes their code; those in `ON_GPU` need a
 CUDA device.
 """
 
@@ -76,7 +76,7 @@ def close(mine: list[Tensor], theirs: list[Tensor], rtol: float = 1e-12, atol: f
 
 
 def textbook_update(layers: Layers) -> dict[str, list[Tensor]]:
-    """What ``Layers.update`` gives, written down again with indexing, layer by layer; sums in an order of their own."""
+    """What `Layers.update` gives, written down again with indexing, layer by layer; sums in an order of their own."""
     values, backups, perturbed, squares, realised = [], [], [], [], []
     for w, g, i, axis, rho in zip(
         layers.weights, layers.gradients, layers.indices, layers.axes, layers.rho, strict=True

@@ -172,7 +172,7 @@ def _labels(generator: torch.Generator, rows: int, tokens: int, vocabulary: int)
 
 
 def close_to(truth: Callable[[Any], tuple[Tensor, ...]], room: float, last: int = 0) -> Callable[[Any, Run], None]:
-    """A check: relative error in the 2-norm of each result, or of its ``last`` rows."""
+    """A check: relative error in the 2-norm of each result, or of its `last` rows."""
 
     def check(inputs: Any, run: Run) -> None:
         expected = truth(inputs)

@@ -21,7 +21,7 @@ SMALL = ((64, 48, 640, 6, torch.bfloat16), (64, 48, 640, 6, torch.float32))
 
 @dataclass
 class Layer:
-    """A layer's output and input, and a direction on some of its neurons. ``padded``: neurons in multiples of 16."""
+    """A layer's output and input, and a direction on some of its neurons. `padded`: neurons in multiples of 16."""
 
     y: Tensor
     x: Tensor

@@ -14,13 +14,13 @@ from pathlib import Path
 
 
 def run_apart(function: Callable[[], None], limit: float, log: Path) -> str | None:
-    """Call ``function`` in a child that is ended with all its descendants after ``limit`` seconds.
+    """Call `function` in a child that is ended with all its descendants after `limit` seconds.
 
-    Its output is appended to ``log``. It is forked, so that what the parent has imported is there already: the parent
+    Its output is appended to `log`. It is forked, so that what the parent has imported is there already: the parent
     must not have touched CUDA, and a child's broken CUDA context dies with it.
 
     Returns:
-        ``None`` where it returned, else a line that says why not.
+        `None` where it returned, else a line that says why not.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     sys.stdout.flush()

@@ -56,7 +56,7 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def record(folder: Path, results: Path = RESULTS) -> list[Path]:
-    """Put a run's rows into ``<results>/<suite>.json``, but for suites in which one of ours was refused.
+    """Put a run's rows into `<results>/<suite>.json`, but for suites in which one of ours was refused.
 
     Raises:
         ValueError: a dry run, or one of an unknown or changed commit.

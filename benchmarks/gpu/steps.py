@@ -22,7 +22,7 @@ from benchmarks.gpu.suites import PUBLISHED, SUITES, THROUGH_THE_HOST, Suite
 
 ROOT = Path(__file__).resolve().parents[2]
 # The families of checks; those that compile, or take memory, come after the timings.
-# ``OTHER`` are those in which the other backend differs from the default.
+# `OTHER` are those in which the other backend differs from the default.
 EARLY = ("subspace", "neurons", "cosine", "logps", "head", "updates", "streams")
 LATE = ("large", "compiled")
 OTHER = ("subspace", "updates", "streams")
@@ -59,10 +59,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """``work`` is called in the step's process with the run and the healthy backends.
+    """`work` is called in the step's process with the run and the healthy backends.
 
-    ``limit`` is in seconds, and ``least`` what must be left of the budget for it to be begun. A failed step takes
-    ``backend`` out of all later steps that need one of its ``families``.
+    `limit` is in seconds, and `least` what must be left of the budget for it to be begun. A failed step takes
+    `backend` out of all later steps that need one of its `families`.
     """
 
     name: str

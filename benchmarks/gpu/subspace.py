@@ -16,7 +16,7 @@ RHO = 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """Down-projections ``[hidden, intermediate]`` of a model, and the percentage of columns that is selected."""
+    """Down-projections `[hidden, intermediate]` of a model, and the percentage of columns that is selected."""
 
     layers: int
     hidden: int
@@ -141,7 +141,7 @@ class Update:
         return update
 
     def check(self, update: Run, *, exact: bool) -> None:
-        """The perturbed weights are float64's to the dtype's precision, the restored ones the old ones if ``exact``."""
+        """The perturbed weights are float64's to the dtype's precision, the restored ones the old ones if `exact`."""
         for weight, old in zip(self.weights, self.original, strict=True):
             weight.copy_(old)  # variants that round on the way back have been timed on them
         self.keep = True

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Suite:
-    """``name`` is a function of ``module``, which is imported in the suite's own process.
+    """`name` is a function of `module`, which is imported in the suite's own process.
 
-    ``needs``: the families of checks that must have passed. ``limit`` and ``least`` as a step's, in seconds. ``later``:
+    `needs`: the families of checks that must have passed. `limit` and `least` as a step's, in seconds. `later`:
     whether some of its variants are timed in the second half.
     """
 

@@ -33,7 +33,7 @@ REUSES = "reuse_prefix" in inspect.signature(sk.ShaPOOptimizer).parameters
 class Form:
     """A form of the update: the optimizer's options, the share of the depth from the top, of the pairs in the ascent.
 
-    ``rounds`` says how often it is timed.
+    `rounds` says how often it is timed.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """What must hold of whole computations on a device: the head's loss, and an update of a model.
 
-As those of ``checks`` they raise AssertionError where it does not, on any device.
+As those of `checks` they raise AssertionError where it does not, on any device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def linear_logps_err_no_more_than_the_models_own(device: torch.device) -> None:
 def _sums_and_gradients(
     hidden: Tensor, weight: Tensor, labels: Tensor, asked: str, chunk_bytes: int | None
 ) -> tuple[Tensor, ...]:
-    """By the model's own head where ``chunk_bytes`` is None."""
+    """By the model's own head where `chunk_bytes` is None."""
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     wanted = leaves if asked == "both" else [leaves[asked == "weight"]]
     given = [x if any(x is w for w in wanted) else x.detach() for x in leaves]

@@ -55,13 +55,13 @@ class AscentPart:
         """Refuse a number that no ascent can have.
 
         Raises:
-            ValueError: More than ``pairs``, which are what an ascent is over.
+            ValueError: More than `pairs`, which are what an ascent is over.
         """
         if self.pairs is not None and self.pairs > pairs:
             raise ValueError(f"ascent_pairs is {self.pairs}, but an ascent is over {pairs} pairs: give fewer")
 
     def draw(self, sizes: Sequence[int], update: int, micro_batch: int = 0) -> list[list[int]]:
-        """Positions, in rising order, of the drawn pairs in micro-batches of ``sizes`` pairs; [] where none is drawn.
+        """Positions, in rising order, of the drawn pairs in micro-batches of `sizes` pairs; [] where none is drawn.
 
         Args:
             sizes: Pairs of each micro-batch that the ascent is over.
@@ -86,7 +86,7 @@ class AscentPart:
 
 @dataclass(frozen=True)
 class RhoSchedule:
-    """The radius of every update: plain ones at the start, a linear rise, then ``rho``.
+    """The radius of every update: plain ones at the start, a linear rise, then `rho`.
 
     Attributes:
         rho: The radius in the end; with the norm "none" it may be a range (low, high).
@@ -111,7 +111,7 @@ class RhoSchedule:
         return not self.plain_updates and not self.warmup
 
     def at(self, update: int) -> Rho:
-        """The radius of update number ``update``, counted from 0."""
+        """The radius of update number `update`, counted from 0."""
         risen = update - self.plain_updates + 1
         if risen <= 0:
             return 0.0
@@ -119,5 +119,5 @@ class RhoSchedule:
         return tuple(factor * bound for bound in self.rho) if isinstance(self.rho, tuple) else factor * self.rho  # type: ignore[return-value]
 
     def ends_at(self) -> int:
-        """The first update from which on the radius is ``rho``."""
+        """The first update from which on the radius is `rho`."""
         return self.plain_updates + max(self.warmup - 1, 0)

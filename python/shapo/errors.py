@@ -9,7 +9,7 @@ __all__ = ["UserError", "explained", "first_line"]
 class UserError(Exception):
     """Bad input, told in one clear line: what was given, what was expected, what to do.
 
-    The command line prints ``shapo: error: <line>`` and exits with code 2.
+    The command line prints `shapo: error: <line>` and exits with code 2.
     """
 
     def __init__(self, message: object) -> None:

@@ -6,5 +6,5 @@ import sys
 
 
 def note(message: str) -> None:
-    """Prints ``shapo: note: <message>``."""
+    """Prints `shapo: note: <message>`."""
     print("shapo: note: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -195,7 +195,7 @@ def radii(text: str) -> list[float]:
 
 
 def radius(text: str) -> float | tuple[float, float]:
-    """A number, or two as ``low,high``."""
+    """A number, or two as `low,high`."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:

@@ -95,7 +95,7 @@ def extract_features(
     progress: bool = True,
     bf16: bool = False,
 ) -> Tensor:
-    r"""Mean hidden states, ``[N, hidden]`` fp32 on the CPU, in the order of `examples`.
+    r"""Mean hidden states, `[N, hidden]` fp32 on the CPU, in the order of `examples`.
 
     .. math:: f = \frac{\sum_t m_t h_t}{\sum_t m_t},  m the attention mask over prompt + response
 
@@ -214,11 +214,11 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Probe:
-    """A trained probe; logits are ``features @ weight.T + bias``.
+    """A trained probe; logits are `features @ weight.T + bias`.
 
     Attributes:
-        weight: ``[2, hidden]`` fp32, row 0 safe, row 1 unsafe.
-        bias: ``[2]``.
+        weight: `[2, hidden]` fp32, row 0 safe, row 1 unsafe.
+        bias: `[2]`.
         accuracy: on the validation examples, whose prompts training did not see.
         majority: the accuracy there of always giving training's more frequent class: what to compare with.
         balanced_accuracy: mean of the two classes' recalls (over the classes present).
@@ -238,11 +238,11 @@ class Probe:
 
     @property
     def direction(self) -> Tensor:
-        """v = W[unsafe] - W[safe], ``[hidden]``."""
+        """v = W[unsafe] - W[safe], `[hidden]`."""
         return self.weight[UNSAFE] - self.weight[SAFE]
 
     def predict(self, features: Tensor) -> Tensor:
-        """True where a feature vector looks unsafe, ``[N]``."""
+        """True where a feature vector looks unsafe, `[N]`."""
         return functional.linear(features, self.weight, self.bias).argmax(1) == UNSAFE
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -315,7 +315,7 @@ def train_probe(
     recipe (`PUBLISHED`) stops far from there, and the neurons that it selects are largely others.
 
     Args:
-        features: ``[N, hidden]``.
+        features: `[N, hidden]`.
         unsafe: the label of each row.
         groups: the prompt of each row. Rows of one group go to the same side, so no prompt is in both.
         lr, epochs, batch_size, weight_decay: of AdamW; a partial last batch is used.
@@ -405,7 +405,7 @@ def _check_settings(lr: float, epochs: int, batch_size: int, validation: float, 
 
 
 def _held_out(groups: Sequence[Hashable], share: float, seed: int) -> Tensor:
-    """``[N]`` bool: the rows of the held-out groups, which are the lowest by a hash of (seed, group)."""
+    """`[N]` bool: the rows of the held-out groups, which are the lowest by a hash of (seed, group)."""
     ranked = sorted(dict.fromkeys(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     if len(ranked) < 2:
         raise UserError(

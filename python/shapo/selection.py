@@ -44,7 +44,7 @@ def neuron_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def probe_scores(model: nn.Module, direction: Tensor) -> dict[str, Tensor]:
-    """Name -> ``[neurons]``: the cosine of each value vector with the probe's direction, fp32 (fp64 for fp64 weights).
+    """Name -> `[neurons]`: the cosine of each value vector with the probe's direction, fp32 (fp64 for fp64 weights).
 
     Raises:
         UserError: a direction of another length, zero or not finite; weights that are quantised.
@@ -76,7 +76,7 @@ def select_by_probe(
 
     Args:
         model: a supported architecture; see `architectures`.
-        direction: `Probe.direction`, ``[hidden]``.
+        direction: `Probe.direction`, `[hidden]`.
         percent: share of all neurons, 0 < percent <= 100; as many are selected at any depth.
         depth: share of the layers to select from, from the top, in (0, 1].
         metadata: text to keep with the subspace, such as the probe's data.
@@ -104,7 +104,7 @@ def gradient_scores(
     depth: float = 1.0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    r"""Name -> ``[neurons]`` fp64: the norm of the alignment loss's mean gradient on each value vector.
+    r"""Name -> `[neurons]` fp64: the norm of the alignment loss's mean gradient on each value vector.
 
     .. math:: s_i = \Big\| \frac1N \sum_{n=1}^{N} \nabla_{W_i} \ell_n \Big\|_2
 

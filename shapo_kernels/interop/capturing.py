@@ -18,9 +18,9 @@ _CAPTURING_BEFORE_5 = "transformers.utils.generic"
 
 
 def foreign_hook(block: nn.Module, name: str) -> str | None:
-    """Names a hook on the block, or inside it, that must see every pass; ``None`` where there is none.
+    """Names a hook on the block, or inside it, that must see every pass; `None` where there is none.
 
-    transformers' hooks for ``output_hidden_states`` and the like stay on a model once they were asked for. They count
+    transformers' hooks for `output_hidden_states` and the like stay on a model once they were asked for. They count
     while something is captured: hidden states are put out again by :func:`hidden_states_hooks`, other things are not.
     """
     if global_forward_hooks() or global_forward_pre_hooks():

@@ -1,8 +1,8 @@
 """DeepSpeed (ZeRO stages 0 to 3): its engine takes the steps, and the wrapper asks it to.
 
-``deepspeed.initialize`` takes the base optimizer's parameters and gives it partitions of its own, so an update is
-``engine.step()``. The base of a :class:`shapo_kernels.ShaPOOptimizer` around an engine is that step, and
-``engine.step()`` becomes the wrapper's. The ascent calls the engine's module, not the engine, whose outputs start the
+`deepspeed.initialize` takes the base optimizer's parameters and gives it partitions of its own, so an update is
+`engine.step()`. The base of a :class:`shapo_kernels.ShaPOOptimizer` around an engine is that step, and
+`engine.step()` becomes the wrapper's. The ascent calls the engine's module, not the engine, whose outputs start the
 reduction of gradients. Accelerate steps at the end of its backward pass, inside the descent; that ends the descent.
 
 deepspeed is not imported: an engine is recognised by its class's name. Private attributes are read in this module only.
@@ -32,7 +32,7 @@ def is_engine(model: object) -> bool:
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why a model that DeepSpeed has to do with cannot be perturbed, and what to do; ``None`` where it can."""
+    """Why a model that DeepSpeed has to do with cannot be perturbed, and what to do; `None` where it can."""
     if is_engine(model):
         return _unsupported(model)
     if any(map(is_engine, model.modules())):
@@ -63,7 +63,7 @@ class EngineStep(Optimizer):
     Groups, state and defaults are those of the engine's optimizer.
 
     Args:
-        engine: what ``deepspeed.initialize`` returned first.
+        engine: what `deepspeed.initialize` returned first.
         given: what it returned second, or what Accelerate put around it.
 
     Raises:
@@ -135,11 +135,11 @@ class EngineStep(Optimizer):
         return self
 
     def attach(self, wrapper: Optimizer) -> None:
-        """Makes ``engine.step()`` the wrapper's step.
+        """Makes `engine.step()` the wrapper's step.
 
         Raises:
             RuntimeError: it is another wrapper's. TypeError: the engine's optimizer does not say which of the model's
-                parameters are in which group, as radii and ``maximize`` must know.
+                parameters are in which group, as radii and `maximize` must know.
         """
         of_the_model = {id(parameter) for parameter in self.engine.module.parameters()}
         if not any(id(parameter) in of_the_model for _, members in self.members() for parameter in members):
@@ -165,7 +165,7 @@ class EngineStep(Optimizer):
         self._ran = self.engine.module.register_forward_pre_hook(computed)
 
     def detach(self) -> None:
-        """Gives ``engine.step()`` back."""
+        """Gives `engine.step()` back."""
         vars(self.engine).pop("step", None)
         if self._ran is not None:
             self._ran.remove()

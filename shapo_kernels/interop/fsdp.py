@@ -1,4 +1,4 @@
-"""PyTorch's FSDP1 and FSDP2 (``fully_shard``): which weights they manage, and what an ascent needs of them."""
+"""PyTorch's FSDP1 and FSDP2 (`fully_shard`): which weights they manage, and what an ascent needs of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sharding import Run
 
 
 def meshes(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    """The id of each parameter that ``fully_shard`` (or ``replicate``) manages, and its data-parallel mesh.
+    """The id of each parameter that `fully_shard` (or `replicate`) manages, and its data-parallel mesh.
 
     Raises:
         UnsupportedLayout: a mesh whose dimensions are named.
@@ -61,13 +61,13 @@ def is_version_1(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts sharded parameters back: ``fully_shard`` leaves gathered ones in place after an evaluation."""
+    """Puts sharded parameters back: `fully_shard` leaves gathered ones in place after an evaluation."""
     for module in _modules_of(model, "FSDPModule"):
         module.reshard()
 
 
 def check_outermost(model: nn.Module) -> None:
-    """Raises where FSDP1's outermost module is around the model, so that its ``no_sync`` is out of reach.
+    """Raises where FSDP1's outermost module is around the model, so that its `no_sync` is out of reach.
 
     FSDP1 knows its outermost module after a forward pass only, so this is called after one.
 
@@ -82,7 +82,7 @@ def check_outermost(model: nn.Module) -> None:
 
 
 def _modules_of(model: nn.Module, kind: str) -> Iterator[Any]:
-    """Modules of a class of ``torch.distributed.fsdp``. It takes seconds to import; where nobody has, there is none."""
+    """Modules of a class of `torch.distributed.fsdp`. It takes seconds to import; where nobody has, there is none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return iter(())

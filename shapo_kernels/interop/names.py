@@ -25,7 +25,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_aliases(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under each name that a subspace may give it: as it stands, and with wrappers seen through.
 
-    Literal names come first, so that a module that is really called ``module`` keeps its name.
+    Literal names come first, so that a module that is really called `module` keeps its name.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     parameters: dict[str, nn.Parameter] = dict(named)

@@ -15,7 +15,7 @@ _READERS = {"hira": "HiRA", "glora": "GLoRA"}
 def reading_base_weights(model: nn.Module) -> dict[int, str]:
     """The id of each base layer whose weight its adapter reads, and the adapter's name.
 
-    Taps see only what goes through the layer's call. Where the weight takes gradients, ``model.weight_uses`` finds the
+    Taps see only what goes through the layer's call. Where the weight takes gradients, `model.weight_uses` finds the
     other use in the ascent's graph. A frozen weight leaves no trace there, so these adapters are known by name.
     """
     named = ((getattr(module, "base_layer", None), _name(module)) for module in model.modules())
@@ -38,7 +38,7 @@ class Adapters:
     """Which adapters of a model are on, and which are merged into its weights.
 
     Args:
-        model: ``None`` for one without adapters.
+        model: `None` for one without adapters.
     """
 
     def __init__(self, model: nn.Module | None) -> None:

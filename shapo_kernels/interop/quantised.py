@@ -26,7 +26,7 @@ def is_quantised(parameter: Tensor) -> bool:
 
 
 def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) -> tuple[int, ...] | None:
-    """The shape that a weight acts in: its own; ``[out_features, in_features]`` where it is quantised and its modules
+    """The shape that a weight acts in: its own; `[out_features, in_features]` where it is quantised and its modules
     are linear layers; None where they are not.
     """
     if not is_quantised(parameter):
@@ -38,7 +38,7 @@ def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) ->
 
 
 def is_linear_by_features(module: nn.Module) -> bool:
-    """Whether a layer has ``in_features`` and ``out_features``, as linear layers of any class do."""
+    """Whether a layer has `in_features` and `out_features`, as linear layers of any class do."""
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 

@@ -2,13 +2,13 @@
 
 A weight is *held* between the passes: whole, or in parts that add up to it over some ranks. Its layers *compute* with
 all of it or, under tensor parallelism, with a part. The ascent's direction is *averaged* over the ranks that see other
-data. ``discovery`` finds out which is the case.
+data. `discovery` finds out which is the case.
 
 | engine | held | computed with |
 |---|---|---|
 | none, DDP | whole | whole |
 | tensor parallel | rows or columns | the same |
-| FSDP2, HSDP, ``replicate`` | rows | whole, gathered |
+| FSDP2, HSDP, `replicate` | rows | whole, gathered |
 | FSDP2 with tensor parallel | rows of a tensor-parallel part | that part, gathered |
 | FSDP1, ZeRO-3 | a run of the flattened weight | whole, gathered |
 | ZeRO-1, ZeRO-2 | whole | whole |
@@ -29,7 +29,7 @@ from .torch_private import is_dtensor
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a weight: ``size`` elements from ``offset`` on, for each dimension."""
+    """A box of a weight: `size` elements from `offset` on, for each dimension."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
@@ -45,9 +45,9 @@ class Block:
         return index[(index >= first) & (index < last)] - first
 
     def sharded(self, parts: Sequence[tuple[Any, int, int]]) -> Block:
-        """The part of the block that is left after sharding it along each ``(placement, ranks, rank)`` in turn.
+        """The part of the block that is left after sharding it along each `(placement, ranks, rank)` in turn.
 
-        Parts are those of ``torch.chunk``.
+        Parts are those of `torch.chunk`.
         """
         offset, size = list(self.offset), list(self.size)
         for placement, count, place in parts:
@@ -90,7 +90,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class RunLayout(Layout):
-    """A weight held as a run of its flattened elements. ``held`` are the rows that the run touches.
+    """A weight held as a run of its flattened elements. `held` are the rows that the run touches.
 
     Args:
         start, count: the run's first element and its length.
@@ -111,7 +111,7 @@ class RunLayout(Layout):
 
 @dataclass(frozen=True)
 class Run:
-    """Where FSDP1 or ZeRO-3 has put a weight: a run of the flattened weight on each rank of ``shards``.
+    """Where FSDP1 or ZeRO-3 has put a weight: a run of the flattened weight on each rank of `shards`.
 
     Args:
         data: process groups whose ranks see other data.

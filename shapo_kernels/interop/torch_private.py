@@ -1,6 +1,6 @@
 """Every private part of torch that this library reads, one function each.
 
-Each docstring says what the use assumes and what happens where the assumption fails. ``tests/interop/test_private.py``
+Each docstring says what the use assumes and what happens where the assumption fails. `tests/interop/test_private.py`
 has a test of the same name for each, so that a torch release that changes one is told by name.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.modules import module as _module
 def is_dtensor(value: object) -> bool:
     """Whether a value is a DTensor.
 
-    ``torch.distributed.tensor`` takes about a second to import, so it is not imported for the question: where nobody
+    `torch.distributed.tensor` takes about a second to import, so it is not imported for the question: where nobody
     has, there is none. Public API.
     """
     tensor = sys.modules.get("torch.distributed.tensor")
@@ -32,44 +32,44 @@ def is_dtensor(value: object) -> bool:
 
 
 def forward_hooks(module: nn.Module) -> OrderedDict[int, Any]:
-    """A module's own forward hooks, in the order they run. Assumes ``Module._forward_hooks``, keyed by handle id."""
+    """A module's own forward hooks, in the order they run. Assumes `Module._forward_hooks`, keyed by handle id."""
     return cast("OrderedDict[int, Any]", module._forward_hooks)
 
 
 def remove_forward_hook(module: nn.Module, handle_id: int) -> None:
-    """Removes a hook whose handle is lost. Assumes ``Module._forward_hooks`` and ``_forward_hooks_with_kwargs``."""
+    """Removes a hook whose handle is lost. Assumes `Module._forward_hooks` and `_forward_hooks_with_kwargs`."""
     module._forward_hooks.pop(handle_id, None)
     module._forward_hooks_with_kwargs.pop(handle_id, None)
 
 
 def global_forward_hooks() -> tuple[int, ...]:
-    """The ids of the forward hooks of every module. Assumes ``torch.nn.modules.module._global_forward_hooks``."""
+    """The ids of the forward hooks of every module. Assumes `torch.nn.modules.module._global_forward_hooks`."""
     return tuple(_module._global_forward_hooks)
 
 
 def global_forward_pre_hooks() -> tuple[int, ...]:
-    """As :func:`global_forward_hooks`. Assumes ``torch.nn.modules.module._global_forward_pre_hooks``."""
+    """As :func:`global_forward_hooks`. Assumes `torch.nn.modules.module._global_forward_pre_hooks`."""
     return tuple(_module._global_forward_pre_hooks)
 
 
 def forward_pre_hooks(module: nn.Module) -> OrderedDict[int, Any]:
-    """A module's own forward pre-hooks, in the order they run. Assumes ``Module._forward_pre_hooks``."""
+    """A module's own forward pre-hooks, in the order they run. Assumes `Module._forward_pre_hooks`."""
     return cast("OrderedDict[int, Any]", module._forward_pre_hooks)
 
 
 def call_of(module: nn.Module) -> tuple[Callable[..., Any] | None, Callable[..., Any]]:
-    """What ``Module.compile`` has a module call in place of its forward and hooks, if so, and what a call calls now.
+    """What `Module.compile` has a module call in place of its forward and hooks, if so, and what a call calls now.
 
-    Assumes ``Module._compiled_call_impl``, ``None`` where there is none, and ``_call_impl``.
+    Assumes `Module._compiled_call_impl`, `None` where there is none, and `_call_impl`.
     """
     compiled = module.__dict__.get("_compiled_call_impl")
     return compiled, compiled or module._call_impl
 
 
 def call_in_place_of(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """From now on a call of the module calls this in place of its forward and hooks; ``None``: these again.
+    """From now on a call of the module calls this in place of its forward and hooks; `None`: these again.
 
-    Assumes ``Module._compiled_call_impl``, which copies and pickles of a module leave out.
+    Assumes `Module._compiled_call_impl`, which copies and pickles of a module leave out.
     """
     # Not by setattr, which torch.compile's wrapper hands on to the module inside.
     if call is None:
@@ -82,55 +82,55 @@ def call_in_place_of(module: nn.Module, call: Callable[..., Any] | None) -> None
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether ``saved_tensors_hooks``, a checkpoint's for instance, are at work.
+    """Whether `saved_tensors_hooks`, a checkpoint's for instance, are at work.
 
-    Assumes ``torch._C._autograd._top_saved_tensors_default_hooks``.
+    Assumes `torch._C._autograd._top_saved_tensors_default_hooks`.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to. Assumes ``Tensor._version``; 0 for an inference tensor, which has none."""
+    """How often a tensor was written to. Assumes `Tensor._version`; 0 for an inference tensor, which has none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """What a tensor is a view of; ``None`` where it is none. Assumes ``Tensor._base``."""
+    """What a tensor is a view of; `None` where it is none. Assumes `Tensor._base`."""
     return tensor._base
 
 
 def without_view(tensor: Tensor, shape: torch.Size) -> Tensor:
     """The same memory in another shape, no view to autograd: it may be written to, and hooks may hang on it.
 
-    Assumes ``aten::_unsafe_view``.
+    Assumes `aten::_unsafe_view`.
     """
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Raises where a bool on the device is false, without waiting for it. Assumes ``torch._assert_async``."""
+    """Raises where a bool on the device is false, without waiting for it. Assumes `torch._assert_async`."""
     torch._assert_async(condition, message)
 
 
 def keep_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Writes inside do not count as writes. Assumes ``torch.autograd._unsafe_preserve_version_counter``."""
+    """Writes inside do not count as writes. Assumes `torch.autograd._unsafe_preserve_version_counter`."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running on this thread. Assumes ``torch._C._current_graph_task_id``, -1 for none."""
+    """Whether a backward pass is running on this thread. Assumes `torch._C._current_graph_task_id`, -1 for none."""
     return torch._C._current_graph_task_id() != -1
 
 
 def in_functorch() -> bool:
-    """Whether vmap or another torch.func transform is active. Assumes ``_are_functorch_transforms_active``."""
+    """Whether vmap or another torch.func transform is active. Assumes `_are_functorch_transforms_active`."""
     return torch._C._are_functorch_transforms_active()
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are views of one storage, torch.func's wrappers seen through.
 
-    Assumes ``torch._C._functorch.get_unwrapped`` and ``torch._C._is_alias_of``.
+    Assumes `torch._C._functorch.get_unwrapped` and `torch._C._is_alias_of`.
     """
     if first is second:
         return True
@@ -140,7 +140,7 @@ def share_memory(first: Tensor, second: Tensor) -> bool:
 
 
 def storage_place(tensor: Tensor) -> tuple[int, int]:
-    """Equal for tensors that begin at one place of one storage. Assumes ``UntypedStorage._cdata``, an address."""
+    """Equal for tensors that begin at one place of one storage. Assumes `UntypedStorage._cdata`, an address."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
@@ -148,15 +148,15 @@ def storage_place(tensor: Tensor) -> tuple[int, int]:
 
 
 def has_kernel(operator: str, key: str) -> bool:
-    """Whether an operator (``"library::name"``) is implemented for a dispatch key (``"CPU"``, ``"CUDA"``).
+    """Whether an operator (`"library::name"`) is implemented for a dispatch key (`"CPU"`, `"CUDA"`).
 
-    Assumes ``torch._C._dispatch_has_kernel_for_dispatch_key``.
+    Assumes `torch._C._dispatch_has_kernel_for_dispatch_key`.
     """
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def group_of_name(name: str) -> Any:
-    """The process group of a name, which operators pass on as a string. Assumes ``_resolve_process_group``."""
+    """The process group of a name, which operators pass on as a string. Assumes `_resolve_process_group`."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
@@ -165,10 +165,10 @@ def group_of_name(name: str) -> Any:
 
 @contextmanager
 def ddp_without_sink(model: Any) -> Iterator[None]:
-    """``no_sync`` for DistributedDataParallel with a static graph.
+    """`no_sync` for DistributedDataParallel with a static graph.
 
-    The node that DDP puts behind the first forward pass would reduce gradients that ``no_sync`` has not prepared. Here
-    forward passes leave it out. Assumes ``_pre_forward`` and ``_run_ddp_forward``.
+    The node that DDP puts behind the first forward pass would reduce gradients that `no_sync` has not prepared. Here
+    forward passes leave it out. Assumes `_pre_forward` and `_run_ddp_forward`.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -184,7 +184,7 @@ def ddp_without_sink(model: Any) -> Iterator[None]:
 
 
 def hidden_by_ddp(parameter: Tensor) -> bool:
-    """Whether DDP made a plain tensor of a tensor-parallel parameter. Assumes the mark ``_st_info``."""
+    """Whether DDP made a plain tensor of a tensor-parallel parameter. Assumes the mark `_st_info`."""
     return hasattr(parameter, "_st_info")
 
 
@@ -195,10 +195,10 @@ class Fsdp2Parameter(NamedTuple):
 
 
 def fsdp2_parameters(module: Any) -> Iterator[Fsdp2Parameter]:
-    """The parameters that ``fully_shard`` manages in one module, with their data-parallel mesh.
+    """The parameters that `fully_shard` manages in one module, with their data-parallel mesh.
 
-    Assumes ``_get_fsdp_state`` and its ``_fsdp_param_group`` (up to torch 2.11) or ``_fsdp_param_groups``, each with
-    ``fsdp_params`` that have ``mesh_info.mesh`` and ``_module_info``.
+    Assumes `_get_fsdp_state` and its `_fsdp_param_group` (up to torch 2.11) or `_fsdp_param_groups`, each with
+    `fsdp_params` that have `mesh_info.mesh` and `_module_info`.
     """
     state = module._get_fsdp_state()
     for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
@@ -226,10 +226,10 @@ class Fsdp1Handle(NamedTuple):
 
 
 def fsdp1_handle(module: Any) -> Fsdp1Handle | None:
-    """What one FullyShardedDataParallel module holds; ``None`` where it holds nothing.
+    """What one FullyShardedDataParallel module holds; `None` where it holds nothing.
 
-    Assumes ``_handle`` with ``_use_orig_params``, ``uses_sharded_strategy``, ``process_group`` and ``flat_param``'s
-    ``_params``, ``_shapes`` and ``_shard_param_infos``, and ``_inter_node_pg`` for hybrid sharding.
+    Assumes `_handle` with `_use_orig_params`, `uses_sharded_strategy`, `process_group` and `flat_param`'s
+    `_params`, `_shapes` and `_shard_param_infos`, and `_inter_node_pg` for hybrid sharding.
     """
     handle = module._handle
     if handle is None:
@@ -245,5 +245,5 @@ def fsdp1_handle(module: Any) -> Fsdp1Handle | None:
 
 
 def fsdp1_is_outermost(module: Any) -> bool:
-    """Whether FSDP1 has found, in a forward pass, that no other unit is around this one. Assumes ``_is_root``."""
+    """Whether FSDP1 has found, in a forward pass, that no other unit is around this one. Assumes `_is_root`."""
     return bool(module._is_root)

@@ -1,7 +1,7 @@
 """Preference losses, their aggregation over a batch, and the log-probabilities they are computed from.
 
-Needs only torch. Each formula is written once: losses of pairs in ``preference``, the mean, Dr.DPO and the likelihood
-term in ``aggregation``, sequence log-probabilities in ``logps``. ``registry`` names the losses and combines the parts.
+Needs only torch. Each formula is written once: losses of pairs in `preference`, the mean, Dr.DPO and the likelihood
+term in `aggregation`, sequence log-probabilities in `logps`. `registry` names the losses and combines the parts.
 """
 
 from ..ops import TokenLogps, linear_token_logps

@@ -26,7 +26,7 @@ def check_flip_rate(name: str, value: float) -> None:
 
 
 def check_pairs(**tensors: Tensor) -> torch.dtype:
-    """Floating ``[B]`` tensors of one shape on one device; returns the dtype of the result."""
+    """Floating `[B]` tensors of one shape on one device; returns the dtype of the result."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check_floating(name, tensor)

@@ -3,10 +3,10 @@ likelihood of the chosen responses, which is added to either.
 
 Three ways to have the whole batch, which agree in value and gradient:
 
-* one tensor of all pairs: ``drdpo(per_pair, beta_prime=b)``;
-* each rank has a part: ``drdpo(per_pair, beta_prime=b, group=torch.distributed.group.WORLD)``;
-* each rank has micro-batches: ``whole = whole_batch(all_per_pair, beta_prime=b, group=...)`` from losses that were
-  computed without a gradient, then for each micro-batch ``drdpo(per_pair, beta_prime=b, whole=whole).backward()``:
+* one tensor of all pairs: `drdpo(per_pair, beta_prime=b)`;
+* each rank has a part: `drdpo(per_pair, beta_prime=b, group=torch.distributed.group.WORLD)`;
+* each rank has micro-batches: `whole = whole_batch(all_per_pair, beta_prime=b, group=...)` from losses that were
+  computed without a gradient, then for each micro-batch `drdpo(per_pair, beta_prime=b, whole=whole).backward()`:
   these *shares* add up, so they are not divided by the number of micro-batches.
 
 Gradients are expected to be *averaged* over ranks, as DDP and FSDP do: each rank's gradient is the number of ranks
@@ -35,8 +35,8 @@ class WholeBatch:
         value: float64 scalar, the loss of the whole batch.
         pairs: float64 scalar, the number of pairs over all micro-batches and ranks.
         ranks: the number of processes that share the batch.
-        beta_prime: Dr.DPO's parameter; ``None`` for the mean.
-        chosen_tokens: fp64 scalar, the number of tokens of all chosen responses, for :func:`chosen_nll`; ``None`` where
+        beta_prime: Dr.DPO's parameter; `None` for the mean.
+        chosen_tokens: fp64 scalar, the number of tokens of all chosen responses, for :func:`chosen_nll`; `None` where
             it was not asked for.
     """
 
@@ -54,19 +54,19 @@ def whole_batch(
     group: dist.ProcessGroup | None = None,
     chosen_counts: Tensor | None = None,
 ) -> WholeBatch:
-    """The loss of a whole batch without a gradient, for use as ``whole`` with each of its micro-batches.
+    """The loss of a whole batch without a gradient, for use as `whole` with each of its micro-batches.
 
     Args:
         per_pair: the losses of all of this rank's pairs, as one tensor or one for each micro-batch. Any order. They
             must be the values that the micro-batches will have again: replay the random state if the model has dropout.
-        beta_prime: for :func:`drdpo`; ``None`` for :func:`mean`.
-        group: the processes that share the batch (``torch.distributed.group.WORLD`` for all); ``None`` is this one
+        beta_prime: for :func:`drdpo`; `None` for :func:`mean`.
+        group: the processes that share the batch (`torch.distributed.group.WORLD` for all); `None` is this one
             alone.
         chosen_counts: tokens of the chosen responses of all of this rank's pairs, where :func:`chosen_nll` is to be
             given the result.
 
     Raises:
-        ValueError: no pair at all, or ``beta_prime`` not above 0.
+        ValueError: no pair at all, or `beta_prime` not above 0.
     """
     if beta_prime is not None:
         check_positive("beta_prime", beta_prime)
@@ -111,7 +111,7 @@ def mean(per_pair: Tensor, *, group: dist.ProcessGroup | None = None, whole: Who
     """The mean over the pairs of the whole batch, even if ranks or micro-batches hold unequal numbers of pairs.
 
     Args:
-        per_pair: ``[B]`` losses.
+        per_pair: `[B]` losses.
         group: the processes that share the batch: returns the whole batch's mean on every rank.
         whole: from :func:`whole_batch`: returns this micro-batch's share.
 
@@ -119,7 +119,7 @@ def mean(per_pair: Tensor, *, group: dist.ProcessGroup | None = None, whole: Who
         A scalar, float64 for float64 losses, else float32.
 
     Raises:
-        ValueError: an empty batch, both ``group`` and ``whole`` (which was made with it), or a ``whole`` made for
+        ValueError: an empty batch, both `group` and `whole` (which was made with it), or a `whole` made for
             Dr.DPO.
     """
     _check_call(per_pair, group, whole, None)
@@ -140,26 +140,26 @@ def drdpo(
     group: dist.ProcessGroup | None = None,
     whole: WholeBatch | None = None,
 ) -> Tensor:
-    """Dr.DPO: ``-beta' log mean exp(-l / beta')`` over the pairs of the whole batch (arXiv:2407.07880).
+    """Dr.DPO: `-beta' log mean exp(-l / beta')` over the pairs of the whole batch (arXiv:2407.07880).
 
-    Its gradient weighs pair i with ``softmax(-l / beta')_i``: pairs with a large loss, which may be mislabelled, count
-    less. ``beta' -> inf`` is the mean and ``beta' -> 0`` the minimum, both reached without loss of accuracy; finite for
+    Its gradient weighs pair i with `softmax(-l / beta')_i`: pairs with a large loss, which may be mislabelled, count
+    less. `beta' -> inf` is the mean and `beta' -> 0` the minimum, both reached without loss of accuracy; finite for
     any finite losses.
 
     Args:
-        per_pair: ``[B]`` losses.
+        per_pair: `[B]` losses.
         beta_prime: finite, above 0.
         group: the processes that share the batch: returns the whole batch's loss on every rank (two small all-reduces).
         whole: from :func:`whole_batch`: returns this micro-batch's share, without communication. The shares of all
             micro-batches, averaged over ranks, add up to the whole batch's loss, and so do their gradients.
 
     Returns:
-        A scalar, float64 for float64 losses, else float32. With ``group`` or ``whole`` it can be differentiated once;
-        ``create_graph=True`` raises RuntimeError.
+        A scalar, float64 for float64 losses, else float32. With `group` or `whole` it can be differentiated once;
+        `create_graph=True` raises RuntimeError.
 
     Raises:
-        ValueError: an empty batch, ``beta_prime`` out of range, both ``group`` and ``whole``, or a ``whole`` made with
-            another ``beta_prime``.
+        ValueError: an empty batch, `beta_prime` out of range, both `group` and `whole`, or a `whole` made with
+            another `beta_prime`.
     """
     check_positive("beta_prime", beta_prime)
     _check_call(per_pair, group, whole, beta_prime)
@@ -187,21 +187,21 @@ def chosen_nll(
 ) -> Tensor:
     """Negative log-likelihood of the chosen responses, a mean over all their tokens in the whole batch.
 
-    ``-sum_i log pi(y_w_i) / sum_i |y_w_i|``: the term of iterative RPO (arXiv:2404.19733, eq. 1) as TRL takes it, over
-    the tokens of the batch and not over means of its pairs (``loss_type=["sigmoid", "sft"]``, once ``rpo_alpha``).
+    `-sum_i log pi(y_w_i) / sum_i |y_w_i|`: the term of iterative RPO (arXiv:2404.19733, eq. 1) as TRL takes it, over
+    the tokens of the batch and not over means of its pairs (`loss_type=["sigmoid", "sft"]`, once `rpo_alpha`).
 
     Args:
-        policy_chosen: ``[B]`` sums over a response's tokens.
-        chosen_counts: ``[B]`` their numbers of tokens. A batch without a token has the value 0.
+        policy_chosen: `[B]` sums over a response's tokens.
+        chosen_counts: `[B]` their numbers of tokens. A batch without a token has the value 0.
         group: the processes that share the batch: returns the whole batch's value on every rank.
-        whole: from :func:`whole_batch` with ``chosen_counts``: returns this micro-batch's share.
+        whole: from :func:`whole_batch` with `chosen_counts`: returns this micro-batch's share.
 
     Returns:
         A scalar, fp64 for fp64 sums, else fp32.
 
     Raises:
-        ValueError: an empty batch, shapes that differ, ``group`` beside ``whole``, or a ``whole`` that was made without
-            ``chosen_counts``.
+        ValueError: an empty batch, shapes that differ, `group` beside `whole`, or a `whole` that was made without
+            `chosen_counts`.
     """
     _check_per_pair(policy_chosen)
     if chosen_counts.shape != policy_chosen.shape:

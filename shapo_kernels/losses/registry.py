@@ -1,6 +1,6 @@
 """Preference losses by name: what each needs, and one object that takes a batch's log-probabilities to its loss.
 
-For training loops and command lines. If you know the loss, call its function in ``preference`` directly. Nothing is
+For training loops and command lines. If you know the loss, call its function in `preference` directly. Nothing is
 ignored: a parameter, a reward or a reference that the loss does not use is an error. Token counts are the one
 exception, because every log-probability comes with one.
 """
@@ -25,8 +25,8 @@ class LossSpec:
     """What a pairwise loss is and needs.
 
     Attributes:
-        summary: one line, for ``--help``.
-        function: of ``preference``.
+        summary: one line, for `--help`.
+        function: of `preference`.
         parameters: the names of its numbers; each is required.
         uses_reference: it compares with a reference model.
         uses_rewards: its labels come from a reward model.
@@ -84,12 +84,12 @@ _REWARDS = ("reward_chosen", "reward_rejected")
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Log-probabilities of B pairs, all ``[B]``; what a loss needs is in its :class:`LossSpec`.
+    """Log-probabilities of B pairs, all `[B]`; what a loss needs is in its :class:`LossSpec`.
 
     Attributes:
         policy_chosen, policy_rejected: sums over a response's tokens, with a gradient.
         ref_chosen, ref_rejected: the reference model's.
-        chosen_counts, rejected_counts: tokens of each response, as ``sequence_logps`` counts them.
+        chosen_counts, rejected_counts: tokens of each response, as `sequence_logps` counts them.
         reward_chosen, reward_rejected: scores of a reward model, higher for the better response.
     """
 
@@ -105,16 +105,16 @@ class PreferenceBatch:
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """A batch's loss and its parts; only ``loss`` and ``per_pair`` have a gradient.
+    """A batch's loss and its parts; only `loss` and `per_pair` have a gradient.
 
     Attributes:
         loss: scalar.
-        per_pair: ``[B]``.
-        chosen_rewards, rejected_rewards: ``[B]`` implicit rewards ``beta (log pi - log ref)``; of per-token means for
+        per_pair: `[B]`.
+        chosen_rewards, rejected_rewards: `[B]` implicit rewards `beta (log pi - log ref)`; of per-token means for
             the losses that use them, without the reference for those that have none.
-        margin: ``[B]``, their difference; a pair is ranked correctly if it is above 0.
-        nll: scalar, the chosen responses' mean negative log-likelihood (or its share), without its weight; ``None``
-            where the loss has no such term. ``loss`` holds it, ``per_pair`` does not.
+        margin: `[B]`, their difference; a pair is ranked correctly if it is above 0.
+        nll: scalar, the chosen responses' mean negative log-likelihood (or its share), without its weight; `None`
+            where the loss has no such term. `loss` holds it, `per_pair` does not.
     """
 
     loss: Tensor
@@ -126,12 +126,12 @@ class PreferenceOutput:
 
 
 class PreferenceLoss:
-    """A pairwise loss with its aggregation: ``PreferenceLoss("cdpo", "drdpo", beta=0.1, epsilon=0.2, beta_prime=1.0)``.
+    """A pairwise loss with its aggregation: `PreferenceLoss("cdpo", "drdpo", beta=0.1, epsilon=0.2, beta_prime=1.0)`.
 
     Args:
-        name: a key of ``PAIRWISE``.
-        aggregation: a key of ``AGGREGATIONS``.
-        group: the processes that share a batch, see ``aggregation``; ``None`` is this one alone.
+        name: a key of `PAIRWISE`.
+        aggregation: a key of `AGGREGATIONS`.
+        group: the processes that share a batch, see `aggregation`; `None` is this one alone.
         nll: weight of :func:`aggregation.chosen_nll`, which is added to the aggregated loss; 0 for none.
         parameters: exactly the numbers that the two need.
 
@@ -182,7 +182,7 @@ class PreferenceLoss:
         return bool(AGGREGATIONS[self.aggregation])
 
     def __call__(self, batch: PreferenceBatch, *, whole: aggregations.WholeBatch | None = None) -> PreferenceOutput:
-        """The loss of a batch, or with ``whole`` the share of a micro-batch: shares add up, so they are not averaged.
+        """The loss of a batch, or with `whole` the share of a micro-batch: shares add up, so they are not averaged.
 
         Raises:
             ValueError: the batch lacks what the loss needs, or has rewards or a reference that it does not use.
@@ -231,9 +231,9 @@ class PreferenceLoss:
     def whole_batch(
         self, per_pair: Tensor | Sequence[Tensor], *, chosen_counts: Tensor | None = None
     ) -> aggregations.WholeBatch:
-        """What micro-batches need to know of each other, from the ``per_pair`` of all of them.
+        """What micro-batches need to know of each other, from the `per_pair` of all of them.
 
-        ``chosen_counts`` are the tokens of all chosen responses, which the likelihood (``nll``) needs.
+        `chosen_counts` are the tokens of all chosen responses, which the likelihood (`nll`) needs.
         """
         beta_prime = self.parameters.get("beta_prime")
         return aggregations.whole_batch(per_pair, beta_prime=beta_prime, group=self.group, chosen_counts=chosen_counts)

@@ -23,7 +23,7 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
         with opt.perturbed(), sk.frozen_batch_norm(model):
             ...
 
-    In a closure, which is called in both passes, ``opt.is_perturbed`` tells which one it is.
+    In a closure, which is called in both passes, `opt.is_perturbed` tells which one it is.
 
     Args:
         model: every batch and instance norm in it is frozen.

@@ -30,7 +30,7 @@ class Candidate:
         modules: the layers that hold it, and under which attribute.
         adapter: the adapter that reads it beside calling its layer, if any.
         delta: it must be perturbed without being written.
-        one_use: it is perturbed in ``modules`` only, whichever other layers hold it.
+        one_use: it is perturbed in `modules` only, whichever other layers hold it.
     """
 
     names: tuple[str, ...]
@@ -108,7 +108,7 @@ def why_not_adapted(weight: Candidate) -> str | None:
     )
 
 
-#: What every selected weight must meet. Each returns why a weight does not, or ``None``.
+#: What every selected weight must meet. Each returns why a weight does not, or `None`.
 DEMANDS: tuple[Callable[[Candidate], str | None], ...] = (
     why_not_one_axis,
     why_not_strides,

@@ -17,7 +17,7 @@ def blocks_below(
     """Name and module of each block that runs before the lowest block with a selected layer; none where that is the
     first, or where an embedding is selected.
 
-    The stack is an ``nn.ModuleList`` or ``nn.Sequential``: the outermost one that holds selected layers or, where all
+    The stack is an `nn.ModuleList` or `nn.Sequential`: the outermost one that holds selected layers or, where all
     of them lie outside (an output projection), the only outermost list there is. Selected layers outside the stack are
     taken to lie above it.
 
@@ -27,7 +27,7 @@ def blocks_below(
         stack: name of the stack in the unwrapped model, where it cannot be found.
 
     Raises:
-        ValueError: no stack is found, several are, or ``stack`` names none.
+        ValueError: no stack is found, several are, or `stack` names none.
     """
     if any(isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) for layer in selected):
         return []
@@ -63,7 +63,7 @@ def _search(model: nn.Module, ids: set[int]) -> tuple[str, nn.Module]:
 
 
 def _outermost(module: nn.Module, name: str, ids: set[int] | None) -> Iterator[tuple[str, nn.Module]]:
-    """Lists in ``module``, none inside another, that hold one of ``ids`` (any list of two or more where that is None).
+    """Lists in `module`, none inside another, that hold one of `ids` (any list of two or more where that is None).
 
     A Sequential whose first part holds all of them, a model and its head, is looked into.
     """

@@ -5,7 +5,7 @@ Four mistakes would otherwise give wrong gradients without a word:
 * backward runs after the weights are restored, so checkpointed layers are recomputed at theta;
 * the reference pass of an adapter's policy runs on the perturbed base (same base, adapter off);
 * gradients are taken while eps is put aside;
-* a layer is called with other weights than its own (``torch.func.functional_call``), and misses what was written.
+* a layer is called with other weights than its own (`torch.func.functional_call`), and misses what was written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DescentGuard:
     """One for all layers that hold selected weights. Their hooks call :meth:`see` with every output.
 
     Args:
-        model: looked through for PEFT's layers; ``None`` for a copied model's guard, which checks nothing.
+        model: looked through for PEFT's layers; `None` for a copied model's guard, which checks nothing.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -79,7 +79,7 @@ class DescentGuard:
         self._unrecorded, self._adapters_then = 0, self._adapters.state()
 
     def end(self) -> str | None:
-        """The descent ends. Returns an error message, or ``None``: weights are restored before anything is raised."""
+        """The descent ends. Returns an error message, or `None`: weights are restored before anything is raised."""
         merged = self.writes and self._adapters.present and self._adapters.merged() != self._adapters_then[-1]
         self.active, self.writes, self._descent, self._aside = False, False, None, False
         return _MERGED if merged else None

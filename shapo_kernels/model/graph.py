@@ -17,7 +17,7 @@ def edges(tensors: Iterable[Tensor]) -> set[Edge]:
 
 
 def reached(start: Iterable[Edge], stop: Collection[Edge] = ()) -> Iterator[Any]:
-    """Every node, once, that lies on a way from ``start`` on which no edge of ``stop`` comes before it."""
+    """Every node, once, that lies on a way from `start` on which no edge of `stop` comes before it."""
     seen: set[Any] = set()
     pending = [edge for edge in start if edge not in stop]
     while pending:

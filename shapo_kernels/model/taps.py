@@ -1,8 +1,8 @@
 """Taps: forward hooks on the layers whose neurons are selected.
 
-In an ascent a tap lets the direction's gradient out. In a descent with ``perturbation="delta"`` it adds the direction.
+In an ascent a tap lets the direction's gradient out. In a descent with `perturbation="delta"` it adds the direction.
 Otherwise it notes the dtype that the layer computed in and passes the output on. It stays attached from the making of
-the optimizer to ``detach()``, so that a model compiled in between keeps it.
+the optimizer to `detach()`, so that a model compiled in between keeps it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Tap:
     """The hook on one layer.
 
     Args:
-        features_first: the weight is stored ``[in_features, out_features]`` (``Conv1D``), not the other way round.
+        features_first: the weight is stored `[in_features, out_features]` (`Conv1D`), not the other way round.
         axis: the weight's neuron axis.
-        index: selected neurons of the part of the weight that this rank computes with, ``None`` for all of them.
+        index: selected neurons of the part of the weight that this rank computes with, `None` for all of them.
         sharded: that part is not the whole weight (tensor parallelism): inputs and outputs are DTensors.
 
-    Neurons on the input side of the layer (value vectors) contribute ``x[..., S] D^T`` to all outputs; neurons on the
-    output side contribute ``x D^T`` to the outputs S.
+    Neurons on the input side of the layer (value vectors) contribute `x[..., S] D^T` to all outputs; neurons on the
+    output side contribute `x D^T` to the outputs S.
     """
 
     def __init__(self, *, features_first: bool, axis: int, index: Tensor | None, sharded: bool = False) -> None:
@@ -47,7 +47,7 @@ class Tap:
         self._checked_under: tuple[int, ...] = ()
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
-        #: For each call in the first ascent, where its graph ends and begins; ``None`` where it has none.
+        #: For each call in the first ascent, where its graph ends and begins; `None` where it has none.
         self.calls: list[tuple[Any, Any] | None] | None = None
         #: Whether the layer has run at all since the ascent, or the update, began.
         self.ran = False
@@ -64,12 +64,12 @@ class Tap:
     is_copy = False
 
     def observe(self, leaf: Tensor) -> None:
-        """From now on let the gradient of the compact ``leaf`` out; its values are never read."""
+        """From now on let the gradient of the compact `leaf` out; its values are never read."""
         self._direction, self._adding, self.unrecorded = leaf, False, False
         self._go_first()
 
     def add(self, direction: Tensor) -> None:
-        """From now on compute as if the compact ``direction`` had been added to the weight."""
+        """From now on compute as if the compact `direction` had been added to the weight."""
         self._direction, self._adding = direction, True
         self._go_first()
 
@@ -111,7 +111,7 @@ class Tap:
         return output
 
     def _may_write(self, module: nn.Module) -> bool:
-        """Whether nobody else has seen the output: ``nn.Linear`` saves none of its own, and this hook is the first."""
+        """Whether nobody else has seen the output: `nn.Linear` saves none of its own, and this hook is the first."""
         return type(module) is nn.Linear and "forward" not in module.__dict__ and not global_forward_hooks()
 
     def _joined(self, output: Tensor, input: Tensor, direction: Tensor, *, in_place: bool = False) -> Tensor:
@@ -193,8 +193,8 @@ def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: 
 def _input_gradient_placements(inputs: tuple[Any, ...], outputs: tuple[Any, ...], features: int) -> list[Any]:
     """How the gradient of a linear layer's input lies over ranks, given how its input and output do.
 
-    The ranks hold the weight's rows (they share the input and put out parts of the features, as ``ColwiseParallel``
-    makes it), or its columns (parts of the features come in, parts of a sum go out, ``RowwiseParallel``), or all of it.
+    The ranks hold the weight's rows (they share the input and put out parts of the features, as `ColwiseParallel`
+    makes it), or its columns (parts of the features come in, parts of a sum go out, `RowwiseParallel`), or all of it.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -215,10 +215,10 @@ def _input_gradient_placements(inputs: tuple[Any, ...], outputs: tuple[Any, ...]
 
 
 def stores_features_first(module: nn.Module, *, quantised: bool = False) -> bool | None:
-    """True for ``[in, out]`` weights (``Conv1D``), False for ``[out, in]`` (``nn.Linear``), None for other layers.
+    """True for `[in, out]` weights (`Conv1D`), False for `[out, in]` (`nn.Linear`), None for other layers.
 
     A layer of quantised weights is a linear one where it says so by its features, whatever its class; one of others is
-    none where it computes otherwise than ``nn.Linear`` does, with a normalised weight for instance.
+    none where it computes otherwise than `nn.Linear` does, with a normalised weight for instance.
     """
     if quantised and is_linear_by_features(module):
         return False

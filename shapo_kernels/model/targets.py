@@ -149,7 +149,7 @@ class Target:
         return held, self._held_index
 
     def gradient(self) -> Tensor | None:
-        """The parameter's ``.grad`` as such a tensor.
+        """The parameter's `.grad` as such a tensor.
 
         Raises:
             TypeError: it is sparse.
@@ -177,7 +177,7 @@ class Target:
         return torch.zeros(self.compact_shape, dtype=self.compute_dtype, device=self.parameter.device)
 
     def buffer(self, use: str, dtype: torch.dtype) -> Tensor:
-        """Compact memory, its contents undefined: for one ``use`` the same in every update where neurons are few."""
+        """Compact memory, its contents undefined: for one `use` the same in every update where neurons are few."""
         buffer = self._buffers.get(use)
         if buffer is None or buffer.dtype != dtype or buffer.device != self.parameter.device:
             buffer = torch.empty(self.compact_shape, dtype=dtype, device=self.parameter.device)

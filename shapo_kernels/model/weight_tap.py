@@ -14,10 +14,10 @@ from .taps import Tap
 
 
 class WeightTap(Tap):
-    """For a layer whose weight is selected whole: ``W + D`` takes the weight's place while a direction is at work.
+    """For a layer whose weight is selected whole: `W + D` takes the weight's place while a direction is at work.
 
-    One product instead of the two of ``W x + D x``, for one more weight in memory. The parameter stays where it is, for
-    the model and for its other layers, and gradients reach it through ``W + D``. Where eps would be lost to rounding
+    One product instead of the two of `W x + D x`, for one more weight in memory. The parameter stays where it is, for
+    the model and for its other layers, and gradients reach it through `W + D`. Where eps would be lost to rounding
     (16-bit weights or computation), or the weight is gathered for each call, it acts as any tap does.
     """
 

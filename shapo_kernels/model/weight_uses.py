@@ -14,7 +14,7 @@ from .targets import Target
 
 
 def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
-    """Every node of a graph, once, from ``start`` on and up to those in ``stop``."""
+    """Every node of a graph, once, from `start` on and up to those in `stop`."""
     seen: set[Any] = {None, *stop}
     pending = [start]
     while pending:

@@ -1,12 +1,12 @@
 """The operators: one public function each, which checks its arguments, chooses a backend and handles autograd.
 
-``_schemas.py`` lists every operator's schema and fake.
+`_schemas.py` lists every operator's schema and fake.
 
-``subspace_update``: gather the selected gradient with its norm, scale, perturb in place, restore.
-``neuron_update``: the forward of a perturbation that is added instead of written, and the gradient of such a direction.
-``column_cosine``: the cosine of every neuron with one direction.
-``sequence_logps``: log-probabilities of labels under a softmax over the vocabulary.
-``linear_logps``: the same from hidden states and the head's weight, without the logits.
+`subspace_update`: gather the selected gradient with its norm, scale, perturb in place, restore.
+`neuron_update`: the forward of a perturbation that is added instead of written, and the gradient of such a direction.
+`column_cosine`: the cosine of every neuron with one direction.
+`sequence_logps`: log-probabilities of labels under a softmax over the vocabulary.
+`linear_logps`: the same from hidden states and the head's weight, without the logits.
 """
 
 from .column_cosine import column_cosine

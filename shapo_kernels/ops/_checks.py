@@ -1,6 +1,6 @@
 """Checks shared by operators and losses. They read metadata only and never wait for a device.
 
-``check_*`` raises. A wrong dtype is a TypeError; a wrong shape, device or value is a ValueError.
+`check_*` raises. A wrong dtype is a TypeError; a wrong shape, device or value is a ValueError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_INT = 2**63 - 1
 
 
 def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor of ``dtype`` is computed in: float64 for float64, else float32."""
+    """The dtype that a tensor of `dtype` is computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -49,7 +49,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_all_on_one_device(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
-    """All of ``tensors`` are on the device of the first of ``others``."""
+    """All of `tensors` are on the device of the first of `others`."""
     for position, tensor in enumerate(tensors):
         check_device(f"{name}[{position}]", tensor, f"{other_name}[0]", others[0])
 
@@ -62,7 +62,7 @@ def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
 
 
 def check_index(name: str, index: Tensor, neurons: int) -> None:
-    """int64 ``[k]``; on the CPU, also in ``[0, neurons)``."""
+    """int64 `[k]`; on the CPU, also in `[0, neurons)`."""
     check_tensor(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name} is {index.dtype}: expected torch.int64")
@@ -99,7 +99,7 @@ def check_written(name: str, tensor: Tensor) -> None:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor may share memory (expanded, unfolded, ``as_strided``)."""
+    """Whether two elements of a tensor may share memory (expanded, unfolded, `as_strided`)."""
     if torch.compiler.is_compiling():  # which can sort no sizes that vary
         return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     if tensor.is_contiguous() or not tensor.numel():
@@ -114,7 +114,7 @@ def may_overlap(tensor: Tensor) -> bool:
 
 
 def check_labels(labels: Tensor, name: str, inputs: Tensor) -> None:
-    """Integers ``[B, T]`` beside ``inputs``. Their values are checked by ``check_label_values``."""
+    """Integers `[B, T]` beside `inputs`. Their values are checked by `check_label_values`."""
     check_tensor("labels", labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels is {labels.dtype}: expected an integer tensor, usually int64")
@@ -126,7 +126,7 @@ def check_labels(labels: Tensor, name: str, inputs: Tensor) -> None:
 
 
 def check_label_values(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Each label is ``ignore_index`` or in ``[0, vocabulary)``: raises on the CPU, else the device asserts it."""
+    """Each label is `ignore_index` or in `[0, vocabulary)`: raises on the CPU, else the device asserts it."""
     if labels.device.type == "meta":
         return
     allowed = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
@@ -160,9 +160,9 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_first_order(name: str, instead: str) -> None:
-    """Called in a backward pass that autograd cannot differentiate: refuses ``create_graph=True``.
+    """Called in a backward pass that autograd cannot differentiate: refuses `create_graph=True`.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient has a graph of its own. Otherwise terms of the
+    torch's `once_differentiable` raises only if the incoming gradient has a graph of its own. Otherwise terms of the
     second derivative would be missing without an error. Compiled backward passes refuse second derivatives themselves.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

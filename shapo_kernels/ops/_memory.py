@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def remembered(tensor: Tensor, name: str, make: Callable[[], T]) -> T:
-    """``make()``, or what it returned the last time for this tensor and version of it."""
+    """`make()`, or what it returned the last time for this tensor and version of it."""
     if torch.compiler.is_compiling() or tensor.is_inference():
         return make()
     memory = tensor.__dict__.setdefault("_shapo_memory", {})

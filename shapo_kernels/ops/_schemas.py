@@ -3,8 +3,8 @@
 What an operator computes is documented at its public function in this folder. Lists hold one entry for each layer, so
 that an update is one call whatever the number of layers.
 
-Three libraries register implementations under these schemas: ``shapo_kernels`` holds the compiled operators, whose
-schemas ``csrc/register.cpp`` repeats (a test compares the two), and the head's, written in Python. ``shapo_triton``
+Three libraries register implementations under these schemas: `shapo_kernels` holds the compiled operators, whose
+schemas `csrc/register.cpp` repeats (a test compares the two), and the head's, written in Python. `shapo_triton`
 holds Triton's. The reference is plain functions with the same arguments.
 """
 

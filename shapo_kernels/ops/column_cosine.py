@@ -20,13 +20,13 @@ def column_cosine(weight: Tensor, direction: Tensor, *, axis: int = 1) -> Tensor
     neither overflow nor underflow, whatever the size of the numbers.
 
     Args:
-        weight: ``[hidden, neurons]`` for axis 1 (``nn.Linear``), ``[neurons, hidden]`` for axis 0 (``Conv1D``); any
+        weight: `[hidden, neurons]` for axis 1 (`nn.Linear`), `[neurons, hidden]` for axis 0 (`Conv1D`); any
             stride.
-        direction: ``[hidden]``, floating point.
+        direction: `[hidden]`, floating point.
         axis: the axis that the neurons lie on.
 
     Returns:
-        ``[neurons]`` in float32, float64 for a float64 weight.
+        `[neurons]` in float32, float64 for a float64 weight.
 
     Raises:
         TypeError: a tensor that is not floating point.

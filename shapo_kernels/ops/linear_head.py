@@ -1,9 +1,9 @@
 r"""The head's two operators: log-probabilities from hidden states and the head's weight, forward and backward.
 
-They are opaque to ``torch.compile`` and do not check their arguments. Only labelled tokens are computed, in tiles
-``[tokens, part of the vocabulary]`` of logits ``x``. As attention does with its keys and values, a walk over the
+They are opaque to `torch.compile` and do not check their arguments. Only labelled tokens are computed, in tiles
+`[tokens, part of the vocabulary]` of logits `x`. As attention does with its keys and values, a walk over the
 vocabulary keeps for each token the log-sum-exp so far and the weight's rows summed in
-proportion to ``exp(x)``, both scaled where the maximum rises; at the end of the walk that sum is
+proportion to `exp(x)`, both scaled where the maximum rises; at the end of the walk that sum is
 
 .. math:: \frac{\partial \log p_t}{\partial h_t} = (1 - p_{ty}) W_y - \sum_{v \ne y} p_{tv} W_v .
 
@@ -48,14 +48,14 @@ def _custom_op(name: str, function: Any) -> Any:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities ``[B, T]``, 0 where a token does not count; statistics ``[3, B, T]``; what backward needs.
+    """Log-probabilities `[B, T]`, 0 where a token does not count; statistics `[3, B, T]`; what backward needs.
 
     Args:
-        options: of ``HeadOptions``, then whether the gradients of hidden states and of the weight may be asked for.
+        options: of `HeadOptions`, then whether the gradients of hidden states and of the weight may be asked for.
 
     Returns:
-        logps, statistics, index ``[n]`` of labelled tokens, per_token ``[3, n]`` (log p, maximum, sum of exponentials),
-        directions ``[n, H]`` (d log p / d hidden), slopes (of the last tile, flat), and the plan, four numbers on the
+        logps, statistics, index `[n]` of labelled tokens, per_token `[3, n]` (log p, maximum, sum of exponentials),
+        directions `[n, H]` (d log p / d hidden), slopes (of the last tile, flat), and the plan, four numbers on the
         CPU: labelled tokens, this rank's first row, the most rows of a rank, the fewest elements of a rank's tile.
     """
     *flat, keep_hidden, keep_weight = options
@@ -123,7 +123,7 @@ def _gradient(
     plan: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``sum(grad * logps)`` with respect to hidden, weight and bias; empty where they are not wanted."""
+    """Gradients of `sum(grad * logps)` with respect to hidden, weight and bias; empty where they are not wanted."""
     *flat, wants_hidden, wants_weight, wants_bias = options
     head = HeadOptions(*flat)
     length, width = hidden.shape[1:]
@@ -180,7 +180,7 @@ linear_token_logps_gradient = _custom_op("linear_token_logps_gradient", _gradien
 
 
 def _add_label_rows_(sums: Tensor, walk: Walk, weight: Tensor, logps: Tensor, head: HeadOptions, tiles: Tiles) -> None:
-    """Adds ``(1 - p_y) W_y`` where the last tile, which has its labels in place, has not done so."""
+    """Adds `(1 - p_y) W_y` where the last tile, which has its labels in place, has not done so."""
     last = (tiles.columns - 1) // tiles.columns_of_tile * tiles.columns_of_tile
     share = -head.scale * torch.expm1(logps)
     if head.softcap is not None:
@@ -200,7 +200,7 @@ def _resolve(group: str | None) -> Any:
 
 
 def _plan(count: int, targets: Tensor, weight: Tensor, head: HeadOptions, group: Any) -> Tensor:
-    """The four numbers of ``_forward``'s plan, the last two the same on all ranks.
+    """The four numbers of `_forward`'s plan, the last two the same on all ranks.
 
     Raises:
         ValueError: on the CPU, for a label outside the vocabulary; other devices assert it.
@@ -260,9 +260,9 @@ linear_token_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _is_wanted(node: torch.autograd.graph.Node | None) -> bool:
-    """Whether the running backward pass goes on to ``node``.
+    """Whether the running backward pass goes on to `node`.
 
-    ``needs_input_grad`` says only that an input requires a gradient, so ``autograd.grad(loss, others)`` would have the
+    `needs_input_grad` says only that an input requires a gradient, so `autograd.grad(loss, others)` would have the
     largest product of the backward pass done for nothing: a selective ascent never asks for the head's gradient.
     """
     # What torch.autograd.graph.register_multi_grad_hook asks; where a later torch lacks it, the gradient is computed.

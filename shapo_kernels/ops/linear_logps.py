@@ -1,4 +1,4 @@
-"""Log-probabilities of labels from hidden states and the head's weight, without ``[tokens, V]`` logits."""
+"""Log-probabilities of labels from hidden states and the head's weight, without `[tokens, V]` logits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["TokenLogps", "linear_token_logps"]
 
 
 class TokenLogps(NamedTuple):
-    """Numbers of each token ``[B, T]``, beside its logits; 0 (``False``) where a token does not count.
+    """Numbers of each token `[B, T]`, beside its logits; 0 (`False`) where a token does not count.
 
     Attributes:
-        logps: log-probability of the label. The only one that can be differentiated; the others are ``None`` unless
+        logps: log-probability of the label. The only one that can be differentiated; the others are `None` unless
             they were asked for.
         entropy: in nats.
         mean_logit: mean of the logits over the vocabulary.
@@ -53,41 +53,41 @@ def linear_token_logps(
 ) -> TokenLogps:
     """Log-probability of each token's label, from the last hidden states and the output embedding.
 
-    ``logits = cap((hidden @ weight.T + bias) * scale)`` with ``cap(x) = softcap * tanh(x / softcap)``, in this order:
-    ``scale`` is Cohere's ``logit_scale`` or 1 / Granite's ``logits_scaling``, ``softcap`` Gemma 2's
-    ``final_logit_softcapping``. With ``statistics``, also what trainers log of each token's distribution.
+    `logits = cap((hidden @ weight.T + bias) * scale)` with `cap(x) = softcap * tanh(x / softcap)`, in this order:
+    `scale` is Cohere's `logit_scale` or 1 / Granite's `logits_scaling`, `softcap` Gemma 2's
+    `final_logit_softcapping`. With `statistics`, also what trainers log of each token's distribution.
 
     Args:
-        hidden: ``[B, T, H]``, the input of the model's head.
-        weight: ``[V, H]``, of the same dtype (any two dtypes under ``torch.autocast``, whose dtype they are then
+        hidden: `[B, T, H]`, the input of the model's head.
+        weight: `[V, H]`, of the same dtype (any two dtypes under `torch.autocast`, whose dtype they are then
             rounded to). A weight sharded by FSDP2 (DTensor) is gathered once, and its gradient averaged over the ranks.
-        labels: integers ``[B, T]``. With ``shift=1`` position t of the result belongs to ``labels[:, t + 1]``.
-        bias: ``[V]``, of the weight's dtype.
-        softcap: above 0, or ``None``.
+        labels: integers `[B, T]`. With `shift=1` position t of the result belongs to `labels[:, t + 1]`.
+        bias: `[V]`, of the weight's dtype.
+        softcap: above 0, or `None`.
         scale: above 0.
         chunk_bytes: bytes that the logits held at once may take. By default 256 MiB, or a 64th of the device's memory
             if that is less. If all logits fit, the backward pass computes none of them again.
         ignore_index: the label of tokens that do not count. Nothing is computed for them.
-        group: a process group over whose ranks, in their order, the rows of ``weight`` (and ``bias``) are divided: the
-            vocabulary-parallel head of tensor parallelism. ``hidden`` and ``labels``, which hold ids of the whole
-            vocabulary, are the same on every rank, and so are the results and the gradient of ``hidden``. All ranks
+        group: a process group over whose ranks, in their order, the rows of `weight` (and `bias`) are divided: the
+            vocabulary-parallel head of tensor parallelism. `hidden` and `labels`, which hold ids of the whole
+            vocabulary, are the same on every rank, and so are the results and the gradient of `hidden`. All ranks
             must call it together, forward and backward.
         shift: 1 if labels lie beside their inputs, 0 if they lie beside the hidden states that predict them.
-        statistics: also return entropy, mean logit and ``is_top``. Not with ``group``.
+        statistics: also return entropy, mean logit and `is_top`. Not with `group`.
 
     Returns:
-        :class:`TokenLogps`, float64 for float64 inputs, else float32. Differentiable once, in ``hidden``, ``weight``
-        and ``bias``. 16-bit factors are multiplied into float32 logits on CUDA; on CPUs without instructions for them
+        :class:`TokenLogps`, float64 for float64 inputs, else float32. Differentiable once, in `hidden`, `weight`
+        and `bias`. 16-bit factors are multiplied into float32 logits on CUDA; on CPUs without instructions for them
         they are multiplied as float32; elsewhere into logits of their dtype, as the model's head would. Gradients of
         weight and bias are summed in float32 and rounded once to their dtype. They are left out if autograd does not
-        want them (a frozen head; ``torch.autograd.grad`` with other inputs, as in a selective ascent).
+        want them (a frozen head; `torch.autograd.grad` with other inputs, as in a selective ascent).
 
     Raises:
         TypeError: tensors that are not floating point, labels that are not integers, dtypes that differ outside
             autocast.
         ValueError: shapes or devices that do not fit, options out of their range; on the CPU, a label outside
-            ``[0, V)`` that is not ``ignore_index`` (other devices assert it, and nothing waits for them).
-        RuntimeError: in a backward pass with ``create_graph=True``.
+            `[0, V)` that is not `ignore_index` (other devices assert it, and nothing waits for them).
+        RuntimeError: in a backward pass with `create_graph=True`.
     """
     weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     _check_head(hidden, weight, bias)

@@ -1,4 +1,4 @@
-"""How the head's logits are cut into tiles, computed and turned into slopes; in which dtypes. See ``linear_head``."""
+"""How the head's logits are cut into tiles, computed and turned into slopes; in which dtypes. See `linear_head`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ COUNTED = -1
 
 
 class HeadOptions(NamedTuple):
-    """The options of both head operators, in the order of their schemas: ``*options`` is what a schema takes.
+    """The options of both head operators, in the order of their schemas: `*options` is what a schema takes.
 
     Attributes:
         ignore_index: the label of tokens that do not count.
         shift: 1 if labels lie beside their inputs, 0 if they lie beside the hidden states that predict them.
         dtype: what hidden states and weight are rounded to.
-        scale, softcap: the logits are ``cap(x * scale)``; see :func:`shapo_kernels.ops.linear_token_logps`.
-        chunk_bytes: what a tile may take; ``None`` for the default of the device.
-        group: name of the process group that the vocabulary is divided over, or ``None``.
+        scale, softcap: the logits are `cap(x * scale)`; see :func:`shapo_kernels.ops.linear_token_logps`.
+        chunk_bytes: what a tile may take; `None` for the default of the device.
+        group: name of the process group that the vocabulary is divided over, or `None`.
         statistics: also return each token's entropy, mean logit, and whether its label is the most likely token.
         padded: sizes of the kept tensors follow from shapes alone, as a compiled graph needs them.
     """
@@ -80,11 +80,11 @@ def parts(length: int, step: int) -> Iterator[slice]:
 def cut(
     count: int, weight: Tensor, head: HeadOptions, *, keeps: bool, widest: int | None = None, room: int | None = None
 ) -> Tiles:
-    """How the logits of ``count`` tokens are cut.
+    """How the logits of `count` tokens are cut.
 
     Args:
         keeps: the last tile is kept for the backward pass.
-        widest: the largest number of columns that a rank holds, and ``room`` the fewest elements that a rank's tile may
+        widest: the largest number of columns that a rank holds, and `room` the fewest elements that a rank's tile may
             have. Ranks that share a vocabulary finish each part of the tokens together, so all must cut the tokens the
             same way, from numbers that all of them know.
     """
@@ -106,7 +106,7 @@ def cut(
 
 
 def capacity(tokens: Any, weight: Tensor, head: HeadOptions) -> Any:
-    """Elements of the largest tile, whatever the number of labelled tokens up to ``tokens``."""
+    """Elements of the largest tile, whatever the number of labelled tokens up to `tokens`."""
     return torch.sym_min(limit(weight, head), tokens * len(weight))
 
 
@@ -157,7 +157,7 @@ def weight_rows(weight: Tensor, rows: slice, head: HeadOptions, tiles: Tiles) ->
 def project(
     inputs: Tensor, factor: Tensor, bias: Tensor | None, columns: slice, head: HeadOptions, buffer: Tensor
 ) -> Tensor:
-    """A tile ``[n, columns]`` of logits in the memory of ``buffer``."""
+    """A tile `[n, columns]` of logits in the memory of `buffer`."""
     logits = buffer[: len(inputs) * len(factor)].view(len(inputs), len(factor))
     if logits.dtype == factor.dtype:
         torch.mm(inputs, factor.t(), out=logits)
@@ -180,7 +180,7 @@ def bend_of(logits: Tensor, softcap: float | None) -> Tensor | None:
 def slope(
     logits: Tensor, spare: Tensor, targets: Tensor, columns: slice, per_token: Tensor, scale: float, bend: Tensor | None
 ) -> Tensor:
-    """``scale * ([v = y] - p_v) * bend`` of a tile as a factor, in the memory of ``spare``, maybe the logits'."""
+    """`scale * ([v = y] - p_v) * bend` of a tile as a factor, in the memory of `spare`, maybe the logits'."""
     # A label that lies elsewhere counts and is not held; the kernels take none that is negative.
     logps, normalizers = per_token[:1].contiguous(), per_token[1:, None].contiguous()
     arguments = targets[None], logps, normalizers, torch.full_like(logps, scale), COUNTED, 0, columns.start
@@ -188,7 +188,7 @@ def slope(
 
 
 def exponentials(logits: Tensor, spare: Tensor, highest: Tensor, bend: Tensor | None) -> Tensor:
-    """``exp(x - highest) * bend`` of a tile as a factor, in the memory of ``spare``; 0 for logits of ``-inf``."""
+    """`exp(x - highest) * bend` of a tile as a factor, in the memory of `spare`; 0 for logits of `-inf`."""
     finite = torch.where(highest == -torch.inf, 0.0, highest)
     zeros = torch.zeros_like(finite)[None]
     nothing = torch.zeros_like(zeros, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What is kept of each token while its vocabulary is walked tile by tile. See ``linear_head``."""
+"""What is kept of each token while its vocabulary is walked tile by tile. See `linear_head`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Walk:
             self._best, self._argmax = self.rest.clone(), torch.zeros_like(targets)
 
     def see(self, logits: Tensor, columns: slice) -> None:
-        """Add a tile to the sums; the label's logit becomes ``-inf`` in it."""
+        """Add a tile to the sums; the label's logit becomes `-inf` in it."""
         if not len(logits) or not logits.shape[1]:
             return
         if self._statistics:
@@ -67,7 +67,7 @@ class Walk:
         return -scale * ratio / total if last else ratio
 
     def end(self, group: Any) -> Tensor:
-        """``[3, n]``: log-probability of the label, maximum and sum of exponentials over the whole vocabulary."""
+        """`[3, n]`: log-probability of the label, maximum and sum of exponentials over the whole vocabulary."""
         if group is not None:
             self._join(group)
         below = torch.logaddexp(self.rest - self.label_logit, torch.zeros_like(self.rest))

@@ -2,7 +2,7 @@ r"""Perturbing a layer's selected neurons without writing its weight, and the gr
 
     y' = y + x[..., S] D^T            dL/dD = dy^T x[..., S]            (tokens flattened)
 
-The first is the forward of a layer whose weight is ``W + D`` on the neurons S: nothing was changed, so it is exact to
+The first is the forward of a layer whose weight is `W + D` on the neurons S: nothing was changed, so it is exact to
 undo. The second is the gradient of the loss on those neurons. Both cost about |S| / intermediate_size of the layer.
 
 Both are one gather and one matrix product of PyTorch's, on every device. On CUDA the gathered features are padded to a
@@ -27,26 +27,26 @@ ALIGNMENT = 16
 def neuron_update(
     output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None = None, *, in_place: bool = False
 ) -> Tensor:
-    r"""``output + input[..., index] @ direction.T``, differentiable in all three tensors.
+    r"""`output + input[..., index] @ direction.T`, differentiable in all three tensors.
 
     Args:
-        output: ``[..., out_features]``, the layer's output with its weight as it is.
-        input: ``[..., in_features]``, the layer's input; any floating dtype, rounded to the output's for the product.
-        direction: ``[out_features, k]``, any stride, any floating dtype; rounded to the output's for the product.
-        index: int64 ``[k]``, the selected input features, in any order; ``None`` for all of them.
-        in_place: write the result to ``output``. Only if nothing else needs its old values: no operation before it may
-            have saved its output for a backward pass (a linear layer does not). Ignored while ``torch.compile`` traces.
+        output: `[..., out_features]`, the layer's output with its weight as it is.
+        input: `[..., in_features]`, the layer's input; any floating dtype, rounded to the output's for the product.
+        direction: `[out_features, k]`, any stride, any floating dtype; rounded to the output's for the product.
+        index: int64 `[k]`, the selected input features, in any order; `None` for all of them.
+        in_place: write the result to `output`. Only if nothing else needs its old values: no operation before it may
+            have saved its output for a backward pass (a linear layer does not). Ignored while `torch.compile` traces.
 
     Returns:
-        A tensor of the output's shape and dtype: a new one, or ``output`` itself with ``in_place``. Sums are float32 on
+        A tensor of the output's shape and dtype: a new one, or `output` itself with `in_place`. Sums are float32 on
         CUDA for 16-bit dtypes; float32 products follow PyTorch's TF32 settings.
 
     Raises:
         TypeError: a tensor that is not floating point, an index that is not int64.
-        ValueError: shapes or devices that do not fit; ``in_place`` with an output that overlaps itself, or that is a
+        ValueError: shapes or devices that do not fit; `in_place` with an output that overlaps itself, or that is a
             leaf which requires grad.
         IndexError: on the CPU, an index that is out of range (elsewhere the device asserts it).
-        RuntimeError: in a backward pass with ``create_graph=True``, if the direction requires grad.
+        RuntimeError: in a backward pass with `create_graph=True`, if the direction requires grad.
     """
     _check_neurons(output, input, direction, index)
     in_place = in_place and not torch.compiler.is_compiling()
@@ -57,15 +57,15 @@ def neuron_update(
 
 
 def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None = None) -> Tensor:
-    r"""``grad_output.T @ input[..., index]`` over all tokens: the gradient of :func:`neuron_update` on its direction.
+    r"""`grad_output.T @ input[..., index]` over all tokens: the gradient of :func:`neuron_update` on its direction.
 
     Args:
-        grad_output: ``[..., out_features]``, gradient of the loss on the layer's output.
-        input: ``[..., in_features]``, rounded to ``grad_output``'s dtype first, as the layer does under autocast.
-        index: int64 ``[k]``, the selected input features, in any order; ``None`` for all of them.
+        grad_output: `[..., out_features]`, gradient of the loss on the layer's output.
+        input: `[..., in_features]`, rounded to `grad_output`'s dtype first, as the layer does under autocast.
+        index: int64 `[k]`, the selected input features, in any order; `None` for all of them.
 
     Returns:
-        ``[out_features, k]``, contiguous, in float32 (float64 for float64), which it is accumulated in.
+        `[out_features, k]`, contiguous, in float32 (float64 for float64), which it is accumulated in.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`neuron_update`.
@@ -76,15 +76,15 @@ def neuron_gradient(grad_output: Tensor, input: Tensor, index: Tensor | None = N
 
 
 def neuron_tap(output: Tensor, input: Tensor, direction: Tensor, index: Tensor | None = None) -> Tensor:
-    """``output`` itself, with the gradient of :func:`neuron_update` at ``direction = 0`` flowing to ``direction``.
+    """`output` itself, with the gradient of :func:`neuron_update` at `direction = 0` flowing to `direction`.
 
     Args:
         output, input, index: as for :func:`neuron_update`.
-        direction: ``[out_features, k]`` of zeros, for instance one zero that is expanded. Its values are not read,
+        direction: `[out_features, k]` of zeros, for instance one zero that is expanded. Its values are not read,
             except in a gradient of gradients (a gradient penalty), which is right with respect to the input as well.
 
     Returns:
-        A tensor on the memory of ``output``, which autograd does not count as a view: it may be written to in place.
+        A tensor on the memory of `output`, which autograd does not count as a view: it may be written to in place.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`neuron_update`.
@@ -154,7 +154,7 @@ class _NeuronUpdate(torch.autograd.Function):
 
 
 def _selected(input: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[tokens, k]`` in ``dtype``, padded on CUDA."""
+    """`[tokens, k]` in `dtype`, padded on CUDA."""
     rows = _rows(input)
     return _padded((rows if index is None else rows.index_select(1, index)).to(dtype))
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` in ``dtype``. 16-bit factors are multiplied into it directly on CUDA; elsewhere the product is cast."""
+    """`a @ b` in `dtype`. 16-bit factors are multiplied into it directly on CUDA; elsewhere the product is cast."""
     if a.dtype != dtype and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, where ``total`` may be wider than the factors."""
+    """`total += a @ b`, where `total` may be wider than the factors."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cuda":
@@ -24,7 +24,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def put_product_(to: Tensor, a: Tensor, b: Tensor, *, add: bool, rows: int) -> None:
-    """``to = a @ b``, or ``to += a @ b``, rounded once; by ``rows`` at a time where that takes a copy."""
+    """`to = a @ b`, or `to += a @ b`, rounded once; by `rows` at a time where that takes a copy."""
     if add and to.dtype == a.dtype:
         to.addmm_(a, b)
     elif to.dtype == a.dtype:

@@ -36,11 +36,11 @@ def token_logps(
     entropy: bool = False,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each token's label; with ``entropy`` also each token's entropy.
+    """Log-probability of each token's label; with `entropy` also each token's entropy.
 
     Args:
-        logits: ``[B, T, V]`` in float32, bfloat16, float16 or float64, any strides.
-        labels: int64 ``[B, T]``; position t of the result belongs to ``labels[:, t + shift]``.
+        logits: `[B, T, V]` in float32, bfloat16, float16 or float64, any strides.
+        labels: int64 `[B, T]`; position t of the result belongs to `labels[:, t + shift]`.
         ignore_index: the label of tokens that do not count; their logits are not read.
         shift: 1 if labels lie beside their inputs, 0 if they lie beside the logits that predict them.
         entropy: also return the entropy in nats of each counted token's softmax. It is not differentiable.
@@ -48,13 +48,13 @@ def token_logps(
             its own backward pass then raises.
 
     Returns:
-        ``[B, T]`` each (the second ``None`` without ``entropy``), float64 for float64 logits, else float32; 0 where a
+        `[B, T]` each (the second `None` without `entropy`), float64 for float64 logits, else float32; 0 where a
         token does not count. Differentiable once with respect to the logits.
 
     Raises:
         TypeError: logits that are not floating point, labels that are not int64.
-        ValueError: shapes or devices that do not fit, a negative ``shift``; on the CPU, a label outside ``[0, V)`` that
-            is not ``ignore_index`` (elsewhere the device asserts it, and nothing waits for the device); ``in_place``
+        ValueError: shapes or devices that do not fit, a negative `shift`; on the CPU, a label outside `[0, V)` that
+            is not `ignore_index` (elsewhere the device asserts it, and nothing waits for the device); `in_place`
             with logits that are a leaf of the graph, a view of one, or overlap in memory.
     """
     check_floating("logits", logits)

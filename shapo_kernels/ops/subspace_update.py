@@ -4,7 +4,7 @@ r"""The subspace update: gather the selected gradient and its norm, scale, pertu
 
 (Foret et al., arXiv:2010.01412, eq. 2, restricted to a subspace S as in ShaPO, arXiv:2602.07340.) Each function takes
 every layer in one call. A layer l is a 2-D tensor, an int64 index of its selected neurons and the axis they lie on. Its
-*compact* form is what ``index_select(axis, index)`` gives: ``[rows, k]`` for axis 1, ``[k, columns]`` for axis 0. The
+*compact* form is what `index_select(axis, index)` gives: `[rows, k]` for axis 1, `[k, columns]` for axis 0. The
 compute dtype is float64 if the layer is float64, else float32. Squared norms, radii and scales are float64 tensors on
 the layers' device, so that nothing here waits for the device.
 """
@@ -45,19 +45,19 @@ def gather(
     .. math:: v_l = \mathrm{source}_l[S_l], \qquad n_l = \sum v_l^2
 
     Args:
-        sources: n floating-point tensors ``[rows, columns]`` of any stride (gradients, usually).
+        sources: n floating-point tensors `[rows, columns]` of any stride (gradients, usually).
         indices: n int64 tensors of neuron indices, sorted for speed.
         axes: n times 0 (neurons are rows) or 1 (neurons are columns).
         values: n contiguous compact tensors in the compute dtype to write to; by default they are made.
 
     Returns:
-        ``values``: n contiguous tensors in the compute dtype, and the squared norms ``[n]`` in float64, accumulated in
+        `values`: n contiguous tensors in the compute dtype, and the squared norms `[n]` in float64, accumulated in
         float64 in an order that does not depend on the number of threads.
 
     Raises:
-        TypeError: a tensor that is not floating point, an index that is not int64, ``values`` of another dtype.
+        TypeError: a tensor that is not floating point, an index that is not int64, `values` of another dtype.
         ValueError: lists of different lengths, tensors that are not 2-D or not on one device, an axis other than 0, 1,
-            ``values`` of another shape.
+            `values` of another shape.
         IndexError: on the CPU, an index that is out of range. On a GPU it reads as NaN, which makes the norm NaN, and
             is never written to (the reference fails a device assertion).
     """
@@ -80,7 +80,7 @@ def gather(
 
 
 def squared_norms(values: Sequence[Tensor]) -> Tensor:
-    """The squared 2-norm of each tensor: ``[n]``, float64, accumulated in float64 in a fixed order.
+    """The squared 2-norm of each tensor: `[n]`, float64, accumulated in float64 in a fixed order.
 
     Raises:
         TypeError: a tensor that is not floating point.
@@ -114,14 +114,14 @@ def perturbation_scale(
     .. math:: s_l = \frac{\rho_l}{N_l + \eta}, \qquad N_l = \sqrt{\textstyle\sum_m n_m} \text{ (global)}, \;
               \sqrt{n_l} \text{ (layer)}; \qquad s_l = \rho_l \text{ (none)}
 
-    With ``weight_squared_norms`` the radius is relative: rho_l is multiplied by the norm of the weights, over all
+    With `weight_squared_norms` the radius is relative: rho_l is multiplied by the norm of the weights, over all
     layers for "global", of the layer itself for "layer". If the norm is zero or not finite the scale is 0, so that the
     weights stay as they are; no decision is taken on the host.
 
     Args:
-        squared_norms: n_l, float64 ``[n]``.
-        rho: radius of each layer, float64 ``[n]``.
-        weight_squared_norms: squared norms of the selected weights, float64 ``[n]``, for a relative radius.
+        squared_norms: n_l, float64 `[n]`.
+        rho: radius of each layer, float64 `[n]`.
+        weight_squared_norms: squared norms of the selected weights, float64 `[n]`, for a relative radius.
         norm: "global", "layer" or "none".
         eta: added to the norm.
 
@@ -159,7 +159,7 @@ def norms_and_scale(
     """:func:`squared_norms` of the directions and their :func:`perturbation_scale`.
 
     Returns:
-        The squared norms and the scale, float64 ``[n]`` each.
+        The squared norms and the scale, float64 `[n]` each.
 
     Raises:
         TypeError, ValueError: as those two.
@@ -181,22 +181,22 @@ def perturb_(
     compute_dtype: torch.dtype | None = None,
     rounding_key: int | None = None,
 ) -> Tensor:
-    r"""Add ``scale_l * directions_l`` to the selected neurons in place, keeping their old bits in ``backups``.
+    r"""Add `scale_l * directions_l` to the selected neurons in place, keeping their old bits in `backups`.
 
     .. math:: b_l = W_l[S_l], \qquad W_l[S_l] \leftarrow \mathrm{round}(W_l[S_l] + s_l d_l)
 
     Only the selected neurons are read and written. A layer whose scale is 0 is not written at all, whatever its
     direction holds. In low precision much of a small perturbation rounds away; the returned sums say how much reached
-    the weights: with realised = c(W_new) - c(W_old), where c rounds to ``compute_dtype``,
+    the weights: with realised = c(W_new) - c(W_old), where c rounds to `compute_dtype`,
 
         column 0: ||realised||^2     column 1: <realised, s_l d_l>     column 2: ||W_old[S_l]||^2
 
     Args:
-        weights: n floating-point tensors ``[rows, columns]`` of any stride, no two of them one tensor.
+        weights: n floating-point tensors `[rows, columns]` of any stride, no two of them one tensor.
         indices, axes: as for :func:`gather`; an index twice in one layer is an error of the caller, which the CPU
             detects.
         directions: n contiguous compact tensors in the compute dtype.
-        scale: float64 ``[n]``.
+        scale: float64 `[n]`.
         backups: n contiguous compact tensors in the weights' dtype, overwritten.
         compute_dtype: the dtype that the weights are used in (autocast's); the weights' own by default.
         rounding_key: a number of 32 bits; bfloat16 and float16 weights are then rounded stochastically:
@@ -209,7 +209,7 @@ def perturb_(
             on every backend.
 
     Returns:
-        float64 ``[n, 3]``.
+        float64 `[n, 3]`.
 
     Raises:
         TypeError: a dtype other than described. ValueError: a shape or device other than described, a weight whose
@@ -237,7 +237,7 @@ def perturb_(
 def restore_(
     weights: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int], backups: Sequence[Tensor]
 ) -> None:
-    """Write the bits kept by :func:`perturb_` back: ``W_l[S_l] <- backups_l``.
+    """Write the bits kept by :func:`perturb_` back: `W_l[S_l] <- backups_l`.
 
     Raises:
         TypeError, ValueError: as :func:`perturb_`.

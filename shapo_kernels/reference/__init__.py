@@ -1,6 +1,6 @@
 """Every operator in plain PyTorch: the slow, obvious truth that each backend is tested against.
 
-The functions carry the names and positional arguments of the schemas in ``ops/_schemas.py``; what they compute is
+The functions carry the names and positional arguments of the schemas in `ops/_schemas.py`; what they compute is
 documented once, at the public functions of :mod:`shapo_kernels.ops`.
 """
 

@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, *, key: int) -> Tensor:
-    """float32 ``values`` in bfloat16 or float16, each rounded up or down with the probability that keeps its mean.
+    """float32 `values` in bfloat16 or float16, each rounded up or down with the probability that keeps its mean.
 
     Values that are representable, too large or not finite are rounded to nearest.
     """

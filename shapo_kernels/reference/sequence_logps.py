@@ -106,7 +106,7 @@ def _write_gradient(
 
 
 def _targets(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
-    """``[B, T]``: at each position the label that its logits are to predict; nothing at the last ``shift``."""
+    """`[B, T]`: at each position the label that its logits are to predict; nothing at the last `shift`."""
     nothing = labels.new_full((labels.shape[0], min(shift, labels.shape[1])), ignore_index)
     return torch.cat([labels[:, shift:], nothing], 1)
 

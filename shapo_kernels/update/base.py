@@ -22,9 +22,9 @@ _DEEPSPEEDS = ("DeepSpeedOptimizerWrapper", "DummyOptim")
 class Base(Protocol):
     """Takes the steps of a :class:`shapo_kernels.ShaPOOptimizer`."""
 
-    #: Why ``.grad`` does not hold the gradients; ``None`` where it does.
+    #: Why `.grad` does not hold the gradients; `None` where it does.
     why_no_gradients: str | None
-    #: Whether ``step`` may be called inside the descent, which it then ends.
+    #: Whether `step` may be called inside the descent, which it then ends.
     steps_in_descent: bool
 
     @property
@@ -48,10 +48,10 @@ class Base(Protocol):
         """
 
     def check_step(self, closure: Any, scaler: Any) -> None:
-        """Raises TypeError for arguments of ``step`` that the base does not take."""
+        """Raises TypeError for arguments of `step` that the base does not take."""
 
     def ends_update(self) -> bool:
-        """Whether a call of ``step`` ends an update. A call that only counts a micro-batch is counted here."""
+        """Whether a call of `step` ends an update. A call that only counts a micro-batch is counted here."""
 
     def take_step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, bool]:
         """Steps. Returns what the step returns, and whether weights were updated."""
@@ -98,7 +98,7 @@ class TorchBase:
 class BaseFacade(Optimizer):
     """An optimizer whose groups, state, defaults and hooks are its base's own objects.
 
-    ``Optimizer.__init__`` is not called: the base's was.
+    `Optimizer.__init__` is not called: the base's was.
     """
 
     def __init__(self, base: Base) -> None:

@@ -39,7 +39,7 @@ class Differences:
 
     @torch.no_grad()
     def compare(self, given: Tensor, kept: Tensor, *, exact: bool) -> None:
-        """Compares bits, or with ``exact=False`` as rounding allows: rows may round otherwise among others.
+        """Compares bits, or with `exact=False` as rounding allows: rows may round otherwise among others.
 
         Raises:
             RuntimeError: at once on a CPU.
@@ -106,7 +106,7 @@ class Call:
     def make(
         cls, name: str, block: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool
     ) -> tuple[Call, Any]:
-        """Call ``block``, and keep what is needed to put its output out again.
+        """Call `block`, and keep what is needed to put its output out again.
 
         Args:
             first: no other block that is kept runs before it in a forward pass.
@@ -290,7 +290,7 @@ def _caches(values: Iterable[Any]) -> list[Any]:
 
 
 def _is_cache(value: Any) -> bool:
-    """A cache of keys and values, as transformers' are: blocks write to it by ``update``."""
+    """A cache of keys and values, as transformers' are: blocks write to it by `update`."""
     return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
 
 

@@ -38,7 +38,7 @@ class BoundSubspace:
 
     Args:
         model, subspace, ascent, perturbation, relative, sync: as :class:`shapo_kernels.ShaPOOptimizer` takes them.
-        why_no_gradients: why ``.grad`` does not hold the gradients, if so.
+        why_no_gradients: why `.grad` does not hold the gradients, if so.
         rounding: how 16-bit weights are rounded in place; to nearest where there is none.
 
     Raises:
@@ -121,7 +121,7 @@ class BoundSubspace:
         """Binds again, as an update begins, where weights were sharded or replaced or ranks have come together since.
 
         Args:
-            model: as it is wrapped by now. Accelerate's ``prepare`` wraps after the optimizer was made.
+            model: as it is wrapped by now. Accelerate's `prepare` wraps after the optimizer was made.
 
         Raises:
             RuntimeError: it cannot be bound any more. UnsupportedLayout: an engine has it that is not supported.
@@ -147,7 +147,7 @@ class BoundSubspace:
     # -- the ascent
 
     def new_ascent(self, parameters: Sequence[nn.Parameter]) -> Ascent:
-        """An ascent to begin; ``parameters`` are all that a backward pass may leave a gradient in."""
+        """An ascent to begin; `parameters` are all that a backward pass may leave a gradient in."""
         self._begun = True
         self._versions = self._current_versions()
         self._reset_ran()
@@ -217,7 +217,7 @@ class BoundSubspace:
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> str | None:
-        """Back to theta, bit for bit. Returns an error message, or ``None``, so that no exception in flight is lost."""
+        """Back to theta, bit for bit. Returns an error message, or `None`, so that no exception in flight is lost."""
         message = None
         if self.active is not None:
             self._warn_of_autocast()
@@ -248,7 +248,7 @@ class BoundSubspace:
     # -- inside
 
     def _reset_ran(self) -> None:
-        """Resets the taps' ``ran`` flags."""
+        """Resets the taps' `ran` flags."""
         for tap in (tap for target in self.targets for tap in target.taps):
             tap.ran = False
 

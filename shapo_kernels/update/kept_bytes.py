@@ -38,7 +38,7 @@ class KeptBytes:
 
     @contextmanager
     def counting(self, block: nn.Module, call: Any) -> Iterator[None]:
-        """Count what the graph of the block keeps that is made inside, by ``call``."""
+        """Count what the graph of the block keeps that is made inside, by `call`."""
         if call != block._call_impl or any(
             (m is not block and call_of(m)[0]) or type(m).__name__ == "OptimizedModule" for m in block.modules()
         ):

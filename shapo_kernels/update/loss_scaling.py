@@ -1,8 +1,8 @@
 """A GradScaler around an update: an overflow in the ascent skips the update, as one in the descent does.
 
-A scaler looks at ``.grad`` only, and an ascent leaves nothing there. So where the direction is not finite, one gradient
+A scaler looks at `.grad` only, and an ascent leaves nothing there. So where the direction is not finite, one gradient
 of the descent is set to NaN: the scaler finds it, skips the step and lowers its scale. Without a scaler the NaN would
-reach the weights, so this starts only after one was seen: it reads ``_step_supports_amp_scaling`` before each step.
+reach the weights, so this starts only after one was seen: it reads `_step_supports_amp_scaling` before each step.
 """
 
 from __future__ import annotations

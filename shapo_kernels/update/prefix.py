@@ -50,7 +50,7 @@ class Prefix:
     """Records in the ascent, replays in the descent; each block's call is taken over in between, and only then.
 
     Args:
-        stack: ``True`` finds the stack of blocks, a string names it; ``False`` makes everything here do nothing.
+        stack: `True` finds the stack of blocks, a string names it; `False` makes everything here do nothing.
     """
 
     def __init__(self, stack: bool | str) -> None:
@@ -74,7 +74,7 @@ class Prefix:
         return bool(self._blocks)
 
     def find(self, model: nn.Module, selected: Collection[nn.Module]) -> None:
-        """Look for the blocks below the layers ``selected``; asked as each ascent begins, and once before.
+        """Look for the blocks below the layers `selected`; asked as each ascent begins, and once before.
 
         Raises:
             ValueError: there is no stack, or an engine runs hooks that a replayed block would lack.
@@ -150,7 +150,7 @@ class Prefix:
 
     @contextmanager
     def part(self, run: Callable[[], object], rows: Tensor) -> Iterator[None]:
-        """Keep the blocks' outputs for what ``run`` gives the model; inside, the model is given some rows of it."""
+        """Keep the blocks' outputs for what `run` gives the model; inside, the model is given some rows of it."""
         if not self._taken_over:
             yield
             return
@@ -281,7 +281,7 @@ class Prefix:
         self._differences.begin()
 
     def stats(self) -> dict[str, float]:
-        """``prefix_blocks`` that the descent takes from the ascent, and ``prefix_bytes`` kept for it between them."""
+        """`prefix_blocks` that the descent takes from the ascent, and `prefix_bytes` kept for it between them."""
         return {"prefix_blocks": len(self._blocks), "prefix_bytes": self._kept.total} if self._wanted else {}
 
     def _take_over(self, act: Callable[..., Any]) -> None:

@@ -24,12 +24,12 @@ class Radius:
     .. math:: s_l = \frac{\rho_l}{N_l + \eta}, \qquad N_l = \|g_S\|_2 \text{ (global)}, \; \|g_l\|_2 \text{ (layer)},
               \; 1 \text{ (none)}
 
-    A group's own ``"rho"`` comes before ``rho``. Adadelta has a hyper-parameter of that name in every group: around
-    such a base the key is ``"shapo_rho"``. Groups are read at every use, so a schedule may write to them.
+    A group's own `"rho"` comes before `rho`. Adadelta has a hyper-parameter of that name in every group: around
+    such a base the key is `"shapo_rho"`. Groups are read at every use, so a schedule may write to them.
 
     Args:
         base: whose groups these are.
-        rho: a length, or with ``norm="none"`` a ``(low, high)`` range to draw from.
+        rho: a length, or with `norm="none"` a `(low, high)` range to draw from.
         relative: rho is a multiple of the selected weights' norm.
         norm: "global", "layer" or "none".
         eta: added to the norm.
@@ -71,7 +71,7 @@ class Radius:
     def scale(
         self, targets: Sequence[Target], values: Sequence[Tensor], weight_squares: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The squared norms of the gradients, and the scales: float64 ``[n]`` each. Does not wait for the device.
+        """The squared norms of the gradients, and the scales: float64 `[n]` each. Does not wait for the device.
 
         Args:
             weight_squares: squared norms of the selected weights, for a relative radius.
@@ -84,7 +84,7 @@ class Radius:
         return squares, ops.perturbation_scale(squares, self.of(targets), **options)
 
     def of(self, targets: Sequence[Target]) -> Tensor:
-        """Each target's rho, float64 ``[n]`` on its device. A range is drawn from once for all its targets.
+        """Each target's rho, float64 `[n]` on its device. A range is drawn from once for all its targets.
 
         Negative where the base maximises: the worst case then lies down the gradient.
         """
@@ -130,10 +130,10 @@ class Radius:
 
 
 def checked_rho(rho: Any, norm: str) -> Rho:
-    """A radius, or with ``norm="none"`` a range of factors.
+    """A radius, or with `norm="none"` a range of factors.
 
     Raises:
-        ValueError: negative, NaN or infinite; a range where the norm allows none, or one that is not ``low <= high``.
+        ValueError: negative, NaN or infinite; a range where the norm allows none, or one that is not `low <= high`.
     """
     if isinstance(rho, (tuple, list)):
         if norm != "none":

@@ -24,9 +24,9 @@ class UpdateStats:
         """Stores the operators' results: sums only, without waiting for the device.
 
         Args:
-            squared_norms: ||g_l||^2, ``[n]``.
-            scale: s_l, ``[n]``.
-            realised: ``[n, 3]`` of :func:`shapo_kernels.ops.perturb_`.
+            squared_norms: ||g_l||^2, `[n]`.
+            scale: s_l, `[n]`.
+            realised: `[n, 3]` of :func:`shapo_kernels.ops.perturb_`.
 
         Returns:
             Whether the direction's norm is finite, a bool on the device.
@@ -41,7 +41,7 @@ class UpdateStats:
         return finite
 
     def read(self) -> dict[str, float]:
-        """Floats; waits for the device. See ``ShaPOOptimizer.stats`` for their meaning."""
+        """Floats; waits for the device. See `ShaPOOptimizer.stats` for their meaning."""
         sums = [0.0] * 5 if self._sums is None else self._sums.tolist()
         grad, epsilon, realised, dot, weight = sums
         return {

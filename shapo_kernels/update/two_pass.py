@@ -1,7 +1,7 @@
 """The two passes of an update, in each of its forms: contexts, a closure, by hand.
 
 :class:`TwoPassUpdate` holds what lives from one pass to the next: the phase, the direction, the random state, the loss
-scale. It knows no interval and no learning rate; see ``optimizer`` for those.
+scale. It knows no interval and no learning rate; see `optimizer` for those.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class TwoPassUpdate:
     # -- by hand
 
     def perturb(self, *, due: bool, replay_rng: bool, clear: bool) -> None:
-        """To theta + eps along the ascent's direction, else along ``.grad``, which is then cleared for pass 2."""
+        """To theta + eps along the ascent's direction, else along `.grad`, which is then cleared for pass 2."""
         self.check_between_passes("perturb")
         direction = self.direction
         if direction is None:
@@ -287,7 +287,7 @@ class TwoPassUpdate:
         self.prefix.begin_descent()
 
     def _come_back(self, after: Phase) -> str | None:
-        """Restores without replacing an exception in flight: returns an error message, or ``None``."""
+        """Restores without replacing an exception in flight: returns an error message, or `None`."""
         if self.phase is not Phase.DESCENDING:
             return None
         message = self.bound.restore()

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time for GPUs that are not there: within its registers, spilling nothing.
 
-The representative specialisations are compiled here for every target; ``SHAPO_AOT=all`` compiles all of them, as does
-``python -m benchmarks.binaries.table``, whose table in docs/gpu_kernels.md must belong to the kernels as they are.
+The representative specialisations are compiled here for every target; `SHAPO_AOT=all` compiles all of them, as does
+`python -m benchmarks.binaries.table`, whose table in docs/gpu_kernels.md must belong to the kernels as they are.
 """
 
 import importlib

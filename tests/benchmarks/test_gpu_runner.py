@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: its steps, dry-run on the CPU, and what becomes of one that fails, hangs or dies."""
+"""`python -m benchmarks.gpu`: its steps, dry-run on the CPU, and what becomes of one that fails, hangs or dies."""
 
 import inspect
 import json

@@ -87,7 +87,7 @@ def on_four(tmp_path_factory):
 
 
 def check(case, results, ways):
-    """One process is equalled, stats too; where each of ``ways`` parts of the batch has its own direction, weights.
+    """One process is equalled, stats too; where each of `ways` parts of the batch has its own direction, weights.
 
     A run that was resumed is equalled to the bit.
     """

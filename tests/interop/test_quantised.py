@@ -11,7 +11,7 @@ from tests.support.updates import update
 
 
 class Packed4bit(nn.Module):
-    """A linear layer as bitsandbytes': two 4-bit numbers in a byte, ``[out * in / 2, 1]``, and a forward of its own."""
+    """A linear layer as bitsandbytes': two 4-bit numbers in a byte, `[out * in / 2, 1]`, and a forward of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -92,7 +92,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole_batch_in_value_and_gradient
 
 
 def test_the_mean_of_micro_batch_means_would_not_be_exact():
-    """Why ``whole`` is there: what naive accumulation computes differs by far more than rounding."""
+    """Why `whole` is there: what naive accumulation computes differs by far more than rounding."""
     pairs = Pairs()
     full = losses.drdpo(pairs.losses(slice(None)), beta_prime=1.0)
     naive = torch.stack([losses.drdpo(pairs.losses(rows), beta_prime=1.0) for rows in torch.arange(13).split(1)]).mean()

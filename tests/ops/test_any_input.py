@@ -66,7 +66,7 @@ class Draw:
 
 
 def outcome(call, *inputs):
-    """What a call gives, or ``None`` for a refusal, which must have changed no input."""
+    """What a call gives, or `None` for a refusal, which must have changed no input."""
     here = [x for x in inputs if not x.is_meta]
     before = [x.clone() for x in here]
     try:
@@ -77,7 +77,7 @@ def outcome(call, *inputs):
 
 
 def assert_near(got, expected, dtype, scale=1.0):
-    """Within some rounding errors of numbers of the size ``scale``; infinities and NaNs where they are expected."""
+    """Within some rounding errors of numbers of the size `scale`; infinities and NaNs where they are expected."""
     room = 32 * max(torch.finfo(dtype).eps, 1e-7 if dtype != F64 else 0)
     torch.testing.assert_close(got.double(), expected.double(), rtol=room, atol=room * scale, equal_nan=True)
 

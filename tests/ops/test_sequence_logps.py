@@ -38,7 +38,7 @@ def textbook(logits, labels, shift=1, dtype=F64):
 
 
 def run(function, logits, slope, **options):
-    """Log-probabilities of all tokens, and the gradient of their product with ``slope``."""
+    """Log-probabilities of all tokens, and the gradient of their product with `slope`."""
     logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     logps, entropy = function(logits, **options)
     (logps * slope).sum().backward()

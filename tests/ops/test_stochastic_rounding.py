@@ -17,7 +17,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def neighbours(x, dtype):
-    """The numbers of ``dtype`` around each x: by torch.nextafter from the nearest one."""
+    """The numbers of `dtype` around each x: by torch.nextafter from the nearest one."""
     near = x.to(dtype)
     up = torch.nextafter(near, torch.full_like(near, math.inf))
     down = torch.nextafter(near, torch.full_like(near, -math.inf))

@@ -73,7 +73,7 @@ class SubtractsEps(Peer):
 
 
 class RebindsData(Peer):
-    """davda54/sam: ``p.data = copy``, and only where there is a gradient in the second pass."""
+    """davda54/sam: `p.data = copy`, and only where there is a gradient in the second pass."""
 
     class habits(Textbook):
         def put_back(self, p):

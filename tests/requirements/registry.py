@@ -74,7 +74,7 @@ def table() -> str:
 
 
 def requirement(number: str, *, missed_by: Any, met_by: tuple[Any, ...] = ()) -> Callable[..., Any]:
-    """Register a check; ``missed_by`` may be a tuple of peers, who fail with an AssertionError."""
+    """Register a check; `missed_by` may be a tuple of peers, who fail with an AssertionError."""
     missed = missed_by if isinstance(missed_by, dict) else dict.fromkeys(missed_by, AssertionError)
 
     def register(check: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,6 @@
 """S12: two ranks equal one process; a peer's norm is its rank's own, or its update no longer runs.
 
-Every engine, uneven shards, per-rank perturbation and refusals: ``tests/distributed/``.
+Every engine, uneven shards, per-rank perturbation and refusals: `tests/distributed/`.
 """
 
 import pytest

@@ -22,7 +22,7 @@ class Wrapper:
         rho: radius.
         only: names -> selected columns; everything by default. A peer that knows no subspace moves everything.
         groups: parameter groups; one by default.
-        settings: what belongs to the wrapper and not to the base (ours: ``interval=``, …).
+        settings: what belongs to the wrapper and not to the base (ours: `interval=`, …).
     """
 
     optimizer: torch.optim.Optimizer
@@ -87,7 +87,7 @@ class Wrapper:
 
 
 class Ours(Wrapper):
-    """``ShaPOOptimizer`` by contexts; everything in place, unless the check says otherwise."""
+    """`ShaPOOptimizer` by contexts; everything in place, unless the check says otherwise."""
 
     def made(self, base, rho, only, parameters, settings, **options):
         subspace = sk.Subspace.full(self.model) if only is None else sk.Subspace(only)
@@ -132,14 +132,14 @@ class Ours(Wrapper):
 
 
 class OursByDelta(Ours):
-    """The same with ``perturbation="delta"``, for checks of linear layers."""
+    """The same with `perturbation="delta"`, for checks of linear layers."""
 
     def made(self, base, rho, only, parameters, settings, **options):
         return super().made(base, rho, only, parameters, {"perturbation": "delta", **settings}, **options)
 
 
 class PytorchOptimizer(Wrapper):
-    """``pytorch_optimizer.SAM``, released; its documentation calls the closure once before ``step``."""
+    """`pytorch_optimizer.SAM`, released; its documentation calls the closure once before `step`."""
 
     def update_by_closure(self, closure):
         closure()
@@ -156,7 +156,7 @@ class PytorchOptimizer(Wrapper):
 
 
 class PytorchLookSAM(PytorchOptimizer):
-    """``pytorch_optimizer.LookSAM``, its interval."""
+    """`pytorch_optimizer.LookSAM`, its interval."""
 
     def made(self, base, rho, only, parameters, settings, **options):
         return LookSAM(parameters, base, rho=rho, k=settings["interval"], **options)

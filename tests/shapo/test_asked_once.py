@@ -86,7 +86,7 @@ def test_a_run_of_the_command_asks_each_model_once_for_each_response(
 
 
 class RewardLevelTrainer(ShaPOTrainerMixin, Trainer):
-    """DPO with a reward model's labels; batches hold chosen and rejected responses, ``tokens [B, 2, T]``."""
+    """DPO with a reward model's labels; batches hold chosen and rejected responses, `tokens [B, 2, T]`."""
 
     reference: Any = None
     reward: Any = None

@@ -83,7 +83,7 @@ def one_process(
     Args:
         own_directions: into how many parts the batch falls that are each perturbed along their own gradient.
         clip: the greatest norm of pass 2's gradient.
-        interval: every ``interval``-th update is a ShaPO update.
+        interval: every `interval`-th update is a ShaPO update.
     """
     model = build(width)
     base = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum)
@@ -132,7 +132,7 @@ def one_process(
 
 
 def one_process_of(case, ways):
-    """What :func:`one_process` gives for a case of the engines' tests; no stats where ``ways`` ranks have their own."""
+    """What :func:`one_process` gives for a case of the engines' tests; no stats where `ways` ranks have their own."""
     options = case.get("options", {})
     own = 1 if options.get("sync", True) else ways
     parameters, stats = one_process(

@@ -52,7 +52,7 @@ def train(model, pairs, folder):
 
 
 def forked(run):
-    """The process that calls ``run()``; an exception of its own is exit code 1."""
+    """The process that calls `run()`; an exception of its own is exit code 1."""
     pid = os.fork()
     if pid:
         return pid

@@ -28,7 +28,7 @@ class Pairs:
 
 
 def aggregate(pairs, rows, kind, **keywords):
-    """Dr.DPO of a beta', the mean where ``kind`` is None, the likelihood where it is "nll"."""
+    """Dr.DPO of a beta', the mean where `kind` is None, the likelihood where it is "nll"."""
     if kind == "nll":
         return losses.chosen_nll(-pairs.losses(rows), pairs.counts(rows), **keywords)
     if kind is None:

@@ -148,7 +148,7 @@ def optimizer(model, case):
 
 
 def train(case, resumed=False):
-    """Three updates. Where there is a ``checkpoint`` it is saved after the first, and a second run goes on from it."""
+    """Three updates. Where there is a `checkpoint` it is saved after the first, and a second run goes on from it."""
     if case["engine"] == "ddp_of_an_early_model":
         plain, opt = EARLY
         model, ways, place = wrap(plain, "ddp")

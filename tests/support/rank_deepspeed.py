@@ -19,7 +19,7 @@ warnings.simplefilter("ignore", FutureWarning)
 
 
 def engine_of(model, case, parameters=None):
-    """The engine that a config makes; ``case["zero"]`` are options of its stage."""
+    """The engine that a config makes; `case["zero"]` are options of its stage."""
     pieces = case.get("accumulate", 1)
     config = {
         "train_micro_batch_size_per_gpu": 8 // dist.get_world_size() // pieces,

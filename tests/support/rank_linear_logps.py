@@ -33,7 +33,7 @@ def my_rows():
 
 
 def vocabulary_parallel(chunk_bytes, options, split=None):
-    """``split``: where the vocabulary is cut; ``chunk_bytes``: for all ranks, or one for each."""
+    """`split`: where the vocabulary is cut; `chunk_bytes`: for all ranks, or one for each."""
     rows = my_rows() if split is None else (slice(0, split), slice(split, 11))[dist.get_rank()]
     chunk_bytes = chunk_bytes[dist.get_rank()] if isinstance(chunk_bytes, list) else chunk_bytes
     hidden, weight, bias, labels, slope = data()

@@ -71,7 +71,7 @@ def fork_ranks(script, world, folder):
 
 
 def on_rank(run):
-    """The other side: call ``run(case)`` for each case in the process that was started, and save what it returns."""
+    """The other side: call `run(case)` for each case in the process that was started, and save what it returns."""
     import torch.distributed as dist
 
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

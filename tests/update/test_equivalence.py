@@ -159,7 +159,7 @@ def test_each_micro_batch_may_have_its_own_perturbation(toy, batch, loss, subspa
 
 
 class Conv1D(nn.Module):
-    """As transformers': y = x W + b with W ``[in, out]``."""
+    """As transformers': y = x W + b with W `[in, out]`."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ _WEIGHTED = re.compile(r"(.+):([0-9.]+(?:[eE][+-]?[0-9]+)?)")
 
 
 def parse_source(text: str) -> tuple[str, float | None]:
-    """``NAME:WEIGHT`` as name and weight; the weight is None where there is none, or where a file has this very name.
+    """`NAME:WEIGHT` as name and weight; the weight is None where there is none, or where a file has this very name.
 
     Raises:
         UserError: a weight that is not a number above 0.
@@ -40,13 +40,13 @@ def parse_source(text: str) -> tuple[str, float | None]:
 def load_mixture(sources: Sequence[str], *, limit: int | None = None, **options: Any) -> PairSet:
     """The pairs of several sources, in the order of the sources.
 
-    With weights, ``["a.jsonl:0.7", "b:0.3"]``, every source gives its share of the whole, which is as large as it can
+    With weights, `["a.jsonl:0.7", "b:0.3"]`, every source gives its share of the whole, which is as large as it can
     be without a pair twice, or `limit`. A hash of their positions decides which pairs of a source are taken: they are
     spread over the file and the same in every run, and a larger mixture has those of a smaller one. Without weights all
     pairs are taken.
 
     Args:
-        sources: names as for `load_pairs`, each with or without ``:WEIGHT``; all of them or none. Weights are relative.
+        sources: names as for `load_pairs`, each with or without `:WEIGHT`; all of them or none. Weights are relative.
         limit: at most this many pairs in all.
         options: of `load_pairs`, for every source.
 

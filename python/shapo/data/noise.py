@@ -14,7 +14,7 @@ __all__ = ["flip_labels", "rank"]
 
 
 def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> list[PreferencePair]:
-    """Flip exactly ``round(rate * len(pairs))`` labels and record which.
+    """Flip exactly `round(rate * len(pairs))` labels and record which.
 
     Rows are ranked by a hash of (seed, position) and the lowest are flipped. So the flips of a rate contain those of
     every smaller rate with the same seed, whatever the data set, and no random generator's version matters.

@@ -94,7 +94,7 @@ def _flag(value: object) -> bool | None:
 
 
 def _first_category(harms: object) -> str:
-    """The first harm that applies, of ``{category: applies}`` or of a list; a CSV file holds either as its text."""
+    """The first harm that applies, of `{category: applies}` or of a list; a CSV file holds either as its text."""
     if isinstance(harms, str):
         harms = _written(harms)
     if isinstance(harms, Mapping):

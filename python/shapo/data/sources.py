@@ -34,7 +34,7 @@ def read_rows(
 
     Args:
         source: a .json, .jsonl or .csv file, plain or .gz, or a .parquet file; a folder with one such file for each
-            split (``train.jsonl``); a hub name, ``owner/name`` or ``owner/name:configuration`` (where there is no such
+            split (`train.jsonl`); a hub name, `owner/name` or `owner/name:configuration` (where there is no such
             configuration, a folder of that name); or rows already in memory.
         split: which file of a folder, or which split of a hub data set ("train" where none is given).
         stream: take the rows of a hub data set as they are drawn; else it is downloaded whole, and kept, first.

@@ -126,7 +126,7 @@ def sft_examples(rows: Iterable[Mapping[str, Any]], *, seed: int) -> list[tuple[
 
 
 def write(folder: str | os.PathLike[str], seed: int, **sizes: int) -> dict[str, Path]:
-    """Write `generate(seed, **sizes)` as ``folder/<split>.jsonl``, each file atomically. Returns the paths."""
+    """Write `generate(seed, **sizes)` as `folder/<split>.jsonl`, each file atomically. Returns the paths."""
     paths = {}
     for split, rows in generate(seed, **sizes).items():
         paths[split] = Path(folder) / f"{split}.jsonl"

@@ -148,7 +148,7 @@ class PairEncoder:
         return prompt_ids
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Pad on the right: `input_ids`, `attention_mask`, `labels`, each int64 ``[B, T]``.
+        """Pad on the right: `input_ids`, `attention_mask`, `labels`, each int64 `[B, T]`.
 
         Labels lie beside their inputs, as Hugging Face models expect, and are -100 on prompt and padding.
 

@@ -1,4 +1,4 @@
-"""ShaPO inside other people's training loops: a mixin for ``transformers.Trainer`` and ``trl``'s trainers."""
+"""ShaPO inside other people's training loops: a mixin for `transformers.Trainer` and `trl`'s trainers."""
 
 from .arguments import ShaPOArguments
 from .fused_head import FusedHeadMixin

@@ -16,8 +16,8 @@ class ShaPOArguments(UpdateOptions):
     """Options of the perturbation: subspace, `rho`, and those of :class:`shapo.config.UpdateOptions`.
 
     A trainer that is given a ready :class:`shapo_kernels.ShaPOOptimizer` takes only the options that are not the
-    optimizer's: ``ascent_fraction``, ``ascent_pairs``, ``per_micro_batch``, ``plain_updates``, ``rho_warmup``,
-    ``seed``. A partial ascent draws from the pairs (or rows) of an update on each rank.
+    optimizer's: `ascent_fraction`, `ascent_pairs`, `per_micro_batch`, `plain_updates`, `rho_warmup`,
+    `seed`. A partial ascent draws from the pairs (or rows) of an update on each rank.
 
     Raises:
         ValueError: an option out of range.
@@ -59,6 +59,6 @@ class ShaPOArguments(UpdateOptions):
             )
 
     def wrap(self, base: torch.optim.Optimizer, model: torch.nn.Module) -> ShaPOOptimizer:
-        """The optimizer that these options describe, around ``base``."""
+        """The optimizer that these options describe, around `base`."""
         self.require_an_optimizers_options()
         return ShaPOOptimizer(base, model, seed=self.seed, **self.for_optimizer())

@@ -1,8 +1,8 @@
-"""An option of trl's trainers: per-token log-probabilities by ``losses.linear_token_logps``, not by trl's own head.
+"""An option of trl's trainers: per-token log-probabilities by `losses.linear_token_logps`, not by trl's own head.
 
-trl's trainers ask their model for log-probabilities by ``model(..., labels=labels, fused_lm_head=True)`` and take from
+trl's trainers ask their model for log-probabilities by `model(..., labels=labels, fused_lm_head=True)` and take from
 the answer the losses' log-probabilities and the metrics' entropy, mean logit and top-1 accuracy. That one call is
-answered here; every ``loss_type`` and every metric stays trl's.
+answered here; every `loss_type` and every metric stays trl's.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ else:
 
 
 class FusedHeadMixin(Trainer):
-    """Put before a trainer of trl in a class's bases; takes one more keyword, ``fused_head``.
+    """Put before a trainer of trl in a class's bases; takes one more keyword, `fused_head`.
 
-    ``"off"`` (by default) leaves trl's head, ``"auto"`` replaces it where the model and the options allow it, ``"on"``
+    `"off"` (by default) leaves trl's head, `"auto"` replaces it where the model and the options allow it, `"on"`
     raises where they do not. Reference log-probabilities are made the same way as the policy's.
 
     Raises:
-        ValueError: another ``fused_head``; ``"on"`` with a trainer or a model that it cannot serve, with the reason.
+        ValueError: another `fused_head`; `"on"` with a trainer or a model that it cannot serve, with the reason.
     """
 
     def __init__(self, *args: Any, fused_head: str = "off", **kwargs: Any) -> None:
@@ -81,10 +81,10 @@ def _is_answered(model: Any) -> bool:
 
 
 def _answer(model: Any, head: FusedHead, *, required: bool) -> None:
-    """From now on the model answers ``fused_lm_head=True`` by ``head``, and all other calls as before.
+    """From now on the model answers `fused_lm_head=True` by `head`, and all other calls as before.
 
     Args:
-        required: raise where the model has become one that ``head`` cannot serve, by an engine that shards it.
+        required: raise where the model has become one that `head` cannot serve, by an engine that shards it.
     """
     theirs = model.forward
 

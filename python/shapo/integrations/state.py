@@ -9,9 +9,9 @@ from shapo_kernels import ShaPOOptimizer
 
 
 class ShaPOState:
-    """Update counter, radius and draws of an optimizer, for ``accelerator.register_for_checkpointing``.
+    """Update counter, radius and draws of an optimizer, for `accelerator.register_for_checkpointing`.
 
-    Under FSDP ``accelerator.save_state`` keeps an optimizer's state by the names of parameters and drops everything
+    Under FSDP `accelerator.save_state` keeps an optimizer's state by the names of parameters and drops everything
     else; without this a resumed run would begin its interval anew. Elsewhere it is in the optimizer's own state, and
     registering it does no harm.
     """

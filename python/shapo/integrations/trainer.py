@@ -1,11 +1,11 @@
-"""A mixin that makes a ``transformers.Trainer``, or a trainer built on it as ``trl``'s are, take ShaPO updates.
+"""A mixin that makes a `transformers.Trainer`, or a trainer built on it as `trl`'s are, take ShaPO updates.
 
     class ShaPODPOTrainer(ShaPOTrainerMixin, DPOTrainer): ...
     trainer = ShaPODPOTrainer(model, args=..., train_dataset=..., shapo=ShaPOArguments(subspace, rho=0.05))
 
 A trainer fetches all micro-batches of an update before it trains on the first. The ascent goes over them there; the
 weights then stay perturbed through the trainer's own forward and backward passes and are restored before it clips the
-gradients and steps. Losses are the trainer's own ``compute_loss``: nothing of them is written again here.
+gradients and steps. Losses are the trainer's own `compute_loss`: nothing of them is written again here.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _LOGGED = ("grad_norm", "epsilon_norm", "relative_radius", "realised_cosine", "s
 
 
 class ShaPOTrainerMixin(FusedHeadMixin):
-    """Put before a trainer in a class's bases; takes one more keyword, ``shapo``, and ``fused_head`` of its base.
+    """Put before a trainer in a class's bases; takes one more keyword, `shapo`, and `fused_head` of its base.
 
-    Logged beside the trainer's numbers: ``shapo/ascent_loss`` (the loss at the weights themselves), ``shapo/gap`` (what
-    the perturbation adds; ``loss`` itself is taken at the perturbed weights) and the last perturbation's
-    ``shapo/grad_norm``, ``epsilon_norm``, ``relative_radius``, ``realised_cosine``, ``skipped``. The trainer's own
+    Logged beside the trainer's numbers: `shapo/ascent_loss` (the loss at the weights themselves), `shapo/gap` (what
+    the perturbation adds; `loss` itself is taken at the perturbed weights) and the last perturbation's
+    `shapo/grad_norm`, `epsilon_norm`, `relative_radius`, `realised_cosine`, `skipped`. The trainer's own
     metrics are counted once: at the weights themselves where the ascent sees the whole batch. Where it sees a part,
     the ascent's loss is of that part, and the gap is between other rows.
 
     A DPO trainer's reference model is asked once for each micro-batch, before the weights are moved.
 
     Args:
-        shapo: the options; may be left out where ``optimizers`` has a ready :class:`shapo_kernels.ShaPOOptimizer`.
+        shapo: the options; may be left out where `optimizers` has a ready :class:`shapo_kernels.ShaPOOptimizer`.
 
     Raises:
-        TypeError: ``shapo`` is no :class:`ShaPOArguments`, or lacks what it takes to wrap an optimizer.
-        ValueError: options of a ready optimizer given twice; more ``ascent_pairs`` than an ascent is over;
-            ``nn.DataParallel``, trainers that generate their batches, reentrant checkpointing with the selective
+        TypeError: `shapo` is no :class:`ShaPOArguments`, or lacks what it takes to wrap an optimizer.
+        ValueError: options of a ready optimizer given twice; more `ascent_pairs` than an ascent is over;
+            `nn.DataParallel`, trainers that generate their batches, reentrant checkpointing with the selective
             ascent, a ready optimizer under DeepSpeed.
     """
 

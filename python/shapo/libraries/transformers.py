@@ -43,7 +43,7 @@ def count_items(trainer: Any, batches: Sequence[Any]) -> Any:
 
 
 def is_scaled(trainer: Any, items: Any) -> bool:
-    """Whether the loss comes divided for the whole update already, by the model or by ``compute_loss_func``."""
+    """Whether the loss comes divided for the whole update already, by the model or by `compute_loss_func`."""
     known = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.3
     if known is not None:
         return bool(known)

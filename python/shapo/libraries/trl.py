@@ -48,7 +48,7 @@ def asks_reference_in_each_pass(trainer: Any) -> bool:
 
 @contextmanager
 def metrics_kept(trainer: Any) -> Iterator[None]:
-    """Forgets what ``compute_loss`` counts inside."""
+    """Forgets what `compute_loss` counts inside."""
     kept = {name: getattr(trainer, name) for name in METRICS if hasattr(trainer, name)}
     if "_metrics" in kept:
         trainer._metrics = {mode: _emptied(values) for mode, values in kept["_metrics"].items()}
@@ -60,7 +60,7 @@ def metrics_kept(trainer: Any) -> Iterator[None]:
 
 
 def asks_for_logps(model: Any) -> bool:
-    """Whether trl has patched this model so that it can be asked by ``fused_lm_head=True``."""
+    """Whether trl has patched this model so that it can be asked by `fused_lm_head=True`."""
     code = getattr(getattr(model.__dict__.get("forward"), "__func__", None), "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames
 

@@ -25,7 +25,7 @@ class Lora:
     """Settings of an adapter, arXiv:2106.09685: W x + (alpha / r) B A x, with B = 0 at the start.
 
     Attributes:
-        r: Rank of A ``[r, in]`` and B ``[out, r]``.
+        r: Rank of A `[r, in]` and B `[out, r]`.
         alpha: Scale, 2 r unless given.
         dropout: Of the adapter's input.
         targets: Ends of the adapted layers' names; every linear layer but the head unless given.
@@ -38,7 +38,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """``r=16,alpha=32,dropout=0.05,targets=q_proj,v_proj``; each may be left out.
+        """`r=16,alpha=32,dropout=0.05,targets=q_proj,v_proj`; each may be left out.
 
         Raises:
             UserError: Another name, or a value that is no number or out of range.

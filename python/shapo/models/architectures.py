@@ -1,7 +1,7 @@
 """Where the MLP value vectors of each supported architecture are: the one table that selection reads.
 
-A *neuron* is one value vector: column i of a down projection ``[hidden, intermediate]`` (`nn.Linear`, axis 1) or row i
-of a GPT-2 `Conv1D` weight ``[intermediate, hidden]`` (axis 0). To support another architecture, add a line to
+A *neuron* is one value vector: column i of a down projection `[hidden, intermediate]` (`nn.Linear`, axis 1) or row i
+of a GPT-2 `Conv1D` weight `[intermediate, hidden]` (axis 0). To support another architecture, add a line to
 `ARCHITECTURES`. Mixtures of experts are not supported: their experts are one three-dimensional parameter or are used by
 a part of the tokens only, for which a score over all layers together has no meaning yet.
 """
@@ -58,8 +58,8 @@ class ValueVectors:
         axis: the axis of each weight that counts neurons.
         sizes: name -> number of neurons.
         hidden_size: length of a value vector.
-        weights: name -> the parameter itself (of a quantised layer: packed, not of shape ``[hidden, intermediate]``).
-        model_type: the configuration's ``model_type``.
+        weights: name -> the parameter itself (of a quantised layer: packed, not of shape `[hidden, intermediate]`).
+        model_type: the configuration's `model_type`.
     """
 
     names: tuple[str, ...]

@@ -83,7 +83,7 @@ def trainer(tiny_llama, tiny_tokenizer, tmp_path):
 
 
 def count_passes(trainer: Any) -> list[int]:
-    """Rows of every call of ``compute_loss``."""
+    """Rows of every call of `compute_loss`."""
     passes: list[int] = []
     real = trainer.compute_loss
     trainer.compute_loss = lambda *a, **k: passes.append(a[1]["input_ids"].shape[0]) or real(*a, **k)
