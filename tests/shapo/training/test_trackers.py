@@ -113,6 +113,8 @@ def test_a_tracker_starts_where_nothing_else_has_set_up_accelerate(tmp_path, mon
 
 
 def test_a_tracker_that_does_not_start_leaves_no_run_in_the_way_of_the_next(train, monkeypatch):
+    pytest.importorskip("tensorboard")
+
     def refuse(self, name):
         raise OSError("no key")
 
