@@ -53,8 +53,8 @@ def test_no_job_failed(found):
 
 
 def test_temporary_files_of_training_are_gone_but_for_the_killed_ones(found, folder):
-    assert len(list(folder.glob("disturbed/work/*"))) == 1
-    assert not list(folder.glob("undisturbed/work/*"))
+    assert len(list((folder / "disturbed" / "work").iterdir())) == 1
+    assert not list((folder / "undisturbed" / "work").glob("*"))
 
 
 def test_nothing_of_the_texts_is_in_a_row(found, folder):
