@@ -5,6 +5,7 @@ finished job is one row in --output/rows. Stop it at any moment and call it agai
 Call it several times at once, with the same --output, for several workers.
 
   study   methods x noise x seeds, Figure 1 in full: hours on a CPU
+  cpu     methods x seeds at one noise rate, tuned on the selection split first: two hours of one core
   real    Figure 1 and one DPO and one ShaPO run at 30 % noise: half an hour on two cores
 
 Writes to --output: rows/, report.md and report.json, which `--report` makes anew from the rows alone.
@@ -27,9 +28,10 @@ class StudyOptions:
     output: str = option("rows, scores and the report", metavar="FOLDER")
     model: str | None = option("the aligned model: a local folder or a hub name", None, metavar="NAME")
     pairs: str | None = option("what `shapo safety-pairs` wrote", None, metavar="FOLDER")
-    plan: str = option("see above", "study", choices=("study", "real"))
+    plan: str = option("see above", "study", choices=("study", "cpu", "real"))
     device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
     hours: float | None = option("begin no further job after so many hours", None, parse=float, metavar="H")
+    tune_only: bool = option("stop when learning rate and radii are chosen, before any test pair is looked at", False)
     report: bool = option("write the report from the rows there are, and do no job", False)
 
 
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from shapo.errors import UserError
     from shapo.storage.files import require_writable
-    from shapo.study.plan import PLANS, study_jobs
+    from shapo.study.plan import PLANS, selection_jobs, study_jobs
     from shapo.study.queue import run_queue
     from shapo.study.report import write_report
     from shapo.study.trial import Trial
@@ -55,5 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs = Path(arguments.pairs)
         trial = Trial(arguments.model, pairs, folder, plan, device=arguments.device)
         until = time.time() + 3600 * arguments.hours if arguments.hours else None
-        run_queue(study_jobs(trial.plan), folder, trial, until=until, log=lambda line: print(line, flush=True))
+        jobs = study_jobs(trial.plan)
+        jobs = selection_jobs(jobs) if arguments.tune_only else jobs
+        run_queue(jobs, folder, trial, until=until, log=lambda line: print(line, flush=True))
     print(f"report: {write_report(folder)}")

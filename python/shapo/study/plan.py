@@ -21,7 +21,7 @@ from typing import Any
 
 from shapo.study.queue import Job
 
-__all__ = ["OUTLIERS", "PLANS", "Plan", "study_jobs"]
+__all__ = ["OUTLIERS", "PLANS", "Plan", "selection_jobs", "study_jobs"]
 
 OUTLIERS = 2
 
@@ -44,6 +44,8 @@ class Plan:
         targets: Loss increases (nats) that radii are matched at; the first one matters most.
         watch_every: Updates.
         yardstick: Radius in all parameters for the final models.
+        tuning_seeds: Draws of training pairs that learning rate and radius are chosen on, and nothing else; with them
+            the plan is the small one of `_small`.
     """
 
     max_length: int = 80
@@ -70,6 +72,7 @@ class Plan:
     yardstick: float = 0.01
     bf16: bool = True
     short: bool = False
+    tuning_seeds: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -81,11 +84,38 @@ class Plan:
         return cls(**tuples)
 
 
-PLANS = {"study": Plan(), "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True)}
+PLANS = {
+    "study": Plan(),
+    "cpu": Plan(
+        match_pairs=8,
+        test_pairs=32,
+        train_pairs=32,
+        targets=(0.2, 0.8),
+        updates=12,
+        watch_every=3,
+        warmup=2,
+        lrs=(1e-4, 5e-5, 2e-5),
+        noises=(0.4,),
+        seeds=4,
+        tuning_seeds=(100,),
+    ),
+    "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
+}
+
+_ON_SELECTION = ("probe", "gradient", "benign", "match", "tune", "choice", "target")
+
+
+def selection_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """Those that look at no test pair, up to the choice of the radii: what is done before anything is measured."""
+    chosen = [job for job in jobs if job.kind in _ON_SELECTION]
+    last = max((number for number, job in enumerate(chosen) if job.kind in ("choice", "target")), default=-1)
+    return chosen[: last + 1]
 
 
 def study_jobs(plan: Plan) -> list[Job]:
     """All jobs, in the order of what decides most."""
+    if plan.tuning_seeds:
+        return _small(plan)
     p = f"{plan.percent:g}"
     critical = [f"gradient-{p}", f"probe-{p}", f"random-{p}-0"]
     scores = [Job("probe", "probe"), Job("gradient", "gradient")]
@@ -124,6 +154,57 @@ def study_jobs(plan: Plan) -> list[Job]:
         *(job for seed in range(plan.seeds) for noise in plan.noises[1:] for job in _all_methods(plan, noise, seed)),
         *_match(plan, plan.targets[1:], first_matched),
     ]
+
+
+def _small(plan: Plan) -> list[Job]:
+    """Questions 2 to 4 alone: rate and radius tuned on draws of their own, then every method seed by seed."""
+    p, noise = f"{plan.percent:g}", plan.noises[0]
+    tuned = ("all", f"gradient-{p}")
+    tuning = [
+        Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
+        for seed in plan.tuning_seeds
+        for lr in plan.lrs
+    ]
+    radii = []
+    for target in plan.targets:
+        for space in tuned:
+            matched = f"match-{target:g}-{space}"
+            settings = {"method": space, "match": matched, "target": target, "noise": noise}
+            needs = ("choice", matched, *_scored(space))
+            radii += [
+                Job(f"tune-shapo-{space}-rise{target:g}-seed{seed}", "tune", {**settings, "seed": seed}, needs)
+                for seed in plan.tuning_seeds
+            ]
+    jobs = [
+        *(Job(method, method) for method in ("probe", "gradient")),
+        *tuning,
+        Job("choice", "choice", {}, tuple(job.name for job in tuning)),
+        *_match(plan, plan.targets, tuned),
+        *radii,
+        Job("target", "target", {}, tuple(job.name for job in radii)),
+    ]
+    after = []
+    for seed in range(plan.seeds):
+        end = _end(noise, seed)
+        same = {"noise": noise, "seed": seed, "keep": seed == 0}
+        plain = {"method": "plain", **same}
+        jobs.append(Job(f"dpo-{end}", "train", plain, ("choice",)))
+        for space in (f"gradient-{p}", "all", f"probe-{p}", f"like-probe-{p}-{seed}"):
+            matched = f"match-chosen-{space}"
+            if matched not in [job.name for job in jobs]:
+                jobs.append(Job(matched, "match", {"space": space, "target": None}, ("target", *_scored(space))))
+            jobs.append(
+                Job(
+                    f"shapo-{space.removesuffix(f'-{seed}') if space.startswith('like') else space}-{end}",
+                    "train",
+                    {"method": space, "match": matched, **same},
+                    ("choice", matched, *_scored(space)),
+                )
+            )
+        jobs.append(Job(f"dpo-early-{end}", "train", {**plain, "early": True}, ("choice",)))
+        jobs += [Job(f"{loss}-{end}", "train", {**plain, "loss": loss}, ("choice",)) for loss in ("rdpo", "drdpo")]
+        after.append(Job(f"cdpo-{end}", "train", {**plain, "loss": "cdpo"}, ("choice",)))
+    return [*jobs, *after]
 
 
 def _scored(space: str) -> tuple[str, ...]:

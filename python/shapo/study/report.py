@@ -297,7 +297,7 @@ def _match_markdown(rows: Mapping[str, Row]) -> str:
     lines = [
         (
             row["settings"]["space"],
-            f"{row['settings']['target']:g}",
+            f"{row.get('target') or row['settings']['target']:g}",
             f"{row['rise']:.3f}",
             f"{row['rho']:.4g}",
             f"{row['ratio']:.3g}",

@@ -23,7 +23,7 @@ from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.evaluation import log_ratios
-from shapo.models.loading import load_model, load_tokenizer
+from shapo.models.loading import load_model, load_tokenizer, save_model
 from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
 from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
@@ -62,11 +62,12 @@ class Trial:
         self.plan = replace(plan, layers=len(selection.value_vectors(self.model).names))
         self.pairs, self.folder = pairs, folder
         self._require_settings(model)
+        self._tokenizer = load_tokenizer(model)
         self.encoder = PairEncoder(
-            load_tokenizer(model),
+            self._tokenizer,
             max_length=plan.max_length,
             max_prompt_length=plan.max_prompt_length,
-            chat_template=bool(load_tokenizer(model).chat_template),
+            chat_template=bool(self._tokenizer.chat_template),
         )
         self.space = Spaces(self.model, folder / "scores")
         self._initial = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -82,8 +83,10 @@ class Trial:
             "figure": self._figure,
             "steps": self._steps,
             "match": self._match,
+            "tune": self._tune,
             "train": self._train,
             "choice": self._choice,
+            "target": self._target,
         }
         return kinds[job.kind](job.settings, needs)
 
@@ -98,6 +101,7 @@ class Trial:
         path = self.folder / "settings.json"
         if path.exists():
             earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier["plan"] = Plan.from_dict(earlier["plan"]).as_dict()
             if different := [key for key, value in made_from.items() if earlier[key] != value]:
                 raise UserError(
                     f"{self.folder} holds rows of another {' and '.join(different)}; choose another --output"
@@ -198,9 +202,11 @@ class Trial:
             with evaluating(self.model), moved(self.model, space, gradient, rho):
                 return loss.per_item().mean().item() - start
 
-        rho, reached, tried = match_radius(rise, settings["target"])
-        norm = self._described(space, gradient)["weight_norm"]
-        return {"rho": rho, "rise": reached, "ratio": rho / norm, "tried": tried}
+        target = settings["target"] or needs["target"]["target"]
+        described = self._described(space, gradient)
+        rho, reached, tried = match_radius(rise, target, start=target / described["gradient_norm"])
+        ratio = rho / described["weight_norm"]
+        return {"target": target, "rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
 
     def _described(self, space: Subspace, gradient: Mapping[str, Tensor]) -> Row:
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -209,11 +215,22 @@ class Trial:
         with moved(self.model, space, gradient) as own:
             pass
         total = math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values()))
-        return {"neurons": space.count, "weight_norm": weight_norm, "gradient_share": (own / total) ** 2}
+        return {
+            "neurons": space.count,
+            "weight_norm": weight_norm,
+            "gradient_norm": own,
+            "gradient_share": (own / total) ** 2,
+        }
 
     # -- training
 
+    def _tune(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        return self._trained({**settings, "watch": True}, needs, measure=False)
+
     def _train(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        return self._trained(settings, needs, measure=True)
+
+    def _trained(self, settings: Mapping[str, Any], needs: Mapping[str, Row], *, measure: bool) -> Row:
         plan, choice = self.plan, needs.get("choice", {})
         early = bool(settings.get("early"))
         lr = settings.get("lr") or choice["early" if early else "end"]["lr"]
@@ -262,7 +279,9 @@ class Trial:
             }
             if settings.get("watch"):
                 result["watched"] = [_watched(row) for row in evaluations]
-            return {**result, **self._measured()}
+            if settings.get("keep"):
+                self._keep(_run_name(settings))
+            return {**result, **self._measured()} if measure else result
         finally:
             self.model.load_state_dict(self._initial)
             self.model.zero_grad(set_to_none=True)
@@ -285,14 +304,33 @@ class Trial:
         return found
 
     def _choice(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """The learning rate with the lowest clean selection loss at the end, and that with the lowest at any time."""
-        watched = [(row["lr"], w) for row in needs.values() for w in row["watched"] if w["update"] > 0]
-        last = [(lr, w) for lr, w in watched if w["update"] == self.plan.updates]
-        end, early = (min(rows, key=lambda found: found[1]["loss"]) for rows in (last, watched))
+        """The learning rate with the lowest clean selection loss at the end, and that with the lowest at any time.
+
+        Losses are means over the seeds that were tried.
+        """
+        losses: dict[tuple[float, int], list[float]] = {}
+        for row in needs.values():
+            for seen in row["watched"]:
+                if seen["update"] > 0:
+                    losses.setdefault((row["lr"], seen["update"]), []).append(seen["loss"])
+        means = {key: sum(values) / len(values) for key, values in losses.items()}
+        end = min((key for key in means if key[1] == self.plan.updates), key=lambda key: means[key])
+        early = min(means, key=lambda key: means[key])
         return {
-            "end": {"lr": end[0], "loss": end[1]["loss"]},
-            "early": {"lr": early[0], "updates": early[1]["update"], "loss": early[1]["loss"]},
+            "end": {"lr": end[0], "loss": means[end]},
+            "early": {"lr": early[0], "updates": early[1], "loss": means[early]},
         }
+
+    def _target(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """The rise of the loss whose radii gave the lowest clean selection loss, in the mean over subspaces and seeds."""
+        losses: dict[float, list[float]] = {}
+        for row in needs.values():
+            losses.setdefault(row["settings"]["target"], []).append(row["watched"][-1]["loss"])
+        means = {target: sum(values) / len(values) for target, values in losses.items()}
+        return {"target": min(means, key=lambda target: means[target]), "losses": list(means.items())}
+
+    def _keep(self, name: str) -> None:
+        save_model(self.folder / "models" / name, self.model, self._tokenizer)
 
     # -- data
 
@@ -356,6 +394,13 @@ class Trial:
 
     def _logps(self, data: TokenizedPairs) -> PairLogps:
         return compute_logps(self.model, data, batch_size=16, bf16=self.plan.bf16, progress=False)
+
+
+def _run_name(settings: Mapping[str, Any]) -> str:
+    """Of a kept model: the method, and the loss where it is not DPO's."""
+    if settings["method"] != "plain":
+        return f"shapo-{settings['method']}"
+    return settings.get("loss", "dpo-early" if settings.get("early") else "dpo")
 
 
 def _loss(name: str, noise: float, beta: float) -> LossConfig:
