@@ -43,7 +43,7 @@ class Plan:
         steps: Ascent steps of the adversary of several steps.
         targets: Loss increases (nats) that radii are matched at; the first one matters most.
         watch_every: Updates.
-        yardstick: Radius in all parameters for the final models.
+        yardstick: Radius in all parameters for the final models; 0 leaves it out.
         tuning_seeds: Draws of training pairs that learning rate and radius are chosen on, and nothing else; with them
             the plan is the small one of `_small`.
     """
@@ -91,12 +91,13 @@ PLANS = {
         test_pairs=32,
         train_pairs=32,
         targets=(0.2, 0.8),
-        updates=12,
-        watch_every=3,
+        updates=10,
+        watch_every=5,
         warmup=2,
         lrs=(1e-4, 5e-5, 2e-5),
         noises=(0.4,),
         seeds=4,
+        yardstick=0.0,
         tuning_seeds=(100,),
     ),
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
@@ -159,7 +160,7 @@ def study_jobs(plan: Plan) -> list[Job]:
 def _small(plan: Plan) -> list[Job]:
     """Questions 2 to 4 alone: rate and radius tuned on draws of their own, then every method seed by seed."""
     p, noise = f"{plan.percent:g}", plan.noises[0]
-    tuned = ("all", f"gradient-{p}")
+    tuned = (f"gradient-{p}",)
     tuning = [
         Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
         for seed in plan.tuning_seeds
@@ -202,9 +203,16 @@ def _small(plan: Plan) -> list[Job]:
                 )
             )
         jobs.append(Job(f"dpo-early-{end}", "train", {**plain, "early": True}, ("choice",)))
-        jobs += [Job(f"{loss}-{end}", "train", {**plain, "loss": loss}, ("choice",)) for loss in ("rdpo", "drdpo")]
-        after.append(Job(f"cdpo-{end}", "train", {**plain, "loss": "cdpo"}, ("choice",)))
-    return [*jobs, *after]
+        after += [
+            Job(f"{loss}-{end}", "train", {**plain, "loss": loss}, ("choice",)) for loss in ("rdpo", "drdpo", "cdpo")
+        ]
+    # The losses made for noise follow once three seeds of the others are there.
+    first = [job for job in jobs if job.settings.get("seed", 0) < 3 or job.kind == "tune"]
+    return [
+        *first,
+        *(job for job in after if job.settings["seed"] < 3),
+        *(job for job in [*jobs, *after] if job not in first and job.settings["seed"] >= 3),
+    ]
 
 
 def _scored(space: str) -> tuple[str, ...]:

@@ -295,6 +295,8 @@ class Trial:
             pairs = self._some(split, self.plan.test_pairs)
             policy = self._logps(TokenizedPairs(pairs, self.encoder))
             found[split] = {"h": _rounded(log_ratios(policy, self._reference(split))), "groups": _groups(pairs)}
+        if not self.plan.yardstick:
+            return found
         data = TokenizedPairs(self._some("selection", self.plan.match_pairs), self.encoder)
         loss = PairLoss(self.model, data, self._reference("matching"), beta=self.plan.beta, batch_size=16)
         with evaluating(self.model):
