@@ -15,7 +15,7 @@ from shapo.errors import UserError
 from shapo.reporting.collect import collect
 from shapo.reporting.page import render
 from shapo.storage.files import write_json, write_text
-from shapo.study.intervals import Interval, clustered
+from shapo.study.intervals import Interval, clustered, crossed
 from shapo.study.plan import Plan, study_jobs
 from shapo.study.queue import Row, read_rows
 
@@ -112,36 +112,41 @@ def method_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
             "rho": _mean(run["rho"] for run in runs.values()),
             "ratio": _mean(run["ratio"] for run in runs.values()),
             "flips_fitted": _mean(run["flips_fitted"] for run in runs.values()),
-            "yardstick": _mean(run["yardstick"]["rise"] for run in runs.values()),
+            "yardstick": _mean(run["yardstick"]["rise"] if "yardstick" in run else None for run in runs.values()),
             "seconds_per_update": _mean(run["seconds_per_update"] for run in runs.values()),
         }
         for split in TESTS:
             h = np.array([run[split]["h"] for run in runs.values()])
+            losses = _loss(h, beta).mean(axis=1)
             entry[split] = {
-                "accuracy": float(((h > 0) + 0.5 * (h == 0)).mean()),
+                "accuracy": float(_correct(h).mean()),
                 "margin": float(beta * h.mean()),
-                "loss": float(_loss(h, beta).mean()),
+                "loss": float(losses.mean()),
+                "loss_spread": float(losses.std(ddof=1)) if len(losses) > 1 else None,
             }
         table.append(entry)
     return table
 
 
 def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
-    """The clean test loss of every method minus that of each baseline, pair by pair, over the seeds that both have."""
+    """Each method's clean test loss and accuracy minus a baseline's, pair by pair, over the seeds that both have.
+
+    Baselines are the plain methods; for a subspace also the perturbation of all parameters and of random neurons.
+    Intervals draw prompts and seeds.
+    """
     runs = _runs(rows)
     table = []
     for (method, noise), own in runs.items():
-        for baseline in ("dpo", "dpo-early", "shapo-all"):
-            other = runs.get((baseline, noise), {})
+        for baseline in _baselines([name for name, rate in runs if rate == noise], method):
+            other = runs[baseline, noise]
             seeds = sorted(set(own) & set(other))
-            if method == baseline or not seeds:
+            if not seeds:
                 continue
             for split in TESTS:
-                difference = np.mean(
-                    [_loss(own[s][split]["h"], beta) - _loss(other[s][split]["h"], beta) for s in seeds], axis=0
-                )
+                a, b = ([np.asarray(run[s][split]["h"]) for s in seeds] for run in (own, other))
+                losses = [_loss(x, beta) - _loss(y, beta) for x, y in zip(a, b, strict=True)]
+                correct = [_correct(x) - _correct(y) for x, y in zip(a, b, strict=True)]
                 groups = own[seeds[0]][split]["groups"]
-                interval = clustered([difference], groups, lambda mean: mean)
                 table.append(
                     {
                         "method": method,
@@ -149,10 +154,25 @@ def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any
                         "noise": noise,
                         "split": split,
                         "seeds": seeds,
-                        "loss": interval,
+                        "loss": crossed(losses, groups),
+                        "accuracy": crossed(correct, groups),
+                        "by_seed": [float(one.mean()) for one in losses],
                     }
                 )
     return table
+
+
+def _baselines(methods: Sequence[str], method: str) -> list[str]:
+    perturbed = [name for name in methods if name.startswith("shapo-")]
+    controls = [name for name in perturbed if name == "shapo-all" or name.startswith(("shapo-like", "shapo-random"))]
+    if method in ("shapo-all", "dpo"):
+        controls = []
+    plain = [name for name in methods if name not in perturbed]
+    if method in plain:
+        plain, controls = [name for name in plain if name == "dpo"], []
+    elif method in controls:
+        controls = [name for name in controls if name == "shapo-all"]
+    return [name for name in [*plain, *controls] if name != method]
 
 
 def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:
@@ -185,6 +205,7 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
     seconds = sum(row["seconds"] for row in rows.values())
     processor = sum(row["cpu_seconds"] for row in rows.values())
     failed = "\n".join(f"* `{name}`: {row['error']}" for name, row in rows.items() if "error" in row)
+    compared = comparison_table(done, plan.beta)
     sections = (
         (
             "Rise of the preference loss at a distance rho along its gradient inside a subspace (Figure 1)",
@@ -198,15 +219,20 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
         ("Neurons with the largest gradient", _largest_markdown(done)),
         ("Shares of the squared gradient, and overlaps", _shares_markdown(done)),
         ("Radii at matched loss increase", _match_markdown(done)),
-        ("Learning rates on the selection split", _tuning_markdown(done)),
+        ("Learning rates and radii on the selection split", _tuning_markdown(done)),
         ("Methods", _methods_markdown(method_table(done, plan.beta))),
-        ("Clean test loss against a baseline, pair by pair", _comparisons_markdown(comparison_table(done, plan.beta))),
+        (
+            "Clean test loss minus a baseline's, pair by pair [seeds in which it is lower]",
+            _comparisons_markdown(compared, "loss"),
+        ),
+        ("Accuracy minus a baseline's, in points", _comparisons_markdown(compared, "accuracy")),
         ("Failed", failed),
         ("Not run", _missing_markdown(missing) or "Everything was run."),
     )
     start = (
         f"{len(done)} of {len(wanted)} jobs done in {processor / 60:.0f} minutes of processor time "
-        f"({seconds / 60:.0f} by the clock). Intervals are 95 % bootstrap intervals that draw prompts."
+        f"({seconds / 60:.0f} by the clock). Intervals are 95 % bootstrap intervals that draw prompts; those of a "
+        "comparison of methods draw seeds as well. ± is the standard deviation over seeds."
     )
     parts = [f"{level} {title}\n\n{body}" for title, body in sections if body]
     return "\n\n".join([start, *parts])
@@ -309,20 +335,26 @@ def _match_markdown(rows: Mapping[str, Row]) -> str:
 
 
 def _tuning_markdown(rows: Mapping[str, Row]) -> str:
-    lines = [
-        (
-            f"{row['lr']:g}",
-            str(w["update"]),
-            f"{w['loss']:.4f}",
-            f"{100 * w['accuracy']:.1f}",
-            _percent(w["flips_fitted"]),
-        )
-        for row in rows.values()
-        if "watched" in row
-        for w in row["watched"]
-        if w["update"]
-    ]
-    return _markdown(("lr", "updates", "clean selection loss", "accuracy %", "flips fitted %"), lines) if lines else ""
+    lines = []
+    for row in rows.values():
+        rise = row["settings"].get("target")
+        method = "dpo" if row["settings"].get("method") == "plain" else f"shapo-{row['settings'].get('method')}"
+        for seen in row.get("watched", ()):
+            if seen["update"]:
+                lines.append(
+                    (
+                        method,
+                        str(row["settings"]["seed"]),
+                        f"{row['lr']:g}",
+                        "-" if rise is None else f"{rise:g}",
+                        str(seen["update"]),
+                        f"{seen['loss']:.4f}",
+                        f"{100 * seen['accuracy']:.1f}",
+                        _percent(seen["flips_fitted"]),
+                    )
+                )
+    header = ("method", "seed", "lr", "rise", "updates", "clean selection loss", "accuracy %", "flips fitted %")
+    return _markdown(header, lines) if lines else ""
 
 
 def _methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:
@@ -338,24 +370,38 @@ def _methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             ", ".join(f"{lr:g}" for lr in e["lr"]),
             "-" if e["ratio"] is None else f"{e['ratio']:.2g}",
             _percent(e["flips_fitted"]),
-            f"{e['yardstick']:+.3f}",
+            "-" if e["yardstick"] is None else f"{e['yardstick']:+.3f}",
             f"{e['seconds_per_update']:.1f}",
-            *(text for split in TESTS for text in (_percent(e[split]["accuracy"]), f"{e[split]['loss']:.4f}")),
+            *(text for split in TESTS for text in (_percent(e[split]["accuracy"]), _with_spread(e[split]))),
         )
         for e in table
     ]
     return _markdown(header, lines)
 
 
-def _comparisons_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    grouped: dict[tuple[str, str, float, int], dict[str, Interval]] = {}
+def _comparisons_markdown(table: Sequence[Mapping[str, Any]], what: str) -> str:
+    grouped: dict[tuple[str, str, float, int], dict[str, str]] = {}
     for e in table:
-        grouped.setdefault((e["method"], e["baseline"], e["noise"], len(e["seeds"])), {})[e["split"]] = e["loss"]
+        form, scale = ("+.3f", 1.0) if what == "loss" else ("+.1f", 100.0)
+        text = _interval(e[what], form, scale)
+        if what == "loss" and len(e["seeds"]) > 1:
+            text += f" [{sum(one < 0 for one in e['by_seed'])}/{len(e['seeds'])}]"
+        grouped.setdefault((e["method"], e["baseline"], e["noise"], len(e["seeds"])), {})[e["split"]] = text
     lines = [
-        (method, baseline, f"{noise:g}", str(seeds), *(_interval(found[split], "+.4f") for split in TESTS))
+        (method, baseline, f"{noise:g}", str(seeds), *(found[split] for split in TESTS))
         for (method, baseline, noise, seeds), found in grouped.items()
     ]
     return _markdown(("method", "minus", "noise", "seeds", *_TITLES.values()), lines) if lines else ""
+
+
+def _with_spread(entry: Mapping[str, Any]) -> str:
+    spread = entry["loss_spread"]
+    return f"{entry['loss']:.3f}" if spread is None else f"{entry['loss']:.3f} ± {spread:.3f}"
+
+
+def _correct(h: Any) -> Any:
+    """1 for a pair in the right order, a half for a tie."""
+    return (np.sign(np.asarray(h)) + 1) / 2
 
 
 def _loss(h: Any, beta: float) -> Any:

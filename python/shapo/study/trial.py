@@ -324,7 +324,7 @@ class Trial:
         }
 
     def _target(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """The rise of the loss whose radii gave the lowest clean selection loss, in the mean over subspaces and seeds."""
+        """The rise whose radii gave the lowest clean selection loss, in the mean over subspaces and seeds."""
         losses: dict[float, list[float]] = {}
         for row in needs.values():
             losses.setdefault(row["settings"]["target"], []).append(row["watched"][-1]["loss"])
