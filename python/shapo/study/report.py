@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from shapo.errors import UserError
 from shapo.reporting.collect import collect
 from shapo.reporting.page import render
 from shapo.storage.files import write_json, write_text
-from shapo.study.intervals import Interval, clustered, crossed
+from shapo.study.intervals import clustered
+from shapo.study.markdown import interval, markdown
+from shapo.study.methods import (
+    comparison_table,
+    comparisons_markdown,
+    method_table,
+    methods_markdown,
+    tuning_markdown,
+)
 from shapo.study.plan import Plan, study_jobs
 from shapo.study.queue import Row, read_rows
-
-TESTS = ("test", "test_unseen", "test_attacks")
-_TITLES = {"test": "in domain", "test_unseen": "unseen categories", "test_attacks": "under attack"}
 
 
 def write_report(folder: Path) -> Path:
@@ -100,94 +105,6 @@ def figure_table(rows: Mapping[str, Row], family: str) -> list[dict[str, Any]]:
     return table
 
 
-def method_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
-    """Each method at each noise rate: means over its seeds."""
-    table = []
-    for (method, noise), runs in _runs(rows).items():
-        entry: dict[str, Any] = {
-            "method": method,
-            "noise": noise,
-            "seeds": sorted(runs),
-            "lr": sorted({run["lr"] for run in runs.values()}),
-            "rho": _mean(run["rho"] for run in runs.values()),
-            "ratio": _mean(run["ratio"] for run in runs.values()),
-            "flips_fitted": _mean(run["flips_fitted"] for run in runs.values()),
-            "yardstick": _mean(run["yardstick"]["rise"] if "yardstick" in run else None for run in runs.values()),
-            "seconds_per_update": _mean(run["seconds_per_update"] for run in runs.values()),
-        }
-        for split in TESTS:
-            h = np.array([run[split]["h"] for run in runs.values()])
-            losses = _loss(h, beta).mean(axis=1)
-            entry[split] = {
-                "accuracy": float(_correct(h).mean()),
-                "margin": float(beta * h.mean()),
-                "loss": float(losses.mean()),
-                "loss_spread": float(losses.std(ddof=1)) if len(losses) > 1 else None,
-            }
-        table.append(entry)
-    return table
-
-
-def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
-    """Each method's clean test loss and accuracy minus a baseline's, pair by pair, over the seeds that both have.
-
-    Baselines are the plain methods; for a subspace also the perturbation of all parameters and of random neurons.
-    Intervals draw prompts and seeds.
-    """
-    runs = _runs(rows)
-    table = []
-    for (method, noise), own in runs.items():
-        for baseline in _baselines([name for name, rate in runs if rate == noise], method):
-            other = runs[baseline, noise]
-            seeds = sorted(set(own) & set(other))
-            if not seeds:
-                continue
-            for split in TESTS:
-                a, b = ([np.asarray(run[s][split]["h"]) for s in seeds] for run in (own, other))
-                losses = [_loss(x, beta) - _loss(y, beta) for x, y in zip(a, b, strict=True)]
-                correct = [_correct(x) - _correct(y) for x, y in zip(a, b, strict=True)]
-                groups = own[seeds[0]][split]["groups"]
-                table.append(
-                    {
-                        "method": method,
-                        "baseline": baseline,
-                        "noise": noise,
-                        "split": split,
-                        "seeds": seeds,
-                        "loss": crossed(losses, groups),
-                        "accuracy": crossed(correct, groups),
-                        "by_seed": [float(one.mean()) for one in losses],
-                    }
-                )
-    return table
-
-
-def _baselines(methods: Sequence[str], method: str) -> list[str]:
-    perturbed = [name for name in methods if name.startswith("shapo-")]
-    controls = [name for name in perturbed if name == "shapo-all" or name.startswith(("shapo-like", "shapo-random"))]
-    if method in ("shapo-all", "dpo"):
-        controls = []
-    plain = [name for name in methods if name not in perturbed]
-    if method in plain:
-        plain, controls = [name for name in plain if name == "dpo"], []
-    elif method in controls:
-        controls = [name for name in controls if name == "shapo-all"]
-    return [name for name in [*plain, *controls] if name != method]
-
-
-def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:
-    """(method, noise) -> seed -> row, of runs that were measured on the tests."""
-    runs: dict[tuple[str, float], dict[int, Row]] = {}
-    chosen = rows["choice"]["end"]["lr"] if "choice" in rows else None
-    for name, row in rows.items():
-        if row["kind"] == "train":
-            settings, method = row["settings"], name.split("-noise")[0]
-            # The run of the tuning that the selection split chose is DPO at this noise and seed.
-            method = "dpo" if settings.get("lr") is not None and settings["lr"] == chosen else method
-            runs.setdefault((method, settings["noise"]), {})[settings["seed"]] = row
-    return runs
-
-
 def _of(rows: Mapping[str, Row], family: str) -> dict[str, Row]:
     kinds = {"figure1": "figure", "benign": "figure", "steps": "steps"}
     return {
@@ -219,13 +136,13 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
         ("Neurons with the largest gradient", _largest_markdown(done)),
         ("Shares of the squared gradient, and overlaps", _shares_markdown(done)),
         ("Radii at matched loss increase", _match_markdown(done)),
-        ("Learning rates and radii on the selection split", _tuning_markdown(done)),
-        ("Methods", _methods_markdown(method_table(done, plan.beta))),
+        ("Learning rates and radii on the selection split", tuning_markdown(done)),
+        ("Methods", methods_markdown(method_table(done, plan.beta))),
         (
             "Clean test loss minus a baseline's, pair by pair [seeds in which it is lower]",
-            _comparisons_markdown(compared, "loss"),
+            comparisons_markdown(compared, "loss"),
         ),
-        ("Accuracy minus a baseline's, in points", _comparisons_markdown(compared, "accuracy")),
+        ("Accuracy minus a baseline's, in points", comparisons_markdown(compared, "accuracy")),
         ("Failed", failed),
         ("Not run", _missing_markdown(missing) or "Everything was run."),
     )
@@ -259,9 +176,9 @@ def _figure_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             f"{e['rho']:g}",
             "-" if e["ratio"] is None else f"{e['ratio']:.2g}",
             f"{100 * e['gradient_share']:.2f}",
-            _interval(e["rise"], "+.4f"),
-            _interval(e.get("of_all"), ".1f", 100),
-            _interval(e.get("of_neurons"), ".1f", 100),
+            interval(e["rise"], "+.4f"),
+            interval(e.get("of_all"), ".1f", 100),
+            interval(e.get("of_neurons"), ".1f", 100),
         )
         for e in table
     ]
@@ -275,7 +192,7 @@ def _figure_markdown(table: Sequence[Mapping[str, Any]]) -> str:
         "of all parameters %",
         "of all neurons %",
     )
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _steps_markdown(rows: Mapping[str, Row]) -> str:
@@ -283,8 +200,8 @@ def _steps_markdown(rows: Mapping[str, Row]) -> str:
     for space, row in _of(rows, "steps").items():
         for steps, rises in row["rises"].items():
             found = clustered([rises], row["groups"], lambda mean: mean)
-            lines.append((space, f"{row['settings']['rho']:g}", steps, _interval(found, "+.4f")))
-    return _markdown(("subspace", "rho", "steps", "rise"), lines) if lines else ""
+            lines.append((space, f"{row['settings']['rho']:g}", steps, interval(found, "+.4f")))
+    return markdown(("subspace", "rho", "steps", "rise"), lines) if lines else ""
 
 
 def _largest_markdown(rows: Mapping[str, Row]) -> str:
@@ -293,7 +210,7 @@ def _largest_markdown(rows: Mapping[str, Row]) -> str:
         for name, title in (("gradient", "preference, selection split"), ("benign", "harmless answers"))
         for rank, one in enumerate(rows.get(name, {}).get("largest", ()), 1)
     ]
-    return _markdown(("loss", "rank", "layer", "neuron", "of all neurons' squared gradient %"), lines) if lines else ""
+    return markdown(("loss", "rank", "layer", "neuron", "of all neurons' squared gradient %"), lines) if lines else ""
 
 
 def _shares_markdown(rows: Mapping[str, Row]) -> str:
@@ -310,11 +227,11 @@ def _shares_markdown(rows: Mapping[str, Row]) -> str:
     ]
     return "\n\n".join(
         [
-            _markdown(
+            markdown(
                 ("subspace", "of all parameters' %", "of all neurons' %", "its square root %"),
                 shares,
             ),
-            _markdown(("gradient's", "neurons", "also the benign loss's", "also the probe's", "by chance"), overlaps),
+            markdown(("gradient's", "neurons", "also the benign loss's", "also the probe's", "by chance"), overlaps),
         ]
     )
 
@@ -331,99 +248,4 @@ def _match_markdown(rows: Mapping[str, Row]) -> str:
         for row in rows.values()
         if row["kind"] == "match"
     ]
-    return _markdown(("subspace", "wanted rise", "rise", "rho", "rho/‖W_S‖"), lines) if lines else ""
-
-
-def _tuning_markdown(rows: Mapping[str, Row]) -> str:
-    lines = []
-    for row in rows.values():
-        rise = row["settings"].get("target")
-        method = "dpo" if row["settings"].get("method") == "plain" else f"shapo-{row['settings'].get('method')}"
-        for seen in row.get("watched", ()):
-            if seen["update"]:
-                lines.append(
-                    (
-                        method,
-                        str(row["settings"]["seed"]),
-                        f"{row['lr']:g}",
-                        "-" if rise is None else f"{rise:g}",
-                        str(seen["update"]),
-                        f"{seen['loss']:.4f}",
-                        f"{100 * seen['accuracy']:.1f}",
-                        _percent(seen["flips_fitted"]),
-                    )
-                )
-    header = ("method", "seed", "lr", "rise", "updates", "clean selection loss", "accuracy %", "flips fitted %")
-    return _markdown(header, lines) if lines else ""
-
-
-def _methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    if not table:
-        return ""
-    header = ["method", "noise", "seeds", "lr", "rho/‖W_S‖", "flips fitted %", "rise at the yardstick", "s/update"]
-    header += [f"{what} {_TITLES[split]}" for split in TESTS for what in ("accuracy %", "loss")]
-    lines = [
-        (
-            e["method"],
-            f"{e['noise']:g}",
-            str(len(e["seeds"])),
-            ", ".join(f"{lr:g}" for lr in e["lr"]),
-            "-" if e["ratio"] is None else f"{e['ratio']:.2g}",
-            _percent(e["flips_fitted"]),
-            "-" if e["yardstick"] is None else f"{e['yardstick']:+.3f}",
-            f"{e['seconds_per_update']:.1f}",
-            *(text for split in TESTS for text in (_percent(e[split]["accuracy"]), _with_spread(e[split]))),
-        )
-        for e in table
-    ]
-    return _markdown(header, lines)
-
-
-def _comparisons_markdown(table: Sequence[Mapping[str, Any]], what: str) -> str:
-    grouped: dict[tuple[str, str, float, int], dict[str, str]] = {}
-    for e in table:
-        form, scale = ("+.3f", 1.0) if what == "loss" else ("+.1f", 100.0)
-        text = _interval(e[what], form, scale)
-        if what == "loss" and len(e["seeds"]) > 1:
-            text += f" [{sum(one < 0 for one in e['by_seed'])}/{len(e['seeds'])}]"
-        grouped.setdefault((e["method"], e["baseline"], e["noise"], len(e["seeds"])), {})[e["split"]] = text
-    lines = [
-        (method, baseline, f"{noise:g}", str(seeds), *(found[split] for split in TESTS))
-        for (method, baseline, noise, seeds), found in grouped.items()
-    ]
-    return _markdown(("method", "minus", "noise", "seeds", *_TITLES.values()), lines) if lines else ""
-
-
-def _with_spread(entry: Mapping[str, Any]) -> str:
-    spread = entry["loss_spread"]
-    return f"{entry['loss']:.3f}" if spread is None else f"{entry['loss']:.3f} ± {spread:.3f}"
-
-
-def _correct(h: Any) -> Any:
-    """1 for a pair in the right order, a half for a tie."""
-    return (np.sign(np.asarray(h)) + 1) / 2
-
-
-def _loss(h: Any, beta: float) -> Any:
-    return np.logaddexp(0.0, -beta * np.asarray(h, dtype=np.float64))
-
-
-def _mean(values: Iterator[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _interval(found: Interval | None, form: str, scale: float = 1.0) -> str:
-    if found is None:
-        return "-"
-    value, low, high = (format(scale * number, form) for number in found)
-    return f"{value} ({low} to {high})"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
+    return markdown(("subspace", "wanted rise", "rise", "rho", "rho/‖W_S‖"), lines) if lines else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from shapo import selection
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
-from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
-from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.evaluation import log_ratios
@@ -30,6 +27,7 @@ from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
 from shapo.sharpness import PairLoss
 from shapo.storage.files import write_json
 from shapo.storage.fingerprint import digest_model
+from shapo.study.data import TESTS, StudyData, drawn, groups
 from shapo.study.losses import LanguageLoss, Loss, climb, moved
 from shapo.study.plan import Plan
 from shapo.study.queue import Job, Row
@@ -40,8 +38,6 @@ from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.versions import versions
 from shapo_kernels import Subspace
-
-TESTS = ("test", "test_unseen", "test_attacks")
 
 _Start = tuple[Loss, Mapping[str, Tensor], Tensor]
 
@@ -60,7 +56,7 @@ class Trial:
     def __init__(self, model: str, pairs: Path, folder: Path, plan: Plan, *, device: str = "auto") -> None:
         self.model = load_model(model, device=device)
         self.plan = replace(plan, layers=len(selection.value_vectors(self.model).names))
-        self.pairs, self.folder = pairs, folder
+        self.data, self.folder = StudyData(pairs, self.plan), folder
         self._require_settings(model)
         self._tokenizer = load_tokenizer(model)
         self.encoder = PairEncoder(
@@ -92,12 +88,7 @@ class Trial:
 
     def _require_settings(self, model: str) -> None:
         """Writes what the rows depend on, or compares it with what an earlier call wrote."""
-        files = {
-            path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(self.pairs.glob("*.jsonl"))
-        }
-        if missing := {"train", "selection", *TESTS, "benign"} - set(files):
-            raise UserError(f"{self.pairs} has no {sorted(missing)[0]}.jsonl; make it by `shapo safety-pairs`")
-        made_from = {"plan": self.plan.as_dict(), "model": digest_model(self.model), "pairs": files}
+        made_from = {"plan": self.plan.as_dict(), "model": digest_model(self.model), "pairs": self.data.digests()}
         path = self.folder / "settings.json"
         if path.exists():
             earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +103,7 @@ class Trial:
     # -- scores and subspaces
 
     def _probe(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        examples = probe_examples(self._read("selection"))
+        examples = probe_examples(self.data.read("selection"))
         features = extract_features(self.model, self.encoder, examples, progress=False)
         labels, groups = [e.unsafe for e in examples], [e.prompt for e in examples]
         probe = train_probe(features, labels, groups, lr=0.05, epochs=60, progress=False)
@@ -120,7 +111,7 @@ class Trial:
         return {"accuracy": probe.accuracy, "majority": probe.majority, "responses": len(examples)}
 
     def _gradient(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        pairs = self._read("selection")
+        pairs = self.data.read("selection")
         found = selection.gradient_scores(
             self.model, self.encoder, pairs, beta=self.plan.beta, batch_size=16, progress=False
         )
@@ -182,7 +173,7 @@ class Trial:
             **self._described(space, gradient),
             "loss_at_theta": base.mean().item(),
             "points": points,
-            "groups": self._groups(settings["loss"]),
+            "groups": self.data.groups(settings["loss"]),
         }
 
     def _steps(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
@@ -192,7 +183,7 @@ class Trial:
             str(steps): _rounded(climb(loss, space, settings["rho"], steps=steps, first=gradient) - base)
             for steps in (1, settings["steps"])
         }
-        return {"rises": rises, "groups": self._groups("preference")}
+        return {"rises": rises, "groups": self.data.groups("preference")}
 
     def _match(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
         loss, gradient, base = self._climbed("matching")
@@ -237,10 +228,12 @@ class Trial:
         updates = choice["early"]["updates"] if early else plan.updates
         method = settings["method"]
         plain = method == "plain"
-        pairs = _draw(self._read("train"), plan.train_pairs, settings["seed"])
+        pairs = drawn(self.data.read("train"), plan.train_pairs, settings["seed"])
         data = TokenizedPairs(flip_labels(pairs, settings["noise"], seed=settings["seed"]), self.encoder)
         watched = (
-            TokenizedPairs(self._some("selection", plan.watch_pairs), self.encoder) if settings.get("watch") else None
+            TokenizedPairs(self.data.first("selection", plan.watch_pairs), self.encoder)
+            if settings.get("watch")
+            else None
         )
         folder = self.folder / "work" / f"train-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -292,12 +285,12 @@ class Trial:
         """h of every test pair, and the rise of the loss at the yardstick's radius in all parameters."""
         found: Row = {}
         for split in TESTS:
-            pairs = self._some(split, self.plan.test_pairs)
+            pairs = self.data.first(split, self.plan.test_pairs)
             policy = self._logps(TokenizedPairs(pairs, self.encoder))
-            found[split] = {"h": _rounded(log_ratios(policy, self._reference(split))), "groups": _groups(pairs)}
+            found[split] = {"h": _rounded(log_ratios(policy, self._reference(split))), "groups": groups(pairs)}
         if not self.plan.yardstick:
             return found
-        data = TokenizedPairs(self._some("selection", self.plan.match_pairs), self.encoder)
+        data = TokenizedPairs(self.data.first("selection", self.plan.match_pairs), self.encoder)
         loss = PairLoss(self.model, data, self._reference("matching"), beta=self.plan.beta, batch_size=16)
         with evaluating(self.model):
             base, gradient = loss.value(), loss.gradient()
@@ -334,32 +327,8 @@ class Trial:
     def _keep(self, name: str) -> None:
         save_model(self.folder / "models" / name, self.model, self._tokenizer)
 
-    # -- data
-
-    def _read(self, split: str) -> list[PreferencePair]:
-        return load_pairs(self.pairs / f"{split}.jsonl").pairs
-
-    def _some(self, split: str, count: int) -> list[PreferencePair]:
-        """The first pairs of a split, whose file is in random order."""
-        return self._read(split)[:count]
-
-    def _benign_texts(self, half: str) -> list[tuple[str, str]]:
-        lines = (self.pairs / "benign.jsonl").read_text(encoding="utf-8").splitlines()
-        by_prompt = {row["prompt"]: row for row in map(json.loads, reversed(lines))}
-        rows = list(by_prompt.values())[::-1][: self.plan.benign_texts]
-        middle = len(rows) // 2
-        return [(row["prompt"], row["response"]) for row in (rows[:middle] if half == "selection" else rows[middle:])]
-
     def _language_loss(self, half: str) -> LanguageLoss:
-        return LanguageLoss(self.model, self.encoder, self._benign_texts(half))
-
-    def _figure_pairs(self) -> list[PreferencePair]:
-        return [pair for split in TESTS[:2] for pair in self._some(split, self.plan.figure_pairs)]
-
-    def _groups(self, loss: str) -> list[int]:
-        if loss == "benign":
-            return list(range(len(self._benign_texts("test"))))
-        return _groups(self._figure_pairs())
+        return LanguageLoss(self.model, self.encoder, self.data.benign_texts(half))
 
     def _climbed(self, name: str) -> _Start:
         """A loss at the initial weights, its gradient in all parameters, and its value of every item."""
@@ -368,7 +337,11 @@ class Trial:
             if name == "benign":
                 loss = self._language_loss("test")
             else:
-                few = self._figure_pairs() if name == "preference" else self._some("selection", self.plan.match_pairs)
+                few = (
+                    self.data.figure_pairs()
+                    if name == "preference"
+                    else self.data.first("selection", self.plan.match_pairs)
+                )
                 data = TokenizedPairs(few, self.encoder)
                 reference = compute_logps(self.model, data, batch_size=16, progress=False)
                 loss = PairLoss(self.model, data, reference, beta=self.plan.beta, batch_size=16)
@@ -385,11 +358,11 @@ class Trial:
             kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.model.load_state_dict(self._initial)
             if split == "matching":
-                data = TokenizedPairs(self._some("selection", self.plan.match_pairs), self.encoder)
+                data = TokenizedPairs(self.data.first("selection", self.plan.match_pairs), self.encoder)
                 self._references[split] = compute_logps(self.model, data, batch_size=16, progress=False)
             else:
                 self._references[split] = self._logps(
-                    TokenizedPairs(self._some(split, self.plan.test_pairs), self.encoder)
+                    TokenizedPairs(self.data.first(split, self.plan.test_pairs), self.encoder)
                 )
             self.model.load_state_dict(kept)
         return self._references[split]
@@ -411,17 +384,6 @@ def _loss(name: str, noise: float, beta: float) -> LossConfig:
     if name in ("rdpo", "cdpo"):
         return LossConfig(name, beta=beta, epsilon=noise)
     return LossConfig(name, beta=beta)
-
-
-def _draw(pairs: Sequence[PreferencePair], count: int, seed: int) -> list[PreferencePair]:
-    ranks = {i: hashlib.sha256(f"{seed}:pair:{i}".encode()).digest() for i in range(len(pairs))}
-    return [pairs[i] for i in sorted(sorted(ranks, key=lambda i: ranks[i])[:count])]
-
-
-def _groups(pairs: Sequence[PreferencePair]) -> list[int]:
-    """The number of each pair's prompt: pairs of one prompt are drawn together by the bootstrap."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(pair.prompt, len(numbers)) for pair in pairs]
 
 
 def _watched(row: Mapping[str, Any]) -> Row:
