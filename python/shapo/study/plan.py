@@ -44,6 +44,7 @@ class Plan:
         targets: Loss increases (nats) that radii are matched at; the first one matters most.
         watch_every: Updates.
         yardstick: Radius in all parameters for the final models; 0 leaves it out.
+        shapo_lrs: Rates that are tried with each of the `targets`, in the plan with `tuning_seeds`.
         tuning_seeds: Draws of training pairs that learning rate and radius are chosen on, and nothing else; with them
             the plan is the small one of `_small`.
     """
@@ -73,6 +74,7 @@ class Plan:
     bf16: bool = True
     short: bool = False
     tuning_seeds: tuple[int, ...] = ()
+    shapo_lrs: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -94,7 +96,8 @@ PLANS = {
         updates=10,
         watch_every=5,
         warmup=2,
-        lrs=(1e-4, 5e-5, 2e-5),
+        lrs=(1e-4, 5e-5, 2e-5, 1e-5, 5e-6),
+        shapo_lrs=(2e-5, 1e-5),
         noises=(0.4,),
         seeds=4,
         yardstick=0.0,
@@ -160,27 +163,35 @@ def study_jobs(plan: Plan) -> list[Job]:
 def _small(plan: Plan) -> list[Job]:
     """Questions 2 to 4 alone: rate and radius tuned on draws of their own, then every method seed by seed."""
     p, noise = f"{plan.percent:g}", plan.noises[0]
-    tuned = (f"gradient-{p}",)
+    space = f"gradient-{p}"
     tuning = [
         Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
         for seed in plan.tuning_seeds
         for lr in plan.lrs
     ]
-    radii = []
-    for target in plan.targets:
-        for space in tuned:
-            matched = f"match-{target:g}-{space}"
-            settings = {"method": space, "match": matched, "target": target, "noise": noise}
-            needs = ("choice", matched, *_scored(space))
-            radii += [
-                Job(f"tune-shapo-{space}-rise{target:g}-seed{seed}", "tune", {**settings, "seed": seed}, needs)
-                for seed in plan.tuning_seeds
-            ]
+    radii = [
+        Job(
+            f"tune-shapo-{space}-lr{lr:g}-rise{target:g}-seed{seed}",
+            "tune",
+            {
+                "method": space,
+                "match": f"match-{target:g}-{space}",
+                "target": target,
+                "lr": lr,
+                "noise": noise,
+                "seed": seed,
+            },
+            (f"match-{target:g}-{space}", *_scored(space)),
+        )
+        for seed in plan.tuning_seeds
+        for lr in plan.shapo_lrs
+        for target in plan.targets
+    ]
     jobs = [
         *(Job(method, method) for method in ("probe", "gradient")),
         *tuning,
         Job("choice", "choice", {}, tuple(job.name for job in tuning)),
-        *_match(plan, plan.targets, tuned),
+        *_match(plan, plan.targets, (space,)),
         *radii,
         Job("target", "target", {}, tuple(job.name for job in radii)),
     ]
@@ -199,7 +210,7 @@ def _small(plan: Plan) -> list[Job]:
                     f"shapo-{space.removesuffix(f'-{seed}') if space.startswith('like') else space}-{end}",
                     "train",
                     {"method": space, "match": matched, **same},
-                    ("choice", matched, *_scored(space)),
+                    ("target", matched, *_scored(space)),
                 )
             )
         jobs.append(Job(f"dpo-early-{end}", "train", {**plain, "early": True}, ("choice",)))
