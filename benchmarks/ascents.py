@@ -31,8 +31,9 @@ from torch import Tensor
 
 import shapo_kernels as sk
 from benchmarks.report import between_markers
-from benchmarks.rows import RESULTS, environment, interleaved, keep_freed_memory, row
+from benchmarks.rows import RESULTS, environment, interleaved, row
 from shapo.ascents import AscentPart
+from shapo.models.memory import keep_freed_memory
 from shapo_kernels import losses
 
 FOLDER = RESULTS / "ascents"

@@ -5,7 +5,6 @@ A file under `benchmarks/results/` is one run, `{"environment": …, "rows": [..
 
 from __future__ import annotations
 
-import ctypes
 import datetime as dt
 import importlib.metadata
 import json
@@ -43,21 +42,6 @@ def interleaved(
             synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, as torch's allocator on GPUs does; returns whether it does (glibc alone).
-
-    By default glibc hands memory back to the kernel between passes, and how much of it the next pass must have mapped
-    again depends on what was freed last: 16 000 pages in a plain update and 51 000 in one with a small ascent before
-    it, 16 to 40 ms of some 900, of which the ascent's own passes touch none.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def ratios(seconds: Mapping[str, list[float]], ours: str) -> dict[str, float]:
