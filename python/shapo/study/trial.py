@@ -59,6 +59,8 @@ class Trial:
         self.data, self.folder = StudyData(pairs, self.plan), folder
         self._require_settings(model)
         self._tokenizer = load_tokenizer(model)
+        if plan.template is not None:
+            self._tokenizer.chat_template = plan.template
         self.encoder = PairEncoder(
             self._tokenizer,
             max_length=plan.max_length,
@@ -224,7 +226,7 @@ class Trial:
     def _trained(self, settings: Mapping[str, Any], needs: Mapping[str, Row], *, measure: bool) -> Row:
         plan, choice = self.plan, needs.get("choice", {})
         early = bool(settings.get("early"))
-        lr = settings.get("lr") or needs.get("target", {}).get("lr") or choice["early" if early else "end"]["lr"]
+        lr = settings.get("lr") or choice["early" if early else "end"]["lr"]
         updates = choice["early"]["updates"] if early else plan.updates
         method = settings["method"]
         plain = method == "plain"
@@ -317,13 +319,13 @@ class Trial:
         }
 
     def _target(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """The rate, and the rise that its radius gives, with the lowest clean selection loss at the end."""
-        losses: dict[tuple[float, float], list[float]] = {}
+        """The rise whose radius gives the lowest clean selection loss at the end."""
+        losses: dict[float, list[float]] = {}
         for row in needs.values():
-            losses.setdefault((row["lr"], row["settings"]["target"]), []).append(row["watched"][-1]["loss"])
-        means = {key: sum(values) / len(values) for key, values in losses.items()}
-        lr, target = min(means, key=lambda key: means[key])
-        return {"lr": lr, "target": target, "loss": means[lr, target]}
+            losses.setdefault(row["settings"]["target"], []).append(row["watched"][-1]["loss"])
+        means = {target: sum(values) / len(values) for target, values in losses.items()}
+        target = min(means, key=lambda target: means[target])
+        return {"target": target, "loss": means[target]}
 
     def _keep(self, name: str) -> None:
         save_model(self.folder / "models" / name, self.model, self._tokenizer)
