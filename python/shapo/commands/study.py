@@ -31,7 +31,7 @@ class StudyOptions:
     plan: str = option("see above", "study", choices=("study", "cpu", "real"))
     device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
     hours: float | None = option("begin no further job after so many hours", None, parse=float, metavar="H")
-    tune_only: bool = option("stop when learning rate and radii are chosen, before any test pair is looked at", False)
+    tune_only: bool = option("stop when the learning rate is chosen, before any test pair is looked at", False)
     report: bool = option("write the report from the rows there are, and do no job", False)
 
 

@@ -108,23 +108,19 @@ def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:
 def tuning_markdown(rows: Mapping[str, Row]) -> str:
     lines = []
     for row in rows.values():
-        rise = row["settings"].get("target")
-        method = "dpo" if row["settings"].get("method") == "plain" else f"shapo-{row['settings'].get('method')}"
         for seen in row.get("watched", ()):
             if seen["update"]:
                 lines.append(
                     (
-                        method,
                         str(row["settings"]["seed"]),
                         f"{row['lr']:g}",
-                        "-" if rise is None else f"{rise:g}",
                         str(seen["update"]),
                         f"{seen['loss']:.4f}",
                         f"{100 * seen['accuracy']:.1f}",
                         percent(seen["flips_fitted"]),
                     )
                 )
-    header = ("method", "seed", "lr", "rise", "updates", "clean selection loss", "accuracy %", "flips fitted %")
+    header = ("seed", "lr", "updates", "clean selection loss", "accuracy %", "flips fitted %")
     return markdown(header, lines) if lines else ""
 
 

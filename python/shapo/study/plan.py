@@ -51,7 +51,7 @@ class Plan:
         targets: Loss increases (nats) that radii are matched at; the first one matters most.
         watch_every: Updates.
         yardstick: Radius in all parameters for the final models; 0 leaves it out.
-        tuning_seeds: Draws of training pairs that learning rate and radius are chosen on, and nothing else; with them
+        tuning_seeds: Draws of training pairs that the learning rate is chosen on, and nothing else; with them
             the plan is the small one of `_small`.
     """
 
@@ -100,7 +100,7 @@ PLANS = {
         template=PLAIN_CHATML,
         test_pairs=32,
         train_pairs=32,
-        targets=(0.2, 0.8),
+        targets=(0.2,),
         updates=8,
         watch_every=4,
         warmup=2,
@@ -113,13 +113,13 @@ PLANS = {
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
 }
 
-_ON_SELECTION = ("probe", "gradient", "benign", "match", "tune", "choice", "target")
+_ON_SELECTION = ("probe", "gradient", "benign", "match", "tune", "choice")
 
 
 def selection_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """Those that look at no test pair, up to the choice of the radii: what is done before anything is measured."""
+    """Those up to the choice of the learning rate: none of them looks at a test pair."""
     chosen = [job for job in jobs if job.kind in _ON_SELECTION]
-    last = max((number for number, job in enumerate(chosen) if job.kind in ("choice", "target")), default=-1)
+    last = max((number for number, job in enumerate(chosen) if job.kind == "choice"), default=-1)
     return chosen[: last + 1]
 
 
@@ -168,57 +168,47 @@ def study_jobs(plan: Plan) -> list[Job]:
 
 
 def _small(plan: Plan) -> list[Job]:
-    """Questions 2 to 4 alone: rate and radius tuned on draws of their own, then every method seed by seed."""
-    p, noise = f"{plan.percent:g}", plan.noises[0]
-    space = f"gradient-{p}"
+    """Questions 2 to 4 alone: the rate tuned on draws of its own, then the methods seed by seed."""
+    noise = plan.noises[0]
     tuning = [
         Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
         for seed in plan.tuning_seeds
         for lr in plan.lrs
     ]
-    radii = []
-    for seed in plan.tuning_seeds:
-        for target in plan.targets:
-            matched = f"match-{target:g}-{space}"
-            settings = {"method": space, "match": matched, "target": target, "noise": noise, "seed": seed}
-            needs = ("choice", matched, *_scored(space))
-            radii.append(Job(f"tune-shapo-{space}-rise{target:g}-seed{seed}", "tune", settings, needs))
-    jobs = [
-        *(Job(method, method) for method in ("probe", "gradient")),
-        *tuning,
-        Job("choice", "choice", {}, tuple(job.name for job in tuning)),
-        *_match(plan, plan.targets, (space,)),
-        *radii,
-        Job("target", "target", {}, tuple(job.name for job in radii)),
-    ]
-    after = []
-    for seed in range(plan.seeds):
-        end = _end(noise, seed)
-        same = {"noise": noise, "seed": seed, "keep": seed == 0}
-        plain = {"method": "plain", **same}
-        jobs.append(Job(f"dpo-{end}", "train", plain, ("choice",)))
-        for space in (f"gradient-{p}", "all", f"probe-{p}", f"like-probe-{p}-{seed}"):
-            matched = f"match-chosen-{space}"
-            if matched not in [job.name for job in jobs]:
-                jobs.append(Job(matched, "match", {"space": space, "target": None}, ("target", *_scored(space))))
-            jobs.append(
-                Job(
-                    f"shapo-{space.removesuffix(f'-{seed}') if space.startswith('like') else space}-{end}",
-                    "train",
-                    {"method": space, "match": matched, **same},
-                    ("choice", matched, *_scored(space)),
-                )
-            )
-        jobs.append(Job(f"dpo-early-{end}", "train", {**plain, "early": True}, ("choice",)))
-        after += [
-            Job(f"{loss}-{end}", "train", {**plain, "loss": loss}, ("choice",)) for loss in ("rdpo", "drdpo", "cdpo")
-        ]
+    scores = [Job("probe", "probe"), Job("gradient", "gradient")]
+    jobs = [*scores, *tuning, Job("choice", "choice", {}, tuple(job.name for job in tuning))]
     # The losses made for noise follow once three seeds of the others are there.
-    first = [job for job in jobs if job.settings.get("seed", 0) < 3 or job.kind == "tune"]
+    for seeds in (range(min(3, plan.seeds)), range(3, plan.seeds)):
+        for seed in seeds:
+            jobs += [job for job in _perturbed(plan, noise, seed) if job not in jobs]
+        for seed in seeds:
+            jobs += _losses(noise, seed)
+    return jobs
+
+
+def _perturbed(plan: Plan, noise: float, seed: int) -> list[Job]:
+    """DPO, ShaPO in each subspace, and DPO stopped early."""
+    p, end = f"{plan.percent:g}", _end(noise, seed)
+    same = {"noise": noise, "seed": seed, "keep": seed == 0}
+    jobs = [Job(f"dpo-{end}", "train", {"method": "plain", **same}, ("choice",))]
+    for name, space in {
+        f"gradient-{p}": f"gradient-{p}",
+        "all": "all",
+        f"probe-{p}": f"probe-{p}",
+        f"like-probe-{p}": f"like-probe-{p}-{seed}",
+    }.items():
+        (match,) = _match(plan, plan.targets[:1], (space,))
+        needs = ("choice", match.name, *_scored(space))
+        settings = {"method": space, "match": match.name, **same}
+        jobs += [match, Job(f"shapo-{name}-{end}", "train", settings, needs)]
+    return [*jobs, Job(f"dpo-early-{end}", "train", {"method": "plain", **same, "early": True}, ("choice",))]
+
+
+def _losses(noise: float, seed: int) -> list[Job]:
+    same = {"method": "plain", "noise": noise, "seed": seed}
     return [
-        *first,
-        *(job for job in after if job.settings["seed"] < 3),
-        *(job for job in [*jobs, *after] if job not in first and job.settings["seed"] >= 3),
+        Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",))
+        for loss in ("rdpo", "drdpo", "cdpo")
     ]
 
 
@@ -280,12 +270,8 @@ def _training(plan: Plan, noise: float, seed: int, spaces: Sequence[str]) -> lis
 
 
 def _baselines(plan: Plan, noise: float, seed: int) -> list[Job]:
-    same = {"method": "plain", "noise": noise, "seed": seed}
-    jobs = [Job(f"dpo-early-{_end(noise, seed)}", "train", {**same, "early": True}, ("choice",))]
-    return jobs + [
-        Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",))
-        for loss in ("rdpo", "cdpo", "drdpo")
-    ]
+    early = {"method": "plain", "noise": noise, "seed": seed, "early": True}
+    return [Job(f"dpo-early-{_end(noise, seed)}", "train", early, ("choice",)), *_losses(noise, seed)]
 
 
 def _all_methods(plan: Plan, noise: float, seed: int) -> list[Job]:

@@ -84,7 +84,6 @@ class Trial:
             "tune": self._tune,
             "train": self._train,
             "choice": self._choice,
-            "target": self._target,
         }
         return kinds[job.kind](job.settings, needs)
 
@@ -195,11 +194,11 @@ class Trial:
             with evaluating(self.model), moved(self.model, space, gradient, rho):
                 return loss.per_item().mean().item() - start
 
-        target = settings["target"] or needs["target"]["target"]
+        target = settings["target"]
         described = self._described(space, gradient)
         rho, reached, tried = match_radius(rise, target, start=target / described["gradient_norm"])
         ratio = rho / described["weight_norm"]
-        return {"target": target, "rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
+        return {"rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
 
     def _described(self, space: Subspace, gradient: Mapping[str, Tensor]) -> Row:
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -317,15 +316,6 @@ class Trial:
             "end": {"lr": end[0], "loss": means[end]},
             "early": {"lr": early[0], "updates": early[1], "loss": means[early]},
         }
-
-    def _target(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """The rise whose radius gives the lowest clean selection loss at the end."""
-        losses: dict[float, list[float]] = {}
-        for row in needs.values():
-            losses.setdefault(row["settings"]["target"], []).append(row["watched"][-1]["loss"])
-        means = {target: sum(values) / len(values) for target, values in losses.items()}
-        target = min(means, key=lambda target: means[target])
-        return {"target": target, "loss": means[target]}
 
     def _keep(self, name: str) -> None:
         save_model(self.folder / "models" / name, self.model, self._tokenizer)

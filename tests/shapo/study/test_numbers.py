@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from shapo.errors import UserError
-from shapo.study.intervals import clustered
+from shapo.study.intervals import clustered, crossed
 from shapo.study.losses import climb
-from shapo.study.plan import PLANS, study_jobs
+from shapo.study.plan import PLANS, selection_jobs, study_jobs
 from shapo.study.radius import match_radius
 from shapo_kernels import Subspace
 
@@ -35,6 +35,21 @@ def test_pairs_of_one_prompt_count_as_one_case():
 def test_a_ratio_of_proportional_columns_has_no_width():
     found = clustered([[1.0, 2.0, 5.0], [2.0, 4.0, 10.0]], range(3), lambda a, b: a / b)
     assert found == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_the_interval_over_runs_and_prompts_adds_up_their_variances():
+    rng = np.random.default_rng(0)
+    runs, prompts = rng.normal(0, 1.0, (30, 1)), rng.normal(0, 1.0, (1, 200))
+    value, low, high = crossed(runs + prompts, range(200))
+    assert value == pytest.approx(runs.mean() + prompts.mean())
+    half = 1.96 * math.sqrt(runs.var() / 30 + prompts.var() / 200)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_one_run_leaves_the_interval_over_prompts():
+    values = np.random.default_rng(1).normal(size=60)
+    groups = [i // 3 for i in range(60)]
+    assert crossed([values], groups)[1:] == pytest.approx(clustered([values], groups, lambda m: m)[1:], abs=0.05)
 
 
 @pytest.mark.parametrize("law", [lambda r: 0.3 * r, lambda r: r**2, lambda r: math.expm1(r), lambda r: r**2 - 0.01])
@@ -93,3 +108,24 @@ def test_a_plan_names_each_job_once_and_needs_only_its_own(plan):
 def test_the_first_jobs_need_no_training():
     kinds = [job.kind for job in study_jobs(PLANS["study"])]
     assert "train" not in kinds[: kinds.index("match")]
+
+
+def test_what_is_done_before_a_test_is_looked_at_ends_with_the_choice_of_the_rate():
+    jobs = study_jobs(PLANS["cpu"])
+    first = selection_jobs(jobs)
+    assert first[-1].kind == "choice"
+    assert not {job.kind for job in first} & {"train", "figure", "steps"}
+    assert first == jobs[: len(first)]
+
+
+def test_the_small_plan_tunes_on_draws_that_no_method_is_measured_on():
+    jobs = study_jobs(PLANS["cpu"])
+    tuned, measured = ({job.settings["seed"] for job in jobs if job.kind == kind} for kind in ("tune", "train"))
+    assert tuned
+    assert not tuned & measured
+
+
+def test_the_small_plan_has_three_seeds_of_each_main_method_before_any_other_run():
+    runs = [job for job in study_jobs(PLANS["cpu"]) if job.kind == "train"]
+    assert {job.settings["seed"] for job in runs[:18]} == {0, 1, 2}
+    assert len({(job.settings["method"].split("-")[0], job.settings.get("early")) for job in runs[:18]}) == 6
