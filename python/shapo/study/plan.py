@@ -98,7 +98,6 @@ PLANS = {
         max_length=60,
         max_prompt_length=44,
         template=PLAIN_CHATML,
-        test_pairs=32,
         train_pairs=32,
         targets=(0.2,),
         updates=8,
@@ -160,7 +159,7 @@ def study_jobs(plan: Plan) -> list[Job]:
         *_match(plan, plan.targets[:1], (f"probe-{p}", f"gradient-{p}-rest")),
         *_training(plan, plan.noises[0], 0, (f"probe-{p}", f"gradient-{p}-rest")),
         *_figure(plan, rest),
-        *_baselines(plan, plan.noises[0], 0),
+        *_baselines(plan.noises[0], 0),
         *(job for seed in range(1, plan.seeds) for job in _all_methods(plan, plan.noises[0], seed)),
         *(job for seed in range(plan.seeds) for noise in plan.noises[1:] for job in _all_methods(plan, noise, seed)),
         *_match(plan, plan.targets[1:], first_matched),
@@ -168,8 +167,8 @@ def study_jobs(plan: Plan) -> list[Job]:
 
 
 def _small(plan: Plan) -> list[Job]:
-    """Questions 2 to 4 alone: the rate tuned on draws of its own, then the methods seed by seed."""
-    noise = plan.noises[0]
+    """Questions 2 to 4 alone: the rate tuned on draws of its own, then three seeds of the main methods, then others."""
+    p, noise = f"{plan.percent:g}", plan.noises[0]
     tuning = [
         Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
         for seed in plan.tuning_seeds
@@ -177,31 +176,30 @@ def _small(plan: Plan) -> list[Job]:
     ]
     scores = [Job("probe", "probe"), Job("gradient", "gradient")]
     jobs = [*scores, *tuning, Job("choice", "choice", {}, tuple(job.name for job in tuning))]
-    # The losses made for noise follow once three seeds of the others are there.
+    main = (f"gradient-{p}", "all", f"probe-{p}")
+    control = f"like-probe-{p}"
+    jobs += _match(plan, plan.targets[:1], main)
     for seeds in (range(min(3, plan.seeds)), range(3, plan.seeds)):
+        jobs += _match(plan, plan.targets[:1], [f"{control}-{seed}" for seed in seeds])  # a draw for each seed
         for seed in seeds:
-            jobs += [job for job in _perturbed(plan, noise, seed) if job not in jobs]
-        for seed in seeds:
-            jobs += _losses(noise, seed)
+            jobs.append(_plain(noise, seed, keep=seed == 0))
+            jobs += [_shapo(plan, noise, seed, space, space, keep=seed == 0) for space in main]
+        jobs += [_plain(noise, seed, early=True) for seed in seeds]
+        jobs += [_shapo(plan, noise, seed, control, f"{control}-{seed}", keep=seed == 0) for seed in seeds]
+        jobs += [job for seed in seeds for job in _losses(noise, seed)]
     return jobs
 
 
-def _perturbed(plan: Plan, noise: float, seed: int) -> list[Job]:
-    """DPO, ShaPO in each subspace, and DPO stopped early."""
-    p, end = f"{plan.percent:g}", _end(noise, seed)
-    same = {"noise": noise, "seed": seed, "keep": seed == 0}
-    jobs = [Job(f"dpo-{end}", "train", {"method": "plain", **same}, ("choice",))]
-    for name, space in {
-        f"gradient-{p}": f"gradient-{p}",
-        "all": "all",
-        f"probe-{p}": f"probe-{p}",
-        f"like-probe-{p}": f"like-probe-{p}-{seed}",
-    }.items():
-        (match,) = _match(plan, plan.targets[:1], (space,))
-        needs = ("choice", match.name, *_scored(space))
-        settings = {"method": space, "match": match.name, **same}
-        jobs += [match, Job(f"shapo-{name}-{end}", "train", settings, needs)]
-    return [*jobs, Job(f"dpo-early-{end}", "train", {"method": "plain", **same, "early": True}, ("choice",))]
+def _plain(noise: float, seed: int, **more: bool) -> Job:
+    name = "dpo-early" if more.get("early") else "dpo"
+    settings = {"method": "plain", "noise": noise, "seed": seed, **more}
+    return Job(f"{name}-{_end(noise, seed)}", "train", settings, ("choice",))
+
+
+def _shapo(plan: Plan, noise: float, seed: int, name: str, space: str, **more: bool) -> Job:
+    matched = f"match-{plan.targets[0]:g}-{space}"
+    settings = {"method": space, "match": matched, "noise": noise, "seed": seed, **more}
+    return Job(f"shapo-{name}-{_end(noise, seed)}", "train", settings, ("choice", matched, *_scored(space)))
 
 
 def _losses(noise: float, seed: int) -> list[Job]:
@@ -260,25 +258,17 @@ def _tuning(plan: Plan) -> list[Job]:
 
 
 def _training(plan: Plan, noise: float, seed: int, spaces: Sequence[str]) -> list[Job]:
-    jobs = []
-    for space in spaces:
-        matched = f"match-{plan.targets[0]:g}-{space}"
-        settings = {"method": space, "match": matched, "noise": noise, "seed": seed}
-        needs = ("choice", matched, *_scored(space))
-        jobs.append(Job(f"shapo-{space}-{_end(noise, seed)}", "train", settings, needs))
-    return jobs
+    return [_shapo(plan, noise, seed, space, space) for space in spaces]
 
 
-def _baselines(plan: Plan, noise: float, seed: int) -> list[Job]:
-    early = {"method": "plain", "noise": noise, "seed": seed, "early": True}
-    return [Job(f"dpo-early-{_end(noise, seed)}", "train", early, ("choice",)), *_losses(noise, seed)]
+def _baselines(noise: float, seed: int) -> list[Job]:
+    return [_plain(noise, seed, early=True), *_losses(noise, seed)]
 
 
 def _all_methods(plan: Plan, noise: float, seed: int) -> list[Job]:
     p = f"{plan.percent:g}"
     spaces = (f"gradient-{p}", f"random-{p}-0", "all", f"probe-{p}", f"gradient-{p}-rest")
-    dpo = Job(f"dpo-{_end(noise, seed)}", "train", {"method": "plain", "noise": noise, "seed": seed}, ("choice",))
-    return [dpo, *_training(plan, noise, seed, spaces), *_baselines(plan, noise, seed)]
+    return [_plain(noise, seed), *_training(plan, noise, seed, spaces), *_baselines(noise, seed)]
 
 
 def _end(noise: float, seed: int) -> str:

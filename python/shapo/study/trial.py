@@ -238,6 +238,10 @@ class Trial:
         )
         folder = self.folder / "work" / f"train-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
+        reference = self.folder / "references" / f"noise{settings['noise']:g}-seed{settings['seed']}.safetensors"
+        if reference.exists():  # of the same pairs by the same model: asked once for all methods
+            folder.mkdir(parents=True)
+            shutil.copy(reference, folder / "reference.safetensors")
         torch.manual_seed(settings["seed"])
         self._start = None
         self.model.train()
@@ -273,6 +277,9 @@ class Trial:
             }
             if settings.get("watch"):
                 result["watched"] = [_watched(row) for row in evaluations]
+            if not reference.exists():
+                reference.parent.mkdir(exist_ok=True)
+                shutil.copy(folder / "reference.safetensors", reference)
             if settings.get("keep"):
                 self._keep(_run_name(settings))
             return {**result, **self._measured()} if measure else result
