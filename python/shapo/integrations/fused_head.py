@@ -8,7 +8,7 @@ answered here; every `loss_type` and every metric stays trl's.
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,13 +19,10 @@ from shapo.models.fused_head import FusedHead, find_fused_head, unusable
 from shapo.models.wrappers import unwrap
 from shapo_kernels import losses
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # the real one comes in beside the mixin
+from .rounding import RoundingMixin
 
 
-class FusedHeadMixin(Trainer):
+class FusedHeadMixin(RoundingMixin):
     """Put before a trainer of trl in a class's bases; takes one more keyword, `fused_head`.
 
     `"off"` (by default) leaves trl's head, `"auto"` replaces it where the model and the options allow it, `"on"`

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo_kernels.interop.torch_private import is_dtensor
+
 UPDATES = 5
 
 MOVED_WARNING = 0.5
@@ -29,7 +31,8 @@ class StepRounding:
 
     Args:
         parameters: The model's. Only 16-bit ones that take a gradient are looked at; without any nothing is measured.
-        scheduler: Its `last_epoch` is the number of updates made, which resumes with a run.
+            Of sharded ones the part on this rank is looked at.
+        scheduler: Its `last_epoch` is the number of updates made, which resumes with a run; for `step` alone.
         warmup: Updates with a lower learning rate, which are waited for.
         total: Updates of the run.
     """
@@ -37,7 +40,7 @@ class StepRounding:
     def __init__(
         self,
         parameters: Iterable[torch.nn.Parameter],
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         *,
         warmup: int,
         total: int,
@@ -48,26 +51,37 @@ class StepRounding:
         first = max(0, min(warmup, total - UPDATES))
         self._measured = range(first, min(first + UPDATES, total))
         self._shares: list[float] = []
+        self._before: list[tuple[torch.nn.Parameter, Tensor, Tensor]] = []
+        self._done = 0
 
     def step(self, optimizer: Any) -> dict[str, float]:
-        """`optimizer.step()`; in the first updates `moved`, the share to log. Warns once, after the last of them."""
-        done = self._scheduler.last_epoch
-        if not self._parameters or done not in self._measured:
-            optimizer.step()
-            return {}
-        given = [p for p in self._parameters if p.grad is not None and p.numel()]
-        before = [(_sample(p), _sample(p.grad) != 0) for p in given]
+        """`optimizer.step()` between `before` and `after`."""
+        assert self._scheduler is not None
+        self.before(self._scheduler.last_epoch)
         optimizer.step()
+        return self.after()
+
+    def before(self, done: int) -> None:
+        """To be called when the gradients are complete, after `done` updates."""
+        self._done, self._before = done, []
+        if done in self._measured:
+            given = [p for p in self._parameters if p.grad is not None and _local(p).numel()]
+            self._before = [(p, _sample(p), _sample(p.grad) != 0) for p in given]
+
+    def after(self) -> dict[str, float]:
+        """Once the step is made: in the first updates `moved`, the share to log. Warns once, after the last of them."""
+        if not self._before:
+            return {}
         moved, asked = 0.0, 0.0
-        for parameter, (old, meant) in zip(given, before, strict=True):
-            each = parameter.numel() / len(old)
+        for parameter, old, meant in self._before:
+            each = _local(parameter).numel() / len(old)
             moved += each * float(((_sample(parameter) != old) & meant).sum())
             asked += each * float(meant.sum())
-        share = moved / asked if asked else 1.0
-        self._shares.append(share)
-        if done == self._measured[-1]:
+        self._before = []
+        self._shares.append(moved / asked if asked else 1.0)
+        if self._done == self._measured[-1]:
             self._warn(sum(self._shares) / len(self._shares))
-        return {"moved": share}
+        return {"moved": self._shares[-1]}
 
     def _warn(self, share: float) -> None:
         if share < MOVED_WARNING:
@@ -83,8 +97,14 @@ class StepRounding:
 def _sample(tensor: Tensor | None) -> Tensor:
     """The same elements of every tensor of a size, copied. Drawn, since equal distances would see some columns only."""
     assert tensor is not None
-    flat = tensor.detach().reshape(-1)
+    flat = _local(tensor.detach()).reshape(-1)
     if flat.numel() <= _SAMPLES:
         return flat.clone()
     drawn = torch.randint(flat.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
     return flat[drawn.to(flat.device)]
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of it."""
+    found: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return found
