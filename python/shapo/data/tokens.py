@@ -38,7 +38,7 @@ from shapo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder", "warn_of_cuts"]
+__all__ = ["IGNORE_INDEX", "Encoded", "PairEncoder", "keep_end", "warn_of_cuts", "without_oldest_exchange"]
 
 IGNORE_INDEX = -100
 
@@ -251,9 +251,9 @@ class PairEncoder:
             return prompt_ids
         room = max(self.max_prompt_length, self.max_length - longest_response)
         if self._chat is None:
-            return _keep_end(prompt_ids, room, len(self._bos))
+            return keep_end(prompt_ids, room, len(self._bos))
         messages: Sequence[Message] = parse_transcript(prompt)
-        while len(prompt_ids) > room and (fewer := _without_oldest_exchange(messages)) is not None:
+        while len(prompt_ids) > room and (fewer := without_oldest_exchange(messages)) is not None:
             messages = fewer
             answers = [response.removeprefix(" ") for response in responses]
             ((prompt_ids, _),) = self._divide([self._chat.turn(messages, answers)])
@@ -263,7 +263,7 @@ class PairEncoder:
         head, tail = common_length(one, other), common_length(one[::-1], other[::-1])
         if head + tail > room:  # a system message without room keeps BOS alone
             head = int(prompt_ids[0] == self.tokenizer.bos_token_id)
-        return _keep_end(prompt_ids, room, head)
+        return keep_end(prompt_ids, room, head)
 
     def _require_embeddings(self, ids: Sequence[int]) -> None:
         if self.vocabulary is not None and (largest := max(ids, default=0)) >= self.vocabulary:
@@ -292,7 +292,7 @@ def warn_of_cuts(examples: Iterable[Encoded], max_length: int) -> None:
         )
 
 
-def _without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
+def without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
     """The messages without the first question and what follows it up to the next; None where there is no next."""
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
@@ -309,7 +309,7 @@ def _about_pair(number: int) -> Iterator[None]:
         raise (UserError(f"pair {number}: {error}") if number else error) from error
 
 
-def _keep_end(prompt: list[int], room: int, head: int) -> list[int]:
+def keep_end(prompt: list[int], room: int, head: int) -> list[int]:
     """The last tokens of the prompt behind its first `head` (BOS), `room` in all."""
     if len(prompt) <= room:
         return prompt

@@ -120,8 +120,8 @@ def sharpness_hint(rewards: PairRewards) -> float:
 
 def _differences(scorer: RewardScorer, head: nn.Linear, pairs: Sequence[PreferencePair], progress: bool) -> Tensor:
     """Last hidden states at the last token, chosen minus rejected, `[N, hidden]` fp64."""
-    rows = [scorer.encode(pair.prompt, pair.chosen) for pair in pairs]
-    rows += [scorer.encode(pair.prompt, pair.rejected) for pair in pairs]
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    rows = scorer.encode_all([pair.prompt for pair in pairs] * 2, responses)
     device = head.weight.device
     found = torch.empty(len(rows), head.in_features, dtype=torch.float64)
     seen: list[Tensor] = []

@@ -9,6 +9,7 @@ one, its own end-of-sequence token.  A cost model (higher is worse) is told by `
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shapo.data.chat import ChatTemplate
+from shapo.data.chat import ChatTemplate, Message, common_length
 from shapo.data.pairs import PreferencePair, parse_transcript
+from shapo.data.tokens import keep_end, without_oldest_exchange
 from shapo.errors import UserError
 from shapo.models.architectures import learned_positions
 from shapo.models.loading import load_model, load_tokenizer
@@ -69,7 +71,9 @@ class RewardScorer:
         model: A transformers sequence-classification model with one label.
         tokenizer: The reward model's own tokenizer, with a padding token.
         sign: "reward" where a higher score is a better response, "cost" where it is a worse one.
-        max_length: Tokens of prompt + response; longer texts lose the beginning of the prompt.
+        max_length: Tokens of prompt + response; longer texts lose the beginning of the prompt, as in
+            `shapo.data.tokens`: BOS, system message and headers stay, the oldest exchanges go first. A warning tells
+            how many were cut.
         batch_size: Responses at once.
 
     Raises:
@@ -114,7 +118,7 @@ class RewardScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str], *, progress: bool = True) -> Tensor:
         """Rewards `[N]` fp32 on the CPU, in order; a cost enters negated."""
         device = next(self.model.parameters()).device
-        rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        rows = self.encode_all(prompts, responses)
         scores = torch.empty(len(rows))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         with (
@@ -131,22 +135,50 @@ class RewardScorer:
 
     def encode(self, prompt: str, response: str) -> list[int]:
         """Token ids in the reward model's own form: its chat template, or plain text between its BOS and its EOS."""
-        if self._chat is not None:
-            # Whole: the score is read at the last token, which may be the break behind the end of turn.
-            text = self._chat.conversation(
-                [*parse_transcript(prompt), {"role": "assistant", "content": response.strip()}]
+        return self._encoded(prompt, response)[0]
+
+    def encode_all(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """`encode` of every response; warns of those that the length has cut."""
+        encoded = [self._encoded(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        if cut := sum(is_cut for _, is_cut in encoded):
+            warnings.warn(
+                f"{cut} of {len(encoded)} texts have more than the {self.max_length} tokens that the reward model is "
+                "given: they are cut",
+                stacklevel=2,
             )
-            return self._fit(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = list(self.tokenizer(prompt + response)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
-            ids.append(eos)
-        return self._fit(ids)
+        return [ids for ids, _ in encoded]
+
+    def _encoded(self, prompt: str, response: str) -> tuple[list[int], bool]:
+        """The ids, and whether they were cut."""
+        if self._chat is None:
+            ids = list(self.tokenizer(prompt + response)["input_ids"])
+            eos = self.tokenizer.eos_token_id
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+            head = int(ids[:1] == [self.tokenizer.bos_token_id])
+            return self._require_embeddings(keep_end(ids, self.max_length, head)), len(ids) > self.max_length
+        answer: Message = {"role": "assistant", "content": response.strip()}
+        messages: Sequence[Message] = parse_transcript(prompt)
+        ids, is_cut = self._ids(self._chat.conversation([*messages, answer])), False
+        while len(ids) > self.max_length and (fewer := without_oldest_exchange(messages)) is not None:
+            messages, is_cut = fewer, True
+            ids = self._ids(self._chat.conversation([*messages, answer]))
+        if len(ids) > self.max_length:
+            one, other = (self._ids(text) for text in self._chat.head(messages))
+            head = common_length(one, other)
+            if 2 * head > self.max_length:  # a system message without room keeps BOS alone
+                head = int(ids[0] == self.tokenizer.bos_token_id)
+            ids, is_cut = keep_end(ids, self.max_length, head), True
+        return self._require_embeddings(ids), is_cut
+
+    def _ids(self, text: str) -> list[int]:
+        # Whole: the score is read at the last token, which may be the break behind the end of turn.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def score_pairs(self, pairs: Sequence[PreferencePair], *, progress: bool = True) -> PairRewards:
         """Rewards of both responses of every pair."""
         prompts = [pair.prompt for pair in pairs] * 2
-        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        responses = [response for side in _sides(pairs) for response in side]
         scores = self.score(prompts, responses, progress=progress)
         return PairRewards(scores[: len(pairs)], scores[len(pairs) :])
 
@@ -158,7 +190,7 @@ class RewardScorer:
             "model": digest_model(self.model),
             "sign": self.sign,
             "data": digest_rows(
-                [self.encode(pair.prompt, pair.chosen), self.encode(pair.prompt, pair.rejected)] for pair in pairs
+                zip(*(self.encode_all([pair.prompt for pair in pairs], side) for side in _sides(pairs)), strict=True)
             ),
         }
         found = load_cached(path, key, ("chosen", "rejected"), len(pairs))
@@ -168,14 +200,13 @@ class RewardScorer:
         save_cached(path, key, {"chosen": rewards.chosen, "rejected": rewards.rejected})
         return rewards
 
-    def _fit(self, ids: list[int]) -> list[int]:
-        kept = list(ids[-self.max_length :])
-        if (largest := max(kept, default=0)) >= self._vocabulary:
+    def _require_embeddings(self, ids: list[int]) -> list[int]:
+        if (largest := max(ids, default=0)) >= self._vocabulary:
             raise UserError(
                 f"the reward model's tokenizer gives the id {largest}, but the model has {self._vocabulary} token "
                 "embeddings; the tokenizer is another model's"
             )
-        return kept
+        return ids
 
 
 def load_reward_scorer(
@@ -210,7 +241,7 @@ def train_reward_model(
     model = scorer.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     device = next(model.parameters()).device
-    rows = [(scorer.encode(pair.prompt, pair.chosen), scorer.encode(pair.prompt, pair.rejected)) for pair in pairs]
+    rows = list(zip(*(scorer.encode_all([pair.prompt for pair in pairs], side) for side in _sides(pairs)), strict=True))
     model.train()
     for _ in tqdm(range(updates), desc="reward model", unit="update", disable=not progress):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
@@ -221,6 +252,10 @@ def train_reward_model(
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+def _sides(pairs: Sequence[PreferencePair]) -> tuple[list[str], list[str]]:
+    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
 
 
 def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

@@ -51,12 +51,35 @@ def test_the_reward_models_chat_template_is_used_where_it_has_one(reward_model, 
     )
 
 
-def test_long_texts_keep_the_response(reward_model, plain_tokenizer, pairs):
+def test_long_texts_keep_bos_and_the_response_and_are_counted(reward_model, plain_tokenizer, pairs):
     scorer = RewardScorer(reward_model, plain_tokenizer, max_length=5)
-    assert (
-        scorer.encode(pairs[0].prompt, pairs[0].chosen)
-        == RewardScorer(reward_model, plain_tokenizer).encode(pairs[0].prompt, pairs[0].chosen)[-5:]
+    whole = RewardScorer(reward_model, plain_tokenizer).encode(pairs[0].prompt, pairs[0].chosen)
+    bos = [plain_tokenizer.bos_token_id] if whole[0] == plain_tokenizer.bos_token_id else []
+    assert scorer.encode(pairs[0].prompt, pairs[0].chosen) == [*bos, *whole[len(whole) - 5 + len(bos) :]]
+    with pytest.warns(UserWarning, match="4 of 4 texts have more than the 5 tokens that the reward model is given"):
+        scorer.score_pairs(pairs[:2], progress=False)
+
+
+def test_under_a_chat_template_the_header_stays_and_the_oldest_exchange_goes_first(reward_model, plain_tokenizer):
+    plain_tokenizer.chat_template = (
+        "<s>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
+
+    def ids(text):
+        return plain_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompt = "\n\nHuman: what is old\n\nAssistant: this\n\nHuman: what is new\n\nAssistant:"
+    without_the_oldest = ids("<s><user>what is new</s><assistant>an answer</s>")
+    scorer = RewardScorer(reward_model, plain_tokenizer, max_length=len(without_the_oldest))
+    assert scorer.encode(prompt, "an answer") == without_the_oldest
+    shorter = RewardScorer(reward_model, plain_tokenizer, max_length=len(without_the_oldest) - 2)
+    header = ids("<s><user>")
+    kept = shorter.encode(prompt, "an answer")
+    assert kept[: len(header)] == header
+    assert kept[len(header) :] == without_the_oldest[len(header) + 2 :]
+    with pytest.warns(UserWarning, match="2 of 2 texts"):
+        shorter.encode_all([prompt, prompt], ["an answer", "an answer"])
 
 
 def test_cached_scores_are_not_asked_for_again_until_something_changes(reward_model, tiny_tokenizer, pairs, tmp_path):
