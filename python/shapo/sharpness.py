@@ -31,7 +31,7 @@ from shapo.errors import UserError
 from shapo.models.fused_head import find_fused_head
 from shapo.models.modes import evaluating
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
-from shapo_kernels import ShaPOOptimizer, Subspace, losses
+from shapo_kernels import ShaPOOptimizer, Subspace, SubspaceError, losses
 from shapo_kernels.interop.names import owners
 from shapo_kernels.model.taps import stores_features_first
 
@@ -127,12 +127,17 @@ class PairLoss:
         with torch.no_grad():
             return torch.cat([part.double().cpu() for part in self._parts()])
 
+    def parts(self) -> Iterator[Tensor]:
+        """Losses of micro-batches, whose sum is L(theta), with gradients."""
+        for part in self._parts():
+            yield part.sum() / len(self)
+
     def gradient(self) -> dict[str, Tensor]:
         """dL/dtheta of every parameter that takes part, by name, summed in fp32 at least; `.grad` stays untouched."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         total: dict[str, Tensor] = {}
-        for part in self._parts():
-            gradients = torch.autograd.grad(part.sum() / len(self), list(named.values()), allow_unused=True)
+        for part in self.parts():
+            gradients = torch.autograd.grad(part, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, gradients, strict=True):
                 if gradient is not None:
                     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -166,7 +171,7 @@ def measure(
 
     Raises:
         UserError: No radius, or one that is not above 0.
-        SubspaceError: A subspace that does not fit the model.
+        SubspaceError: A subspace that does not fit the model, or is empty.
     """
     if not rhos and not ratios:
         raise UserError("no radius to measure at; give some rho or some rho/||W_S||")
@@ -176,8 +181,10 @@ def measure(
     if FULL in subspaces:
         raise UserError(f"a subspace is named {FULL!r}, which the full space is called; choose another name")
     spaces = {FULL: Subspace.full(loss.model), **subspaces}
-    for space in spaces.values():
+    for name, space in spaces.items():
         space.validate(loss.model)
+        if not space.count:
+            raise SubspaceError(f"the subspace {name} is empty: there is nothing to move")
     total = len(spaces) * (len(rhos) + len(ratios))
     full: dict[float, float] = {}
     with (
@@ -218,29 +225,38 @@ class _Mover:
     """One subspace of one model, moved along a gradient as an optimizer moves it.
 
     Args:
-        model, subspace: What is moved.
-        bf16: Whether the model computes under bfloat16 autocast.
+        loss: The loss and the model.
+        subspace: What is moved.
 
     Attributes:
         weight_norm, gradient_norm: ||W_S|| and ||g_S||.
         realised: Of the last move; see `Point`.
     """
 
-    def __init__(self, model: torch.nn.Module, subspace: Subspace, *, bf16: bool) -> None:
-        self._model, self._subspace = model, subspace
+    def __init__(self, loss: PairLoss, subspace: Subspace) -> None:
+        model = loss.model
+        self._loss, self._model, self._subspace = loss, model, subspace
         self.weight_norm = _norm(_selected(value, subspace, name) for name, value in subspace.resolve(model).items())
         self.gradient_norm, self.realised = 0.0, 1.0
         self._gradient: Mapping[str, Tensor] = {}
-        self._optimizers = list(self._make(bf16))
+        self._own: list[ShaPOOptimizer] = []
+        self._optimizers = list(self._make(loss.bf16))
 
     def follow(self, gradient: Mapping[str, Tensor]) -> None:
         """Takes the gradient, by the names of the model's parameters."""
         self._gradient = gradient
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found = {
-            name: gradient.get(names[id(parameter)]) for name, parameter in self._subspace.resolve(self._model).items()
+            name: gradient.get(names[id(parameter)])
+            for name, parameter in self._subspace.resolve(self._model).items()
+            if not self._subspace.own_layer(name)
         }
-        self.gradient_norm = _norm(_selected(g, self._subspace, name) for name, g in found.items() if g is not None)
+        selected = _norm(_selected(g, self._subspace, name) for name, g in found.items() if g is not None)
+        for optimizer in self._own:
+            optimizer.rho = 1.0  # any but 0, with which there would be no ascent
+            self._perturb(optimizer)
+            optimizer.restore()
+        self.gradient_norm = math.hypot(selected, *(optimizer.stats["grad_norm"] for optimizer in self._own))
 
     @contextmanager
     def moved(self, rho: float) -> Iterator[None]:
@@ -251,8 +267,8 @@ class _Mover:
             if self.gradient_norm > 0:
                 for optimizer in self._optimizers:
                     optimizer.rho = rho / self.gradient_norm
-                    with _gradients(self._model, self._gradient):
-                        optimizer.perturb()
+                for optimizer in self._optimizers:
+                    self._perturb(optimizer)
                 self.realised = _joint_cosine([optimizer.stats for optimizer in self._optimizers])
             yield
         finally:
@@ -263,29 +279,47 @@ class _Mover:
         for optimizer in self._optimizers:
             optimizer.detach()
 
+    def _perturb(self, optimizer: ShaPOOptimizer) -> None:
+        if optimizer not in self._own:
+            with _gradients(self._model, self._gradient):
+                optimizer.perturb()
+            return
+        # The gradient of a tied weight is that of all its layers; this one's alone comes of an ascent.
+        with optimizer.ascent():
+            for part in self._loss.parts():
+                optimizer.ascend(part)
+        optimizer.perturb()
+
     def _make(self, bf16: bool) -> Iterator[ShaPOOptimizer]:
-        """One optimizer for the weights of linear layers, one for what can only be written."""
+        """One optimizer for the weights of linear layers, one for what can only be written, one for the weights of
+        single layers.
+        """
         holders, resolved = owners(self._model), self._subspace.resolve(self._model)
+        own = {name for name in resolved if self._subspace.own_layer(name)}
         linear = {
             name
             for name, parameter in resolved.items()
-            if all(stores_features_first(module) is not None for module, _ in holders[id(parameter)])
+            if name not in own
+            and all(stores_features_first(module) is not None for module, _ in holders[id(parameter)])
         }
-        for names, is_linear in ((linear, True), (resolved.keys() - linear, False)):
+        for names, is_linear in ((own, True), (linear, True), (resolved.keys() - linear - own, False)):
             if not names:
                 continue
             halves = any(resolved[name].dtype in (torch.bfloat16, torch.float16) for name in names)
             parts = {name: self._subspace[name] for name in sorted(names)}
-            yield ShaPOOptimizer(
+            optimizer = ShaPOOptimizer(
                 torch.optim.SGD([resolved[name] for name in parts], lr=0.0),
                 self._model,
-                Subspace(parts, {name: self._subspace.axis(name) for name in parts}),
+                Subspace(parts, {name: self._subspace.axis(name) for name in parts}, own_layer=own & names),
                 rho=0.0,
                 norm="none",
-                ascent="grad",
-                perturbation="delta" if is_linear and (halves or bf16) else "in_place",
+                ascent="selective" if names is own else "grad",
+                perturbation="delta" if is_linear and (halves or bf16 or names is own) else "in_place",
                 stochastic_rounding=halves and not is_linear,
             )
+            if names is own:
+                self._own.append(optimizer)
+            yield optimizer
 
 
 @contextmanager
@@ -296,7 +330,7 @@ def _movers(loss: PairLoss, spaces: Sequence[Subspace]) -> Iterator[tuple[dict[s
         with warnings.catch_warnings():
             # What is rounded is told by `Point.realised`.
             warnings.filterwarnings("ignore", message="the perturbation is lost to rounding")
-            movers.extend(_Mover(loss.model, space, bf16=loss.bf16) for space in spaces)
+            movers.extend(_Mover(loss, space) for space in spaces)
             gradient = loss.gradient()
             for mover in movers:
                 mover.follow(gradient)

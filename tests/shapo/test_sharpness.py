@@ -202,3 +202,33 @@ def test_a_subspace_that_does_not_fit_is_refused(loss):
 def test_the_plot_is_a_png(result, tmp_path):
     plot_sharpness(tmp_path / "sharpness.png", result, title="test")
     assert (tmp_path / "sharpness.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_measured_where_it_gives_the_logits(tied, tiny_llama, loss):
+    """Against a model with a head of its own, whose weight is moved by hand."""
+    tiny_llama.config.tie_word_embeddings = tied
+    if tied:
+        tiny_llama.lm_head.weight = tiny_llama.model.embed_tokens.weight
+    apart = copy.deepcopy(tiny_llama)
+    apart.lm_head.weight = torch.nn.Parameter(tiny_llama.lm_head.weight.detach().clone())
+    reference = compute_logps(apart, loss._data, progress=False)
+    pairs = PairLoss(apart, loss._data, reference, beta=0.1, batch_size=4)
+    gradient = pairs.gradient()["lm_head.weight"]
+    before, rho = pairs.value(), 0.5
+    with torch.no_grad():
+        apart.lm_head.weight += rho * gradient / gradient.norm()
+    expected = pairs.value() - before
+
+    kept = tiny_llama.lm_head.weight.clone()
+    one = PairLoss(tiny_llama, loss._data, reference, beta=0.1, batch_size=4)
+    found = measure(one, {"head": Subspace.head(tiny_llama)}, rhos=[rho], progress=False)
+    assert found.curves[1].by_rho[0].increase == pytest.approx(expected, rel=1e-4)
+    assert found.curves[1].gradient_share == pytest.approx(float(gradient.norm() / found.gradient_norm) ** 2, rel=1e-4)
+    assert torch.equal(tiny_llama.lm_head.weight, kept)
+    assert (tiny_llama.lm_head.weight is tiny_llama.model.embed_tokens.weight) == tied
+
+
+def test_an_empty_subspace_is_refused(loss):
+    with pytest.raises(SubspaceError, match="the subspace none is empty"):
+        measure(loss, {"none": Subspace({})}, rhos=[0.1], progress=False)

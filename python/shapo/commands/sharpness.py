@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shapo.commands import common
 from shapo.errors import UserError
+from shapo.notes import note
 from shapo.options import Group, option, positive_int, radii, seed_number
 
 if TYPE_CHECKING:
@@ -32,10 +33,20 @@ class SharpnessOptions:
 
     reference: str | None = option("the model that training started from", None, metavar="NAME", reads=True)
     subspace: list[str] = option(
-        "a file of `shapo select`; may be repeated", metavar="[NAME=]FILE", repeated=True, reads=True
+        "a file of `shapo select`, or head (output projection); may be repeated",
+        metavar="[NAME=]FILE",
+        repeated=True,
+        reads=True,
     )
-    random: int = option("random controls of the first subspace, of each kind: any layer, same layers", 1, metavar="N")
-    random_seed: int = option("of the first control; the next ones count up", 0, parse=seed_number)
+    random: int = option(
+        "random controls of the first subspace, of each kind: any layer, same layers",
+        1,
+        metavar="N",
+        needs=("subspace",),
+    )
+    random_seed: int = option(
+        "of the first control; the next ones count up", 0, parse=seed_number, needs=("subspace+random",)
+    )
     rhos: list[float] = option("radii in weight units", (0.01, 0.03, 0.1, 0.3, 1.0), parse=radii, metavar="R,R,...")
     ratios: list[float] = option(
         "radii as multiples of ||W_S||", (0.003, 0.01, 0.03, 0.1, 0.3), parse=radii, metavar="R,R,..."
@@ -126,7 +137,11 @@ def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace)
     from shapo.models.architectures import value_vectors
     from shapo_kernels import Subspace
 
-    found = {name: Subspace.load(path) for name, path in files.items()}
+    if any(path == "full" for path in files.values()):
+        raise UserError("all parameters are always measured; leave --subspace full out")
+    if any(path == "adapters" for path in files.values()):
+        raise UserError("an adapter is measured merged into the weights; --subspace adapters is for `shapo train`")
+    found = {name: Subspace.head(model) if path == "head" else Subspace.load(path) for name, path in files.items()}
     for name, subspace in found.items():
         try:
             subspace.validate(model)
@@ -135,7 +150,10 @@ def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace)
     if not found or not arguments.random:
         return found
     vectors = value_vectors(model)
-    first = next(iter(found.values()))
+    first = next((space for space in found.values() if space.keys() <= vectors.sizes.keys()), None)
+    if first is None:
+        note("no random controls: no --subspace is made of neurons")
+        return found
     percent = 100 * first.count / sum(vectors.sizes.values())
     for seed, anywhere, same_layers in _controls(arguments):
         found[anywhere] = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
