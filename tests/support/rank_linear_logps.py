@@ -1,5 +1,7 @@
 """What each rank of the head's tests does: a part of the vocabulary, or a sharded weight, against the whole one."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from shapo_kernels import losses
-from shapo_kernels.ops import linear_tiles
+from shapo_kernels.ops import linear_head, linear_tiles
 from tests.support.ranks import on_rank
 
 linear_tiles.FEWEST_COLUMNS = 3  # a small vocabulary is cut as a large one is
@@ -32,7 +34,7 @@ def my_rows():
     return slice(0, 7) if dist.get_rank() == 0 else slice(7, 11)
 
 
-def vocabulary_parallel(chunk_bytes, options, split=None):
+def vocabulary_parallel(chunk_bytes, options, split=None, group=None):
     """`split`: where the vocabulary is cut; `chunk_bytes`: for all ranks, or one for each."""
     rows = my_rows() if split is None else (slice(0, split), slice(split, 11))[dist.get_rank()]
     chunk_bytes = chunk_bytes[dist.get_rank()] if isinstance(chunk_bytes, list) else chunk_bytes
@@ -41,13 +43,26 @@ def vocabulary_parallel(chunk_bytes, options, split=None):
     expected = torch.autograd.grad((sums * slope).sum(), [hidden, weight, bias])
     mine, my_bias = (x.detach()[rows].clone().requires_grad_() for x in (weight, bias))
     own_sums, own_counts = losses.linear_sequence_logps(
-        hidden, mine, labels, bias=my_bias, chunk_bytes=chunk_bytes, group=dist.group.WORLD, **options
+        hidden, mine, labels, bias=my_bias, chunk_bytes=chunk_bytes, group=group or dist.group.WORLD, **options
     )
     torch.testing.assert_close(own_sums, sums, rtol=1e-12, atol=1e-12)
     assert torch.equal(own_counts, counts)
     got = torch.autograd.grad((own_sums * slope).sum(), [hidden, mine, my_bias])
     for one, other in zip(got, (expected[0], expected[1][rows], expected[2][rows]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def cut_by_each_rank_alone(chunk_bytes, split=None):
+    """As before the cut was common: one rank waits for a part of the tokens that the other does not have."""
+    common = linear_head._plan
+
+    def own(count, targets, weight, head, group):
+        plan = common(count, targets, weight, head, group)
+        plan[2:] = torch.tensor([len(weight), linear_tiles.limit(weight, head)])
+        return plan
+
+    linear_head._plan = own
+    vocabulary_parallel(chunk_bytes, {}, split, dist.new_group(timeout=timedelta(seconds=5)))
 
 
 def compiled():
@@ -134,6 +149,7 @@ def sharded():
 def check(case):
     {
         "vocabulary parallel": vocabulary_parallel,
+        "cut by each rank alone": cut_by_each_rank_alone,
         "compiled": compiled,
         "masked": a_part_masked_as_a_whole,
         "refused": a_label_outside,
