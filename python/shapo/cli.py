@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, NoReturn
 
 from shapo import options, recipe
+from shapo.console import lasting_streams, lost_output
 from shapo.errors import UserError, explained
+from shapo.needs import check_needs
 
 COMMANDS = (
     "demo",
@@ -50,30 +50,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+    """Runs a command and returns its exit code: 0 done, 1 nobody read the output, 2 bad input, 130 interrupted.
 
-    What a file or an argument can cause is one line; a mistake in the program keeps its traceback.
+    What a file or an argument can cause is one line on stderr; a mistake in the program keeps its traceback.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+    with lasting_streams() as output:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        output.flush()
+        if code == 0 and output.failure is not None:
+            told = lost_output(output)
+            return 1 if told is None else _complain(told)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        module, parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+        module, parsed = _parse(arguments)
         groups = _groups(parsed.command)
         values = recipe.merged(parsed, groups)
         with _alone(module, parsed), warnings.catch_warnings():
             warnings.showwarning = _warn
+            if parsed.command in recipe.COMMANDS:
+                recipe.require_kept(values, parsed, groups)
             module.run(parsed)
             if parsed.command in recipe.COMMANDS:
                 recipe.write(values, parsed.command, groups)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has gone; Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         told = explained(error)
         if told is None:
@@ -94,21 +98,26 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
             raise UserError(f"{text.removesuffix('=--')} is given no value")
     expanded = recipe.expand(arguments, {name: _groups(name) for name in recipe.COMMANDS})
     parsed = build_parser().parse_args(expanded)
+    check_needs(_groups(parsed.command), parsed, arguments, expanded)
     return importlib.import_module(_module(parsed.command)), parsed
 
 
 @contextmanager
 def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
-    """Inside, no output of the command is one of its inputs, and nobody else writes into its folder."""
-    from shapo.storage.outputs import check_outputs, locked
+    """Inside, no output of the command is one of its inputs, and nobody else writes where it does."""
+    from shapo.storage.outputs import check_outputs, locked, parts, sole_writer
 
     groups = _groups(parsed.command)
-    replaced = options.named_files(groups, parsed, "writes")
-    folder = Path(parsed.output) if getattr(module, "REPLACES", ()) else None
-    if folder is not None:
-        replaced += [("--output", folder / name) for name in module.REPLACES]
+    whole, filled = (options.named_files(groups, parsed, use) for use in ("writes", "fills"))
+    replaced = whole + [(name, part) for name, folder in filled for part in parts(folder, module.REPLACES)]
+    remade = getattr(module, "REMADE", "")
+    replaced = [(name, path) for name, path in replaced if not (remade and path.match(remade))]
     check_outputs(replaced, options.named_files(groups, parsed, "reads"))
-    with locked(folder) if folder is not None else nullcontext():
+    with ExitStack() as stack:
+        for _, folder in filled:
+            stack.enter_context(locked(folder, shared=getattr(module, "SHARED", False)))
+        for _, path in whole:
+            stack.enter_context(sole_writer(path))
         yield
 
 
@@ -147,8 +156,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 
 
 def _complain(message: str) -> int:
-    with suppress(OSError, AttributeError):  # a full disk or nobody behind stdout
-        sys.stdout.flush()
+    sys.stdout.flush()
     print("shapo: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

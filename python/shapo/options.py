@@ -27,6 +27,7 @@ class Option:
     Attributes:
         help: One line.
         of: Which choices of another option use this one (losses, methods); they stand before the help.
+        needs: The option acts only where one of these conditions is met; see `shapo.needs`.
         parse: Makes the value of a text; raises `argparse.ArgumentTypeError` or `ValueError`.
         choices: The allowed values, where there are few.
         metavar: What stands for the value in the help.
@@ -37,12 +38,14 @@ class Option:
         alone: Options of one command with the same `alone` exclude each other.
         positional: The value stands by itself, without the option's name.
         reads: The value is, or names, a file or folder that is read.
-        writes: The value is a file that is replaced.
+        writes: The value is a file or folder that is replaced whole.
+        fills: The value is a folder in which the command replaces the names of its module's `REPLACES`.
         optimizers: The value is a keyword argument of `shapo_kernels.ShaPOOptimizer`, under the field's name.
     """
 
     help: str
     of: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     parse: Callable[[str], Any] = str
     choices: tuple[str, ...] = ()
     metavar: str | None = None
@@ -54,6 +57,7 @@ class Option:
     positional: bool = False
     reads: bool = False
     writes: bool = False
+    fills: bool = False
     optimizers: bool = False
 
 
@@ -74,6 +78,7 @@ class Group:
         title: Heading in the help; without one the options stand among the command's own.
         defaults: A command's own defaults, by field.
         helps: A command's own help texts, by field.
+        needs: A command's own conditions, by field, beside those of the option; see `shapo.needs`.
         optional: Nothing of it is required: what is not given is None.
         given_only: What is not given is None, whatever the default, so that a command can tell what was asked for.
     """
@@ -82,6 +87,7 @@ class Group:
     title: str | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     helps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     optional: bool = False
     given_only: bool = False
 
@@ -126,16 +132,17 @@ def read(table: type[Table], parsed: argparse.Namespace, **more: Any) -> Table:
 
 
 def named_files(groups: Sequence[Group], parsed: argparse.Namespace, use: str) -> list[tuple[str, Path]]:
-    """Options, as they are typed, and the paths that they give; `use` is "reads" or "writes"."""
+    """Options, as they are typed, and the paths that they give; `use` is "reads", "writes" or "fills"."""
     found = []
     for group in groups:
         for name, (_, told) in declared(group.table).items():
             value = getattr(parsed, name, None)
             if value and getattr(told, use):
                 for text in value if isinstance(value, list) else [value]:
-                    for form in {text, text.partition("=")[2] or text, text.rpartition(":")[0] or text}:
-                        # FILE, NAME=FILE or FILE:WEIGHT
-                        found.append((typed(name), Path(form).expanduser()))
+                    # An input may be NAME=FILE or FILE:WEIGHT.
+                    forms = {text.partition("=")[2], text.rpartition(":")[0]} - {""} if use == "reads" else set()
+                    shown = str(told.metavar) if told.positional else typed(name)
+                    found += [(shown, Path(form).expanduser()) for form in {text, *forms}]
     return found
 
 

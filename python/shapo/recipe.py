@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shapo.errors import UserError
+from shapo.needs import unmet
 from shapo.options import Group, Option, declared, option, typed, whole
 
 COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "judge", "attack", "reward")
@@ -89,25 +90,58 @@ def expand(arguments: Sequence[str], commands: Mapping[str, Sequence[Group]]) ->
 
 
 def merged(parsed: argparse.Namespace, groups: Sequence[Group]) -> dict[str, Any]:
-    """The recipe of a parsed command line, with the defaults that it did not mention; what is unset is left out."""
-    values = {name: getattr(parsed, name, None) for name in options_of(groups) if name not in _OF_ONE_CALL}
+    """The recipe of a parsed command line, with the defaults that it did not mention; what is unset or has no effect
+    is left out.
+    """
+    acting = [
+        name
+        for group in groups
+        for name in declared(group.table)
+        if name not in _OF_ONE_CALL and not unmet(group, name, parsed)
+    ]
+    values = {name: getattr(parsed, name, None) for name in acting}
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
 def write(values: Mapping[str, Any], command: str, groups: Sequence[Group]) -> Path:
     """Writes a merged recipe beside what the command wrote: into its folder, or as FILE.recipe.yaml."""
-    import yaml
-
     from shapo.storage.files import write_text
 
-    output = Path(values["output"])
-    folder = options_of(groups)["output"][1].metavar == "FOLDER"
-    path = output / "recipe.yaml" if folder else output.with_name(f"{output.name}.recipe.yaml")
-    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+    path = _place(values, groups)
     # A name that would break the comment, and with it the YAML, is not written.
     named = shlex.quote(str(path)) if str(path).isprintable() else "RECIPE"
-    write_text(path, f"# shapo {command} --config {named}\n{text}")
+    write_text(path, f"# shapo {command} --config {named}\n{_dumped(values)}")
     return path
+
+
+def require_kept(values: Mapping[str, Any], parsed: argparse.Namespace, groups: Sequence[Group]) -> None:
+    """Refuses a command whose recipe, once written, would change the one that it was given.
+
+    Raises:
+        UserError: So it is, and neither --overwrite nor --resume was given.
+    """
+    import yaml
+
+    if parsed.config is None or getattr(parsed, "overwrite", False) or getattr(parsed, "resume", False):
+        return
+    path, given = _place(values, groups), Path(parsed.config)
+    if not (given.exists() and path.exists() and given.samefile(path)):
+        return
+    if yaml.safe_load(given.read_text(encoding="utf-8")) != yaml.safe_load(_dumped(values)):
+        raise UserError(f"--output would change the recipe {path}, which --config reads; choose another output")
+
+
+def _place(values: Mapping[str, Any], groups: Sequence[Group]) -> Path:
+    output = Path(values["output"])
+    if options_of(groups)["output"][1].fills:
+        return output / "recipe.yaml"
+    return output.with_name(f"{output.name}.recipe.yaml")
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120))
 
 
 def _config(given: Sequence[str]) -> str | None:

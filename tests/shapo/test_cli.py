@@ -128,13 +128,13 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--rho", "x", "--subspace", "full"], "a number, or low,high, is expected"),
         (["--rho", "0.1,0.2", "--subspace", "full"], "needs the norm none"),
         (["--rho", "0.1"], "--rho needs --subspace"),
-        (["--interval", "2"], "--interval is an option of ShaPO"),
-        (["--relative-rho"], "--relative-rho is an option of ShaPO"),
+        (["--interval", "2"], "--interval has no effect without --rho"),
+        (["--relative-rho"], "--relative-rho has no effect without --rho"),
         (["--rho", "0.1", "--subspace", "full", "--interval", "0"], "interval is 0"),
         (["--rho", "0.1", "--subspace", "full", "--ascent-pairs", "0"], "ascent_pairs is 0"),
         (["--rho", "0.1", "--subspace", "full", "--ascent-pairs", "1", "--ascent-fraction", "0.5"], "not allowed with"),
         (["--rho", "0.1", "--subspace", "full", "--rho-warmup", "-1"], "rho_warmup is -1"),
-        (["--per-micro-batch"], "--per-micro-batch is an option of ShaPO"),
+        (["--per-micro-batch"], "--per-micro-batch has no effect without --rho"),
         (["--rho", "0.1", "--subspace", "nowhere.safetensors"], "cannot read a subspace"),
         (["--rho", "0.1", "--subspace", "{files}/model/model.safetensors"], "no subspace"),
         (["--noise", "1.5"], "noise rate is 1.5"),
@@ -154,7 +154,7 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--updat", "3"], "unrecognized arguments: --updat"),
         (["--seed", "99999999999999999999"], "argument --seed: '99999999999999999999', but a whole number from 0"),
         (["--max-length", "8"], "max_prompt_length"),
-        (["--eval-limit", "8"], "give that too"),
+        (["--eval-limit", "8"], "--eval-limit has no effect without --eval-data"),
     ],
 )
 def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo, files, tmp_path):
@@ -170,14 +170,15 @@ def test_bad_input_of_train_is_one_line_and_leaves_nothing(more, message, shapo,
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["sft", "--updates", 1, "--eval-every", 1, "--output", "out"], "--eval-every has nothing to evaluate on"),
-        (["train", "--eval-every", 1, "--output", "out"], "--eval-every has nothing to evaluate on"),
-        (["train", "--noise-seed", 3, "--output", "out"], "--noise-seed says which labels --noise flips"),
+        (["sft", "--updates", 1, "--eval-every", 1, "--output", "out"], "--eval-every has no effect without --held"),
+        (["train", "--eval-every", 1, "--output", "out"], "--eval-every has no effect without --eval-data or --noise"),
+        (["train", "--stream", "--output", "out"], "--stream has no effect on"),
+        (["train", "--noise-seed", 3, "--output", "out"], "--noise-seed has no effect without --noise"),
         (["train", "--updates", 1, "--epochs", 2, "--output", "out"], "not allowed with argument"),
         (["train", "--resume", "--overwrite", "--output", "out"], "not allowed with argument"),
         (["train", "--output", "out", "--rho", "0.1", "--subspace", "full", "--interval", 9, "--updates", 2],
          "of 2 updates none would be a ShaPO update"),
-        (["evaluate", "--temperature", "0.5", "--output", "e.json"], "--temperature says how --prompts are answered"),
+        (["evaluate", "--temperature", "0.5", "--output", "e.json"], "--temperature has no effect without --prompts"),
     ],
     ids=str,
 )  # fmt: skip
@@ -260,6 +261,34 @@ def test_no_output_is_an_input(shapo, files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_two_at_once_may_not_write_the_same(shapo, files, tmp_path):
+    from shapo.storage.outputs import locked, sole_writer
+
+    judge = ["judge", "--answers", files / "train.jsonl", "--judge", "refusal-substring", "--output", "v.jsonl"]
+    with sole_writer(tmp_path / "v.jsonl"):
+        code, _, error = shapo(*judge)
+    assert (code, "another run is writing to v.jsonl" in error) == (2, True)
+    with locked(tmp_path / "out"):
+        code, _, error = shapo("study", "--report", "--output", "out")
+    assert (code, "another run is writing to out" in error) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_would_be_changed_is_no_place_for_the_output(shapo, files, tmp_path):
+    answers = tmp_path / "a.jsonl"
+    answers.write_text(json.dumps({"id": "1", "prompt": "p", "answer": "a"}) + "\n")
+    judge = ["judge", "--answers", answers, "--judge", "refusal-substring", "--output", "v.jsonl"]
+    assert shapo(*judge)[0] == 0
+    before = (tmp_path / "v.jsonl.recipe.yaml").read_text()
+    (tmp_path / "v.jsonl").unlink()
+    assert shapo("judge", "--config", "v.jsonl.recipe.yaml")[0] == 0
+    assert (tmp_path / "v.jsonl.recipe.yaml").read_text() == before
+    (tmp_path / "v.jsonl").unlink()
+    code, _, error = shapo("judge", "--config", "v.jsonl.recipe.yaml", "--raw")
+    assert (code, "--output would change the recipe v.jsonl.recipe.yaml" in error) == (2, True)
+    assert (tmp_path / "v.jsonl.recipe.yaml").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -288,7 +317,7 @@ def test_sizes_and_radii_beyond_the_machine_are_one_line(shapo, files):
         (["sharpness", *pairs, "--rhos", "1e308", "--output", "out"], "(1e-30 to 1e30)"),
         (["sharpness", *pairs, "--rhos", "1e-320", "--output", "out"], "(1e-30 to 1e30)"),
         (["sharpness", *pairs, "--rhos", "1e30", "--output", "out"], "not finite; give smaller radii"),
-        (["sharpness", *pairs, "--random", "2000", "--output", "out"], "--random from 0 to 1000"),
+        (["sharpness", *pairs, "--subspace", "head", "--random", "2000", "--output", "out"], "--random from 0 to 1000"),
         (["evaluate", *pairs[:2], "--prompts", files / "test.jsonl", "--answers", "a", "--temperature", "1e-40",
           "--output", "e.json"], "a number from 0.001 on"),
     ):  # fmt: skip
@@ -469,10 +498,13 @@ def test_an_unknown_model_type_is_refused_naming_the_known_ones(shapo, files, tm
     [
         ([], "nothing to evaluate"),
         (["--data", "x.jsonl"], "need a model"),
-        (["--model", "m", "--prompts", "x.jsonl"], "go together"),
+        (["--model", "m", "--prompts", "x.jsonl"], "--prompts has no effect without --answers"),
         (["--model", "m", "--prompts", "x.jsonl", "--answers", "./e.json"], "name the same file"),
-        (["--model", "m", "--verdicts", "{files}/verdicts.jsonl"], "--model is asked for"),
-        (["--reference", "m", "--verdicts", "{files}/verdicts.jsonl"], "--reference is what"),
+        (
+            ["--model", "m", "--verdicts", "{files}/verdicts.jsonl"],
+            "--model has no effect without --data or --prompts or --lm-eval",
+        ),
+        (["--reference", "m", "--verdicts", "{files}/verdicts.jsonl"], "--reference has no effect without --data"),
         (["--verdicts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["--verdicts", "{files}/columns.jsonl"], "line 1: expected a JSON object with verdict"),
         (["--verdicts", "{files}/empty.jsonl"], "is empty"),

@@ -14,6 +14,7 @@ import argparse
 from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.commands.judge import THRESHOLD_NEEDS
 from shapo.options import Group, option, positive_int
 
 SUMMARY = "how soon an aligned model gives in to harmful fine-tuning"
@@ -44,11 +45,11 @@ class JudgeOptions:
     judge: str = option("name as in `shapo judge`", metavar="NAME")
     judge_model: str | None = option("its model", None, metavar="NAME", reads=True)
     probe: str | None = option("of --judge probe", None, metavar="FILE", reads=True)
-    unsafe_label: str | None = option("of --judge classifier", None, metavar="LABEL")
-    threshold: float = option("of a classifier or probe", 0.5)
+    unsafe_label: str | None = option("of --judge classifier", None, metavar="LABEL", needs=("judge=classifier",))
+    threshold: float = option("of a classifier or probe", 0.5, needs=THRESHOLD_NEEDS)
 
 
-REPLACES = ("attack.json", "attack.png")
+REPLACES = ("attack.json", "attack.png", "seed-*")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shapo.config import LoopConfig
 from shapo.errors import UserError
-from shapo.options import Group, option, positive_int, read
+from shapo.options import Group, declared, option, positive_int, read
 
 if TYPE_CHECKING:
     from shapo.data.pairs import PairSet
@@ -103,6 +103,7 @@ class AdaptOptions:
         None,
         choices=("merged", "apart"),
         absent="merged",
+        needs=("lora",),
     )
     gradient_checkpointing: bool = option("keep each block's input alone, and compute the rest again", False)
     attn: str | None = option(
@@ -114,7 +115,7 @@ class AdaptOptions:
 class FolderOutput:
     """Where a command of several files writes."""
 
-    output: str = option("where everything is written", metavar="FOLDER")
+    output: str = option("where everything is written", metavar="FOLDER", fills=True)
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,15 @@ MODEL, TOKENS, QUIET = Group(ModelOptions, "model"), Group(TokenOptions, "tokens
 DATA = (Group(SourceOption, "data"), Group(FormatOptions, "data"), TOKENS)
 
 
-def loop_options(**defaults: Any) -> tuple[Group, Group]:
-    """The options of the training loop with a command's own defaults."""
-    return Group(LoopConfig, "loop", defaults=defaults), Group(RunOptions, "loop")
+def loop_options(*evaluated: str, **defaults: Any) -> tuple[Group, Group]:
+    """The options of the training loop with a command's own defaults; --eval-every needs one of `evaluated`."""
+    needs = {"eval_every": evaluated, "keep": ("save_every",)}
+    return Group(LoopConfig, "loop", defaults=defaults, needs=needs), Group(RunOptions, "loop")
+
+
+def needing(table: type, *conditions: str) -> dict[str, tuple[str, ...]]:
+    """The same conditions for all options of a table; see `shapo.needs`."""
+    return {field.name: conditions for field, _ in declared(table).values()}
 
 
 def run_folder(arguments: argparse.Namespace) -> Path:
@@ -175,8 +182,6 @@ def adapted(model: Any, arguments: argparse.Namespace) -> Any:
     """
     from shapo.models import adapters, blocks
 
-    if arguments.adapter and not arguments.lora:
-        raise UserError("--adapter says how the adapter of --lora is saved; give that too")
     if arguments.attn:
         blocks.set_attention(model, arguments.attn)
     if arguments.lora:
@@ -246,7 +251,9 @@ def load_data(arguments: argparse.Namespace, *, evaluation: bool = False) -> Pai
 
 def load_sources(sources: Sequence[str], arguments: argparse.Namespace, **changes: Any) -> PairSet:
     """The pairs of some sources, read as the options for data say."""
-    from shapo.data.mixture import load_mixture
+    from shapo.data.mixture import load_mixture, parse_source
 
+    if arguments.stream and all(Path(parse_source(source)[0]).exists() for source in sources):
+        raise UserError(f"--stream has no effect on {sources[0]}: it reads a data set on the hub row by row")
     options = {name: getattr(arguments, name) for name in ("format", "split", "limit", "preference", "stream")}
     return load_mixture(sources, **{**options, **changes})

@@ -20,21 +20,31 @@ from shapo.options import Group, option, positive_int, read
 SUMMARY = "duplicates, leaks, lengths, cuts and balance of a set of pairs, before training"
 
 
+def _check_alone(text: str) -> str:
+    if text != "check":
+        raise argparse.ArgumentTypeError(f"{text!r}, but the word check is expected: shapo data check FILE")
+    return text
+
+
 @dataclass(frozen=True)
 class CheckOptions:
     """What to look at, and what to compare it with."""
 
-    action: str = option("what to do with FILE", choices=("check",), positional=True)
+    action: str = option("the word check", parse=_check_alone, metavar="check", positional=True)
     file: str = option("preference pairs", metavar="FILE", positional=True, reads=True)
     against: str | None = option(
         "pairs whose prompts should not be among these, as for FILE", None, metavar="FILE", reads=True
     )
     model: str | None = option("folder or hub name whose tokenizer is used", None, metavar="NAME", reads=True)
-    pair: int = option("the pair that is written out", 1, parse=positive_int, metavar="N")
+    pair: int = option("the pair that is written out", 1, parse=positive_int, metavar="N", needs=("model",))
     output: str | None = option("JSON file of the numbers", None, metavar="FILE", writes=True)
 
 
-OPTIONS = (Group(CheckOptions), Group(common.FormatOptions, "data"), common.TOKENS)
+OPTIONS = (
+    Group(CheckOptions),
+    Group(common.FormatOptions, "data"),
+    Group(common.TokenOptions, "tokens", needs=common.needing(common.TokenOptions, "model")),
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,8 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.models.loading import load_tokenizer
     from shapo.storage.files import require_writable, write_json
 
-    if arguments.chat_template and not arguments.model:
-        raise UserError("--chat-template is a tokenizer's; name the model that it belongs to with --model")
     output = require_writable(arguments.output) if arguments.output else None
     encoder = None
     if arguments.model:

@@ -23,7 +23,7 @@ SUMMARY = "the whole method on generated data, in minutes on a CPU"
 class DemoOptions:
     """Size and seed of the demo."""
 
-    output: str = option("where everything is written", "runs/demo", metavar="FOLDER")
+    output: str = option("where everything is written", "runs/demo", metavar="FOLDER", fills=True)
     size: str = option("small: seconds, too little to learn from", "full", choices=("full", "small"))
     seed: int = option("of data, weights, order, flips and random subspaces", 0, parse=seed_number)
     jobs: int | None = option(
@@ -32,7 +32,20 @@ class DemoOptions:
     device: str = option("auto (cuda where there is one), cpu, cuda ...", "auto")
 
 
-REPLACES = ("model", "report.json", "report.md", "data", "sft", "methods", "subspaces")
+REPLACES = (
+    "model",
+    "report.json",
+    "report.md",
+    "report.html",
+    "*.png",
+    "data",
+    "sft",
+    "probe",
+    "methods",
+    "subspaces",
+    "reward_model",
+    "rewards.safetensors",
+)
 OPTIONS = (Group(DemoOptions), common.QUIET)
 
 

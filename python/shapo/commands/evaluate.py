@@ -24,12 +24,11 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.options import Group, fill, given, option, positive_int, seed_number
+from shapo.options import Group, fill, option, positive_int, seed_number
 
 SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
 
@@ -38,9 +37,17 @@ SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's t
 class PairOptions:
     """How pairs are compared."""
 
-    reference: str | None = option("the model that training started from", None, metavar="NAME", reads=True)
-    beta: float = option("inverse temperature of the DPO loss", 0.1)
-    batch_size: int = option("pairs or prompts through the model at once", 16, parse=positive_int, metavar="N")
+    reference: str | None = option(
+        "the model that training started from", None, metavar="NAME", reads=True, needs=("data",)
+    )
+    beta: float = option("inverse temperature of the DPO loss", 0.1, needs=("data",))
+    batch_size: int = option(
+        "pairs or prompts through the model at once",
+        16,
+        parse=positive_int,
+        metavar="N",
+        needs=("data", "lm_eval", "prompts+engine=hf"),
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,12 @@ class AnswerOptions:
     answers: str | None = option("JSONL file to write the answers to", None, metavar="FILE", writes=True)
     max_new_tokens: int = option("of an answer", 128, parse=positive_int, metavar="TOKENS")
     temperature: float = option("0 is greedy", 0.0)
-    seed: int = option("of sampling; each prompt's state is made of it and the prompt's id", 0, parse=seed_number)
+    seed: int = option(
+        "of sampling; each prompt's state is made of it and the prompt's id",
+        0,
+        parse=seed_number,
+        needs=("temperature",),
+    )
     engine: str = option("what decodes: transformers, or vLLM (a GPU)", "hf", choices=("hf", "vllm"))
 
 
@@ -68,10 +80,10 @@ class VerdictOptions:
     )
     benign: str | None = option("verdicts on benign prompts: over-refusal", None, metavar="FILE", reads=True)
     second_judge: str | None = option(
-        "another judge's verdicts on the first file's answers", None, metavar="FILE", reads=True
+        "another judge's verdicts on the first file's answers", None, metavar="FILE", reads=True, needs=("verdicts",)
     )
     against: str | None = option(
-        "another model's verdicts on the first file's prompts", None, metavar="FILE", reads=True
+        "another model's verdicts on the first file's prompts", None, metavar="FILE", reads=True, needs=("verdicts",)
     )
     comparisons: str | None = option("a judge's JSONL with columns first and second", None, metavar="FILE", reads=True)
 
@@ -81,20 +93,30 @@ class HarnessOptions:
     """Tasks of lm-eval."""
 
     lm_eval: str | None = option("names with commas between: truthfulqa_mc2,hellaswag ...", None, metavar="TASKS")
-    lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER", reads=True)
+    lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER", reads=True, needs=("lm_eval",))
     lm_eval_limit: int | None = option(
-        "the first N cases of each task", None, parse=positive_int, metavar="N", absent="all"
+        "the first N cases of each task", None, parse=positive_int, metavar="N", absent="all", needs=("lm_eval",)
     )
 
 
+_ON_MODEL = ("data", "prompts", "lm_eval")
 OPTIONS = (
     Group(common.FileOutput),
-    Group(common.ModelOptions, "model", optional=True),
+    Group(common.ModelOptions, "model", optional=True, needs=common.needing(common.ModelOptions, *_ON_MODEL)),
     Group(common.SourceOption, "data", optional=True),
-    Group(common.FormatOptions, "data"),
-    common.TOKENS,
+    Group(common.FormatOptions, "data", needs=common.needing(common.FormatOptions, "data")),
+    Group(
+        common.TokenOptions,
+        "tokens",
+        needs={**common.needing(common.TokenOptions, "data", "prompts"), "chat_template": _ON_MODEL},
+    ),
     Group(PairOptions),
-    Group(AnswerOptions, "answers", given_only=True),
+    Group(
+        AnswerOptions,
+        "answers",
+        given_only=True,
+        needs={**common.needing(AnswerOptions, "prompts"), "prompts": ("answers",)},
+    ),
     Group(VerdictOptions, "verdicts"),
     Group(HarnessOptions, "lm-eval"),
     common.QUIET,
@@ -126,21 +148,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate; give --data, --prompts, --verdicts, --benign, --comparisons or --lm-eval")
     if on_model and not arguments.model:
         raise UserError("--data, --prompts and --lm-eval need a model; name one with --model")
-    if arguments.model and not on_model:
-        raise UserError("--model is asked for --data, --prompts or --lm-eval; give one of them, or leave the model out")
-    if arguments.reference and not arguments.data:
-        raise UserError("--reference is what the model is compared with on --data; give that too")
-    if arguments.answers and Path(arguments.answers).absolute() == Path(arguments.output).absolute():
-        raise UserError("--answers and --output name the same file; the answers need one of their own")
-    if bool(arguments.prompts) != bool(arguments.answers):
-        raise UserError("--prompts and --answers go together: what to answer, and where to write it")
-    if (arguments.second_judge or arguments.against) and not arguments.verdicts:
-        raise UserError("--second-judge and --against are compared with --verdicts; give that too")
-    if (arguments.lm_eval_path or arguments.lm_eval_limit) and not arguments.lm_eval:
-        raise UserError("--lm-eval-path and --lm-eval-limit say how --lm-eval works; give that too")
-    useless = [] if arguments.prompts else given(AnswerOptions, arguments)
-    if useless:
-        raise UserError(f"{useless[0]} says how --prompts are answered; give that too")
     fill(AnswerOptions, arguments)
     if arguments.engine == "vllm":
         from shapo.answers.vllm import require_vllm

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from shapo.commands import common
 from shapo.options import Group, option, positive_int, read
 
+THRESHOLD_NEEDS = ("judge=classifier", "judge=probe", "judge=judgezoo:*")
 SUMMARY = "a judge's verdicts on answers: safe, unsafe or unreadable"
 
 
@@ -33,17 +34,29 @@ class JudgeOptions:
     )
     output: str = option("JSONL of the verdicts", metavar="FILE", writes=True)
     probe: str | None = option("of --judge probe: the file that `shapo probe` wrote", None, metavar="FILE", reads=True)
-    unsafe_label: str | None = option("of --judge classifier: the label that means unsafe", None, metavar="LABEL")
-    threshold: float = option("harm from which on a classifier's or probe's verdict is unsafe", 0.5)
-    batch_size: int = option("answers through the model at once", 8, parse=positive_int, metavar="N")
+    unsafe_label: str | None = option(
+        "of --judge classifier: the label that means unsafe", None, metavar="LABEL", needs=("judge=classifier",)
+    )
+    threshold: float = option(
+        "harm from which on a classifier's or probe's verdict is unsafe", 0.5, needs=THRESHOLD_NEEDS
+    )
+    batch_size: int = option(
+        "answers through the model at once", 8, parse=positive_int, metavar="N", needs=("model", "judge=*:*")
+    )
     raw: bool = option("keep what the judge wrote, which may quote the answers", False)
     overwrite: bool = option("replace --output, and what another run left of it", False)
 
 
 OPTIONS = (
     Group(JudgeOptions),
-    Group(common.ModelOptions, "model", optional=True, helps={"model": "the judge's model: a folder or a hub name"}),
-    Group(common.TokenOptions, "tokens of a probe's input"),
+    Group(
+        common.ModelOptions,
+        "model",
+        optional=True,
+        helps={"model": "the judge's model: a folder or a hub name"},
+        needs={"dtype": ("model",), "device": ("model",)},
+    ),
+    Group(common.TokenOptions, "tokens of a probe's input", needs=common.needing(common.TokenOptions, "judge=probe")),
     common.QUIET,
 )
 

@@ -25,9 +25,9 @@ class ProbeOptions:
     """How the probe is trained."""
 
     layer: int = option("hidden state: -1 the last, 0 the embeddings", -1)
-    lr: float = option("learning rate", 0.05)
-    epochs: int = option("passes over the features", 60)
-    batch_size: int = option("features an update", 256, metavar="N")
+    lr: float = option("learning rate", 0.05, needs=("!published",))
+    epochs: int = option("passes over the features", 60, needs=("!published",))
+    batch_size: int = option("features an update", 256, metavar="N", needs=("!published",))
     published: bool = option("the published recipe, far from converged: lr 1e-5, 10 epochs, batches of 256", False)
     validation: float = option("of the prompts, held out", 0.2, metavar="SHARE")
     balanced: bool = option("weight the two classes equally", False)

@@ -12,7 +12,6 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from shapo.errors import UserError
 from shapo.options import Group, option
 
 SUMMARY = "one HTML page of what runs have measured"
@@ -23,12 +22,13 @@ class ReportOptions:
     """What is read and written."""
 
     runs: list[str] = option(
-        "folders of runs, JSON files of evaluations", positional=True, repeated=True, metavar="RUN"
+        "folders of runs, JSON files of evaluations", positional=True, repeated=True, metavar="RUN", reads=True
     )
     output: str = option("the page", "report.html", metavar="FILE", writes=True)
     title: str = option("of the page", "ShaPO: what was measured")
 
 
+REMADE = "*.html"
 OPTIONS = (Group(ReportOptions),)
 
 
@@ -39,12 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.storage.outputs import is_same
 
     require_writable(arguments.output)
-    # `runs/*` holds an earlier page and recipes too. The page is written anew; what was measured is not written over.
+    # `runs/*` holds an earlier page and recipes too.
     runs = [path for path in arguments.runs if not path.endswith(".recipe.yaml")]
-    given = [path for path in runs if Path(path).is_dir() or not is_same(Path(path), Path(arguments.output))]
-    if any(Path(path).suffix != ".html" for path in set(runs) - set(given)):
-        raise UserError(f"--output would overwrite {arguments.output}, which is one of the results; choose another")
-    page = collect(given)
+    page = collect([path for path in runs if Path(path).is_dir() or not is_same(Path(path), Path(arguments.output))])
     write_text(arguments.output, render(page, title=arguments.title))
     for name, reason in page.left_out:
         print(f"left out: {name}: {reason}")

@@ -22,12 +22,15 @@ SUMMARY = "fit a reward model's head to clean preferences"
 class RewardOptions:
     """What is measured."""
 
-    eval_data: str | None = option("pairs whose soft labels are drawn", None, metavar="SOURCE", absent="--data")
+    eval_data: str | None = option(
+        "pairs whose soft labels are drawn", None, metavar="SOURCE", absent="--data", reads=True
+    )
     betas: list[float] = option("beta_r of the histograms", (0.3, 1.0, 3.0, 10.0), parse=radii)
     max_length: int = option("of prompt and response together", 1024, metavar="TOKENS")
     batch_size: int = option("responses at once", 16, metavar="N")
 
 
+REPLACES = ("model", "reward.json", "soft_labels.png")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,
@@ -39,7 +42,6 @@ OPTIONS = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.data.formats import load_pairs
     from shapo.models.loading import load_tokenizer, save_model
     from shapo.plots import plot_soft_labels
     from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint, soft_labels
@@ -54,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     model = reward_model_of(common.load_model(arguments.model, arguments))
     scorer = RewardScorer(model, tokenizer, max_length=arguments.max_length, batch_size=arguments.batch_size)
     fit = fit_reward_head(scorer, pairs, progress=not arguments.quiet)
-    shown = load_pairs(arguments.eval_data, preference=arguments.preference) if arguments.eval_data else pairs
+    shown = (
+        common.load_sources([arguments.eval_data], arguments, split=None, limit=None) if arguments.eval_data else pairs
+    )
     rewards = scorer.score_pairs(shown, progress=not arguments.quiet)
     labels = {beta: soft_labels(rewards, beta) for beta in arguments.betas}
     save_model(output / "model", model, tokenizer)

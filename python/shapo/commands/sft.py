@@ -24,14 +24,14 @@ class SftOptions:
     held_out: int = option("keep the last N pairs for evaluation", 0, metavar="N")
 
 
-REPLACES = ("model", "metrics.jsonl", "run.json", "checkpoint.pt")
+REPLACES = ("model", "metrics.jsonl", "run.json", "checkpoint*.pt")
 OPTIONS = (
     Group(common.FolderOutput),
     common.MODEL,
     common.ADAPT,
     *common.DATA,
     Group(SftOptions),
-    *common.loop_options(lr=1e-5, batch_size=32),
+    *common.loop_options("held_out", lr=1e-5, batch_size=32),
     common.QUIET,
 )
 
@@ -44,8 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.versions import versions
 
     config = read(LoopConfig, arguments)
-    if arguments.eval_every and not arguments.held_out:
-        raise UserError("--eval-every has nothing to evaluate on; keep pairs for it with --held-out")
     output = common.run_folder(arguments)
     pairs = list(common.load_data(arguments))
     if not 0 <= arguments.held_out < len(pairs):

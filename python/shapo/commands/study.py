@@ -25,16 +25,36 @@ SUMMARY = "try the method on a real model: a resumable queue of recorded jobs"
 class StudyOptions:
     """What is studied."""
 
-    output: str = option("rows, scores and the report", metavar="FOLDER")
-    model: str | None = option("the aligned model: a local folder or a hub name", None, metavar="NAME")
-    pairs: str | None = option("what `shapo safety-pairs` wrote", None, metavar="FOLDER")
-    plan: str = option("see above", "study", choices=("study", "cpu", "real"))
-    device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
-    hours: float | None = option("begin no further job after so many hours", None, parse=float, metavar="H")
-    tune_only: bool = option("stop when the learning rate is chosen, before any test pair is looked at", False)
+    output: str = option("rows, scores and the report", metavar="FOLDER", fills=True)
+    model: str | None = option(
+        "the aligned model: a local folder or a hub name", None, metavar="NAME", reads=True, needs=("!report",)
+    )
+    pairs: str | None = option(
+        "what `shapo safety-pairs` wrote", None, metavar="FOLDER", reads=True, needs=("!report",)
+    )
+    plan: str = option("see above", "study", choices=("study", "cpu", "real"), needs=("!report",))
+    device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto", needs=("!report",))
+    hours: float | None = option(
+        "begin no further job after so many hours", None, parse=float, metavar="H", needs=("!report",)
+    )
+    tune_only: bool = option(
+        "stop when the learning rate is chosen, before any test pair is looked at", False, needs=("!report",)
+    )
     report: bool = option("write the report from the rows there are, and do no job", False)
 
 
+REPLACES = (
+    "rows",
+    "locks",
+    "scores",
+    "work",
+    "settings.json",
+    "report.md",
+    "report.json",
+    "report.html",
+    "figure1.png",
+)
+SHARED = True  # by its own workers, which lock each job
 OPTIONS = (Group(StudyOptions),)
 
 

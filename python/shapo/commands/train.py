@@ -23,7 +23,7 @@ from shapo.commands import common
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
 from shapo.notes import note
-from shapo.options import Group, given, option, positive_int, read, seed_number
+from shapo.options import Group, option, positive_int, read, seed_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,10 +39,12 @@ class HeldOutOptions:
     """Clean pairs to evaluate on, and label noise for the others."""
 
     eval_data: str | None = option("clean pairs to evaluate on, in the same format", None, metavar="SOURCE", reads=True)
-    eval_split: str | None = option("split of --eval-data on the hub", None, metavar="NAME")
-    eval_limit: int | None = option("evaluate on the first N of them alone", None, parse=positive_int, metavar="N")
+    eval_split: str | None = option("split of --eval-data", None, metavar="NAME", needs=("eval_data",))
+    eval_limit: int | None = option(
+        "evaluate on the first N of them alone", None, parse=positive_int, metavar="N", needs=("eval_data",)
+    )
     noise: float = option("flip this share of the training labels, 0 to 1", 0.0, metavar="SHARE")
-    noise_seed: int = option("which labels are flipped", 0, parse=seed_number, metavar="N")
+    noise_seed: int = option("which labels are flipped", 0, parse=seed_number, metavar="N", needs=("noise",))
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ REPLACES = (
     "model",
     "metrics.jsonl",
     "run.json",
-    "checkpoint.pt",
+    "checkpoint*.pt",
     "reference.safetensors",
     "reference-evaluation.safetensors",
     "rewards.safetensors",
 )
+_OF_SHAPO = ("rho=*",)
 OPTIONS = (
     Group(common.FolderOutput),
     Group(
@@ -90,25 +93,27 @@ OPTIONS = (
     Group(HeldOutOptions),
     Group(LossConfig, "loss"),
     Group(RewardOptions, "loss"),
-    Group(SubspaceOption, "ShaPO"),
-    Group(ShaPOConfig, "ShaPO", given_only=True),
-    *common.loop_options(lr=5e-7, batch_size=32, clip=10.0, optimizer="rmsprop"),
+    Group(SubspaceOption, "ShaPO", needs={"subspace": _OF_SHAPO}),
+    Group(
+        ShaPOConfig,
+        "ShaPO",
+        given_only=True,
+        needs={
+            **common.needing(ShaPOConfig, *_OF_SHAPO),
+            "rho": (),
+            "per_micro_batch": ("rho=*+micro_batch_size", "rho=*+accumulate"),
+        },
+    ),
+    *common.loop_options("eval_data", "noise", lr=5e-7, batch_size=32, clip=10.0, optimizer="rmsprop"),
     common.QUIET,
 )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.errors import UserError
     from shapo.models.adapters import adapters_subspace
     from shapo.models.loading import load_tokenizer
     from shapo.versions import versions
 
-    if not arguments.eval_data and (arguments.eval_limit or arguments.eval_split):
-        raise UserError("--eval-limit and --eval-split say which part of --eval-data; give that too")
-    if arguments.eval_every and not (arguments.eval_data or arguments.noise):
-        raise UserError("--eval-every has nothing to evaluate on; give --eval-data, or --noise to watch its flips")
-    if arguments.noise_seed and not arguments.noise:
-        raise UserError("--noise-seed says which labels --noise flips; give that too")
     loop, loss, shapo = read(LoopConfig, arguments), _loss_config(arguments), _shapo_config(arguments)
     output = common.run_folder(arguments)
 
@@ -167,9 +172,6 @@ def _loss_config(arguments: argparse.Namespace) -> LossConfig:
 
 def _shapo_config(arguments: argparse.Namespace) -> ShaPOConfig | None:
     if arguments.rho is None:
-        useless = given(ShaPOConfig, arguments) + given(SubspaceOption, arguments)
-        if useless:
-            raise UserError(f"{useless[0]} is an option of ShaPO; give the radius with --rho too")
         return None
     if not arguments.subspace:
         raise UserError("--rho needs --subspace: a file of `shapo select`, or full for all parameters")

@@ -49,7 +49,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     with _reported(target):
-        _require_replaceable(target)
+        require_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(target) as temporary:
             temporary.touch(exist_ok=False, mode=0o600)
@@ -125,7 +125,7 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
             raise UserError(f"cannot write to {target}: it is a file, not a folder")
         if not folder and target.is_dir():
             raise UserError(f"cannot write {target}: it is a folder, give a file name")
-        _require_replaceable(target)
+        require_replaceable(target)
         existing = target if folder else target.parent
         while not existing.exists():
             existing = existing.parent
@@ -136,7 +136,8 @@ def require_writable(path: str | os.PathLike[str], *, folder: bool = False) -> P
     return target
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """Raises UserError for a device or a pipe."""
     # Renaming over /dev/null as root would take it away from the whole machine.
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise UserError(f"cannot write {target}: it is a device or a pipe; give the name of a file")

@@ -127,13 +127,14 @@ def test_the_command_prints_the_counts_and_keeps_them(files: dict[str, str], cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--chat-template"], "--chat-template is a tokenizer's"),
-        (["--pair", "6"], "--pair is 6, but there are 5 pairs"),
+        (["--chat-template"], "--chat-template has no effect without --model"),
+        (["--pair", "6", "--model", "{model}"], "--pair is 6, but there are 5 pairs"),
         (["--against", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
     ],
 )
 def test_a_check_that_cannot_be_made_is_one_line(
     options: list[str], message: str, files: dict[str, str], capsys: Any
 ) -> None:
+    options = [part.replace("{model}", files["model"]) for part in options]
     assert main(["data", "check", files["a.jsonl"], *options]) == 2
     assert message in capsys.readouterr().err

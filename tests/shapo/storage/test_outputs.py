@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from shapo.errors import UserError
-from shapo.storage.outputs import check_outputs, locked
+from shapo.storage.outputs import check_outputs, locked, parts, sole_writer
 
 
 def refused(output, read):
@@ -82,3 +82,69 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match="cannot write"), locked(folder):
             pass
+
+
+def test_a_file_has_one_writer_and_its_lock_leaves_nothing(tmp_path):
+    output = tmp_path / "deep" / "o.json"
+    with (
+        sole_writer(output),
+        pytest.raises(UserError, match=r"another run is writing to .*o\.json"),
+        sole_writer(output),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    with sole_writer(tmp_path / "a"), sole_writer(tmp_path / "b"):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from shapo.storage.outputs import sole_writer
+with sole_writer(Path({str(tmp_path / "o.json")!r})):
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    with sole_writer(tmp_path / "o.json"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_workers_of_one_command_share_a_folder_that_others_may_not_have(tmp_path):
+    run = tmp_path / "run"
+    with (
+        locked(run, shared=True),
+        locked(run, shared=True),
+        pytest.raises(UserError, match="another run is writing to"),
+        locked(run),
+    ):
+        pass
+
+
+def test_the_base_of_an_adapter_is_read_too(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tmp_path / "base"}"}}')
+    with pytest.raises(UserError, match=r"--output would overwrite .*base, which the adapter of --model reads"):
+        check_outputs([("--output", tmp_path / "base")], [("--model", tmp_path / "adapter")])
+
+
+def test_a_file_that_a_folder_links_to_is_part_of_it(tmp_path):
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert refused(tmp_path / "blob", tmp_path / "model")
+
+
+def test_names_with_wildcards_are_what_is_there(tmp_path):
+    for name in ("checkpoint.pt", "checkpoint-2.pt", "other"):
+        (tmp_path / name).write_text("")
+    found = parts(tmp_path, ("model", "checkpoint*.pt"))
+    assert [path.name for path in found] == ["model", "checkpoint-2.pt", "checkpoint.pt"]
+
+
+def test_a_device_is_no_output(tmp_path):
+    with pytest.raises(UserError, match="it is a device or a pipe"):
+        check_outputs([("--output", type(tmp_path)("/dev/full"))], [])
