@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops._checks import check_first_order
-from ._checks import check_floating, check_positive, result_dtype
+from ._checks import check_device, check_floating, check_positive, result_dtype
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def whole_batch(
         total = _all_reduce(total, group, dist.ReduceOp.SUM)
         return WholeBatch(total[0] / total[1], total[1], ranks, None, tokens)
     lowest = _all_reduce(values.min() if len(values) else values.new_full((), float("inf")), group, dist.ReduceOp.MIN)
-    total[0] = torch.expm1((lowest - values) / beta_prime).sum()
+    total[0] = torch.expm1(_below(values, lowest) / beta_prime).sum()
     total = _all_reduce(total, group, dist.ReduceOp.SUM)
     return WholeBatch(lowest - beta_prime * torch.log1p(total[0] / total[1]), total[1], ranks, beta_prime, tokens)
 
@@ -144,7 +144,7 @@ def drdpo(
 
     Its gradient weighs pair i with `softmax(-l / beta')_i`: pairs with a large loss, which may be mislabelled, count
     less. `beta' -> inf` is the mean and `beta' -> 0` the minimum, both reached without loss of accuracy; finite for
-    any finite losses.
+    any finite losses, and the limit for infinite ones.
 
     Args:
         per_pair: `[B]` losses.
@@ -168,7 +168,7 @@ def drdpo(
         # Shifted by the minimum, of which the value does not depend, exp cannot overflow; expm1 and log1p keep the
         # digits that log(mean(exp)) loses when beta' is large.
         lowest = losses.detach().min()
-        value = lowest - beta_prime * torch.log1p(torch.expm1((lowest - losses) / beta_prime).mean())
+        value = lowest - beta_prime * torch.log1p(torch.expm1(_below(losses, lowest) / beta_prime).mean())
         return value.to(result_dtype(per_pair))
     shared = whole_batch(per_pair, beta_prime=beta_prime, group=group) if whole is None else whole
     # softmax(-l / beta')_i = exp((value - l_i) / beta') / pairs. It is at most 1; the bound is for losses that are not
@@ -176,6 +176,11 @@ def drdpo(
     weights = (torch.exp((shared.value - losses.detach()) / beta_prime) / shared.pairs).clamp(max=1) * shared.ranks
     value = shared.value if whole is None else shared.value * weights.sum()
     return _WithGradient.apply(losses, weights, value).to(result_dtype(per_pair))
+
+
+def _below(losses: Tensor, lowest: Tensor) -> Tensor:
+    """`lowest - losses`, which is 0 for losses that are infinite alike."""
+    return torch.where(losses.isinf() & (losses == lowest), 0.0, lowest - losses)
 
 
 def chosen_nll(
@@ -200,14 +205,15 @@ def chosen_nll(
         A scalar, fp64 for fp64 sums, else fp32.
 
     Raises:
-        ValueError: an empty batch, shapes that differ, `group` beside `whole`, or a `whole` that was made without
-            `chosen_counts`.
+        ValueError: an empty batch, shapes or devices that differ, `group` beside `whole`, or a `whole` that was made
+            without `chosen_counts`.
     """
     _check_per_pair(policy_chosen)
     if chosen_counts.shape != policy_chosen.shape:
         raise ValueError(
             f"chosen_counts has the shape {list(chosen_counts.shape)}: expected {list(policy_chosen.shape)}"
         )
+    check_device("chosen_counts", chosen_counts, "policy_chosen", policy_chosen)
     if whole is not None and group is not None:
         raise ValueError("whole has been summed over its ranks already: pass either group or whole")
     sums = -policy_chosen.double()

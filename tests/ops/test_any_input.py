@@ -1,4 +1,4 @@
-"""Any input to any public operator or loss: the value of float64 mathematics, or a refusal that leaves all as it was.
+"""Any input to any public operator: the value of float64 mathematics, or a refusal that leaves all as it was.
 
 Inputs are drawn with views, expanded and overlapping memory, repeated indices, sizes of zero, infinities and other
 devices. A refusal is a TypeError, ValueError or IndexError; a crash, another error or another value is a failure.
@@ -11,79 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapo_kernels import losses, ops
-
-F64, INF, IGNORE = torch.float64, math.inf, -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
-REFUSED = (TypeError, ValueError, IndexError)
-fuzzed = settings(max_examples=100, deadline=None)
-sizes = st.sampled_from([0, 1, 2, 3, 5])
-
-
-class Draw:
-    """Draws tensors."""
-
-    def __init__(self, data):
-        self.data = data
-        self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-
-    def one(self, *choices):
-        return self.data.draw(st.sampled_from(choices))
-
-    def tensor(self, *shape, dtype=torch.float32, special=False):
-        """In memory of some kind: views, expanded and overlapping ones among them."""
-        kind = self.one("plain", "plain", "transposed", "strided", "sliced", "expanded", "overlapping")
-        if kind == "expanded" and shape[0] > 1:
-            return self._filled(1, *shape[1:], dtype=dtype, special=special).expand(shape)
-        if kind == "overlapping" and len(shape) == 2 and min(shape) > 1:
-            return self._filled(sum(shape), dtype=dtype, special=special).unfold(0, shape[1], 1)[: shape[0]]
-        if kind == "transposed" and len(shape) > 1:
-            return self._filled(*shape[:-2], shape[-1], shape[-2], dtype=dtype, special=special).transpose(-1, -2)
-        if kind == "strided":
-            return self._filled(*shape[:-1], 2 * shape[-1], dtype=dtype, special=special)[..., ::2]
-        if kind == "sliced":
-            return self._filled(shape[0] + 1, *shape[1:], dtype=dtype, special=special)[1:]
-        return self._filled(*shape, dtype=dtype, special=special)
-
-    def _filled(self, *shape, dtype, special):
-        values = torch.randn(shape, generator=self.generator, dtype=F64)
-        if special:
-            chance = torch.rand(shape, generator=self.generator)
-            for place, value in enumerate((INF, -INF, math.nan, 0.0, 1e4)):
-                values = torch.where((chance > place / 15) & (chance < (place + 1) / 15), value, values)
-        return values.to(dtype)
-
-    def index(self, neurons, count):
-        """Mostly in range; a neuron may come twice."""
-        index = torch.randint(0, max(neurons, 1), (count,), generator=self.generator)
-        if count and self.one(*[False] * 9, True):
-            index[0] = self.one(neurons, -1, 2**40)
-        return index
-
-    def elsewhere(self, *tensors):
-        """Once in a while one of the tensors is on another device."""
-        moved = self.data.draw(st.integers(-30, len(tensors) - 1))
-        return [t.to("meta") if number == moved else t for number, t in enumerate(tensors)]
-
-
-def outcome(call, *inputs):
-    """What a call gives, or `None` for a refusal, which must have changed no input."""
-    here = [x for x in inputs if not x.is_meta]
-    before = [x.clone() for x in here]
-    try:
-        return call()
-    except REFUSED:
-        assert all(torch.equal(x.nan_to_num(7.0), old.nan_to_num(7.0)) for x, old in zip(here, before, strict=True))
-        return None
-
-
-def assert_near(got, expected, dtype, scale=1.0):
-    """Within some rounding errors of numbers of the size `scale`; infinities and NaNs where they are expected."""
-    room = 32 * max(torch.finfo(dtype).eps, 1e-7 if dtype != F64 else 0)
-    torch.testing.assert_close(got.double(), expected.double(), rtol=room, atol=room * scale, equal_nan=True)
-
-
-def in_range(index, neurons):
-    return not len(index) or (int(index.min()) >= 0 and int(index.max()) < neurons)
+from tests.support.draws import DTYPES, F64, IGNORE, INF, Draw, assert_near, fuzzed, in_range, outcome, sizes
 
 
 @fuzzed
@@ -140,6 +68,8 @@ def test_the_subspace_update(data):
     for value, expected, square in zip(values, taken, squares, strict=True):
         assert torch.equal(value.double().nan_to_num(7), expected.nan_to_num(7))
         torch.testing.assert_close(square, expected.square().sum(), rtol=1e-12, atol=0, equal_nan=True)
+    assert torch.equal(ops.selected_squared_norms(gradients, indices, axes).nan_to_num(7), squares.nan_to_num(7))
+    torch.testing.assert_close(ops.squared_norms(values), squares, rtol=1e-12, atol=0, equal_nan=True)
     (rho,) = draw.elsewhere(torch.full((count,), 0.5, dtype=F64))
     scale = outcome(lambda: ops.perturbation_scale(squares, rho), squares)
     assert (scale is not None) == (not rho.is_meta)
@@ -287,38 +217,57 @@ def test_log_probabilities_from_hidden_states(data):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def soft_labels(z):
-    """-q log sigmoid(0.3 z) - (1 - q) log sigmoid(-0.3 z) for q = 0.9, whose terms are all of one sign."""
-    return 0.9 * torch.nn.functional.softplus(-0.3 * z) + 0.1 * torch.nn.functional.softplus(0.3 * z)
-
-
-PAIRS = {
-    "dpo": (4, {"beta": 0.3}, lambda z: torch.nn.functional.softplus(-0.3 * z)),
-    "cdpo": (4, {"beta": 0.3, "epsilon": 0.1}, soft_labels),
-    "hinge": (4, {"beta": 0.3}, lambda z: torch.relu(1 - 0.3 * z)),
-    "ipo": (4, {"beta": 0.5}, lambda z: (z - 1) ** 2),
-    "simpo": (2, {"beta": 0.3, "gamma": 0.0}, lambda z: torch.nn.functional.softplus(-0.3 * z)),
-}
-
-
 @fuzzed
-@given(st.data(), st.sampled_from(sorted(PAIRS)))
-def test_losses_of_pairs(data, name):
+@given(st.data())
+def test_the_scale_of_a_perturbation(data):
     draw = Draw(data)
-    count, options, textbook = PAIRS[name]
-    pairs, dtype = data.draw(sizes), draw.one(*DTYPES)
-    logps = [
-        draw.tensor(pairs + draw.one(*[0] * 20, 1), dtype=dtype, special=draw.one(False, True)) for _ in range(count)
-    ]
-    fits = len({len(x) for x in logps}) == 1
-    logps = draw.elsewhere(*logps)
-    fits = fits and not any(x.is_meta for x in logps)
-    got = outcome(lambda: getattr(losses, name)(*logps, **options), *logps)
+    count, norm, relative = draw.one(0, 1, 2, 3), draw.one("global", "layer", "none"), draw.one(False, True)
+    squares = draw.tensor(count, dtype=F64, special=draw.one(False, True)).abs()
+    rho, held = (draw.tensor(count, dtype=F64).abs() for _ in range(2))
+    squares, rho, held = draw.elsewhere(squares, rho, held)
+    weights = held if relative else None
+    given_tensors = [squares, rho, *([held] if relative else [])]
+    fits = not any(x.is_meta for x in given_tensors) and not (relative and norm == "none")
+    got = outcome(lambda: ops.perturbation_scale(squares, rho, weight_squared_norms=weights, norm=norm), *given_tensors)
     assert (got is not None) == fits
     if not fits:
         return
-    margin = logps[0].double() - logps[1].double()
-    if count == 4:
-        margin = margin - (logps[2].double() - logps[3].double())
-    assert got.dtype == (F64 if dtype == F64 else torch.float32)
-    assert_near(got, textbook(margin), got.dtype)
+    whole = norm != "layer"
+    length = (squares.sum().expand(count) if whole else squares).sqrt()
+    usable = length.isfinite()
+    expected = rho
+    if norm != "none":
+        radius = rho * (held.sum() if whole else held).sqrt() if relative else rho
+        expected, usable = radius / (length + 1e-12), usable & (length > 0)
+    torch.testing.assert_close(got, torch.where(usable, expected, 0.0), rtol=1e-12, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_statistics_of_log_probabilities_from_hidden_states(data):
+    draw = Draw(data)
+    rows, length, width, vocabulary = draw.one(0, 1, 2), data.draw(sizes), data.draw(sizes), draw.one(1, 2, 9)
+    hidden, weight = draw.tensor(rows, length, width, dtype=F64), draw.tensor(vocabulary, width, dtype=F64)
+    labels = torch.randint(-1, vocabulary, (rows, length), generator=draw.generator)
+    labels[labels < 0] = IGNORE
+    given_hidden, given_weight, given_labels = draw.elsewhere(hidden, weight, labels)
+    shift, chunk = draw.one(0, 1), draw.one(None, 1, 64)
+    got = outcome(
+        lambda: ops.linear_token_logps(
+            given_hidden, given_weight, given_labels, shift=shift, statistics=True, chunk_bytes=chunk
+        )
+    )
+    assert (got is not None) == (not any(x.is_meta for x in (given_hidden, given_weight, given_labels)))
+    if got is None:
+        return
+    targets = torch.full_like(labels, IGNORE)
+    if shift < length:
+        targets[:, : length - shift] = labels[:, shift:]
+    counted = targets != IGNORE
+    logits = (hidden @ weight.t())[counted]
+    every = torch.log_softmax(logits, -1)
+    expected = every.gather(1, targets[counted][:, None])[:, 0]
+    torch.testing.assert_close(got.logps[counted], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.entropy[counted], -(every.exp() * every).sum(-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.mean_logit[counted], logits.mean(-1), rtol=1e-9, atol=1e-9)
+    assert not any(value[~counted].any() for value in got)
