@@ -5,7 +5,7 @@ python -m pytest benchmarks/test_sequence_logps.py
 Every variant is checked before it is timed: our error against float64 must not exceed eager's. Liger's chunked DPO
 and cut-cross-entropy (its filter off) are measured where they are installed (`pip install liger-kernel
 cut-cross-entropy`). Of the head, `an eighth of the logits` shows what larger batches pay for memory: the logits
-computed twice.
+computed twice. `by pairs` is `linear_preference_loss`, a quarter of the logits at a time.
 """
 
 from __future__ import annotations
@@ -152,6 +152,9 @@ def test_linear_sequence_logps(benchmark: Any, case: Case) -> None:
         f"{OURS}, an eighth of the logits": lambda: dpo(
             losses.linear_sequence_logps(hidden, weight, labels, chunk_bytes=eighth)[0]
         ),
+        f"{OURS}, by pairs": lambda: losses.linear_preference_loss(
+            hidden, weight, labels, lambda sums, *_: dpo(sums) * (len(sums) / case.rows), chunk_bytes=2 * eighth
+        )[0],
         **peers(hidden, weight, labels, dpo),
     }
     runs = {name: lambda loss=loss: torch.autograd.grad(loss(), inputs) for name, loss in variants.items()}
@@ -196,24 +199,28 @@ def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
     weight = torch.randn(case.vocabulary, case.width, generator=torch.Generator().manual_seed(1)) * case.width**-0.5
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
     variants = {
-        "eager": lambda: eager(hidden @ weight.t(), labels),
-        OURS: lambda: losses.linear_sequence_logps(hidden, weight, labels)[0],
+        "eager": lambda: (eager(hidden @ weight.t(), labels) * upstream).sum(),
+        OURS: lambda: (losses.linear_sequence_logps(hidden, weight, labels)[0] * upstream).sum(),
+        f"{OURS}, by pairs": lambda: losses.linear_preference_loss(
+            hidden, weight, labels, lambda sums, _, prompts: (sums * upstream.view(2, -1)[:, prompts].flatten()).sum()
+        )[0],
     }
     upstream = torch.linspace(-1, 1, case.rows)
     found: dict[str, tuple[Tensor, ...]] = {}
 
     def runner(name: str) -> Callable[[], None]:
         def run() -> None:
-            found[name] = torch.autograd.grad((variants[name]() * upstream).sum(), inputs)
+            found[name] = torch.autograd.grad(variants[name](), inputs)
 
         return run
 
     runs, memory = {name: runner(name) for name in variants}, {}
     for name, run in runs.items():
         memory[name] = peak_extra_bytes(run)
-    for got, expected in zip(found[OURS], found["eager"], strict=True):
-        wrong = (got - expected).norm() / expected.norm()
-        assert wrong < 1e-4, f"the gradient differs from eager's by {wrong:.1e}"
+    for name in variants:
+        for got, expected in zip(found[name], found["eager"], strict=True):
+            wrong = (got - expected).norm() / expected.norm()
+            assert wrong < 1e-4, f"the gradient of {name} differs from eager's by {wrong:.1e}"
     found.clear()
     seconds = interleaved(runs, rounds=2, warmup=0)
     for name, times in seconds.items():

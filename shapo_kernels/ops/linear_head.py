@@ -71,7 +71,9 @@ def _forward(
     per_token = torch.zeros((3, room), dtype=tiles.sum, device=hidden.device)
     directions = per_token.new_empty((room if keep_hidden else 0, width))
     facts = per_token.new_zeros((3 if head.statistics else 0, len(index)))
-    most = tiling.capacity(room, weight, head) if head.padded else tiles.rows_of_tile * tiles.columns_of_tile
+    most = tiles.rows_of_tile * tiles.columns_of_tile
+    if head.padded and keep_weight:
+        most = tiling.capacity(room, weight, head)
     buffer = torch.empty(most, dtype=tiles.tile, device=hidden.device)
     spare = buffer if tiles.factor == tiles.tile else torch.empty_like(buffer, dtype=tiles.factor)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -127,10 +129,9 @@ def _gradient(
     *flat, wants_hidden, wants_weight, wants_bias = options
     head = HeadOptions(*flat)
     length, width = hidden.shape[1:]
-    count = int(plan[0])
+    count, group = int(plan[0]), _resolve(head.group)
     index = index[:count]
-    where = torch.stack([index // max(length, 1), index % max(length, 1)], 1)
-    g, group = grad.reshape(-1)[index], _resolve(head.group)
+    g = grad.reshape(-1)[index]
     grad_hidden = torch.zeros(hidden.shape if wants_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     if wants_hidden:
         by_row = directions[:count] * g[:, None]
@@ -139,40 +140,67 @@ def _gradient(
         grad_hidden.view(hidden.shape[0] * length, width)[index] = by_row.to(hidden.dtype)
         del by_row
     tiles = _cut(plan, weight, head, keeps=True)
-    single = count <= tiles.rows_of_tile
     # One part of tokens writes a gradient once; several add to it, and not in 16 bits.
-    total = torch.empty if count and single else torch.zeros
+    single = 0 < count <= tiles.rows_of_tile
     sum_dtype = weight.dtype if single else torch.promote_types(weight.dtype, tiles.sum)
+    total = torch.empty if single else torch.zeros
     grad_weight = total(weight.shape if wants_weight else (0,), dtype=sum_dtype, device=weight.device)
     grad_bias = torch.zeros(len(weight) if wants_bias else 0, dtype=tiles.sum, device=weight.device)
-    if (wants_weight or wants_bias) and len(weight):
-        targets, _ = _own_targets(labels[where[:, 0], where[:, 1] + head.shift].long(), weight, plan, group)
-        with torch.autocast(hidden.device.type, enabled=False):
-            inputs = tiling.labelled_inputs(hidden, where, head, tiles)
-            first_tile = (min(count, tiles.rows_of_tile), tiles.columns_of_tile)
-            alone = single and tiles.columns_of_tile >= tiles.columns
-            buffer = torch.empty(0 if alone else first_tile[0] * first_tile[1], dtype=tiles.tile, device=hidden.device)
-            spare = buffer if tiles.factor == tiles.tile else torch.empty_like(buffer, dtype=tiles.factor)
-            rows_at_once = max(1, tiling.BLOCK_ELEMENTS // max(1, width))
-            for part in tiles.token_parts():
-                weighted = (inputs[part].to(tiles.sum) * g[part, None]).to(tiles.factor)
-                for columns in tiles.column_parts():
-                    if tiles.is_last(part, columns):
-                        shape = (part.stop - part.start, columns.stop - columns.start)
-                        slope = slopes[: shape[0] * shape[1]].view(shape)
-                    else:
-                        factor = tiling.weight_rows(weight, columns, head, tiles)
-                        logits = tiling.project(inputs[part], factor, bias, columns, head, buffer)
-                        bend = tiling.bend_of(logits, head.softcap)
-                        slope = tiling.slope(
-                            logits, spare, targets[part], columns, per_token[:, part], head.scale, bend
-                        )
-                    if wants_weight:
-                        put_product_(grad_weight[columns], slope.t(), weighted, add=not single, rows=rows_at_once)
-                    if wants_bias:
-                        by_column = multiply(slope.t(), g[part, None].to(tiles.factor), tiles.sum)
-                        grad_bias[columns] += by_column[:, 0]
+    to = (grad_weight if wants_weight else None, grad_bias if wants_bias else None)
+    put_weight_gradient_(to, g, (hidden, weight, bias, labels), index, per_token, slopes, plan, head, add=not single)
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def put_weight_gradient_(
+    to: tuple[Tensor | None, Tensor | None],
+    g: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    index: Tensor,
+    per_token: Tensor,
+    slopes: Tensor,
+    plan: Tensor,
+    head: HeadOptions,
+    *,
+    add: bool,
+) -> None:
+    """Weight's and bias's gradient of `sum(g * logps)` into `to`: the bias's is added, the weight's with `add`.
+
+    Args:
+        g: `[n]`, of the labelled tokens `index`.
+        inputs: hidden states, weight, bias and labels; what follows is what `linear_token_logps` returned for them.
+    """
+    grad_weight, grad_bias = to
+    hidden, weight, bias, labels = inputs
+    if (grad_weight is None and grad_bias is None) or not len(weight):
+        return
+    tiles, count = _cut(plan, weight, head, keeps=True), len(index)
+    length, width = hidden.shape[1:]
+    where = torch.stack([index // max(length, 1), index % max(length, 1)], 1)
+    targets = labels[where[:, 0], where[:, 1] + head.shift].long()
+    targets, _ = _own_targets(targets, weight, plan, _resolve(head.group))
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = tiling.labelled_inputs(hidden, where, head, tiles)
+        alone = count <= tiles.rows_of_tile and tiles.columns_of_tile >= tiles.columns
+        elements = 0 if alone else min(count, tiles.rows_of_tile) * tiles.columns_of_tile
+        buffer = torch.empty(elements, dtype=tiles.tile, device=hidden.device)
+        spare = buffer if tiles.factor == tiles.tile else torch.empty_like(buffer, dtype=tiles.factor)
+        rows_at_once = max(1, tiling.BLOCK_ELEMENTS // max(1, width))
+        for part in tiles.token_parts():
+            weighted = (rows[part].to(tiles.sum) * g[part, None]).to(tiles.factor)
+            for columns in tiles.column_parts():
+                if tiles.is_last(part, columns):
+                    shape = (part.stop - part.start, columns.stop - columns.start)
+                    slope = slopes[: shape[0] * shape[1]].view(shape)
+                else:
+                    factor = tiling.weight_rows(weight, columns, head, tiles)
+                    logits = tiling.project(rows[part], factor, bias, columns, head, buffer)
+                    bend = tiling.bend_of(logits, head.softcap)
+                    slope = tiling.slope(logits, spare, targets[part], columns, per_token[:, part], head.scale, bend)
+                if grad_weight is not None:
+                    put_product_(grad_weight[columns], slope.t(), weighted, add=add, rows=rows_at_once)
+                if grad_bias is not None:
+                    by_column = multiply(slope.t(), g[part, None].to(tiles.factor), tiles.sum)
+                    grad_bias[columns] += by_column[:, 0]
 
 
 linear_token_logps = _custom_op("linear_token_logps", _forward)

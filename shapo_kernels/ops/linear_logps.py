@@ -89,30 +89,8 @@ def linear_token_logps(
             `[0, V)` that is not `ignore_index` (other devices assert it, and nothing waits for them).
         RuntimeError: in a backward pass with `create_graph=True`.
     """
-    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
-    _check_head(hidden, weight, bias)
-    check_labels(labels, "hidden", hidden)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    check_positive("scale", scale)
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes is {chunk_bytes!r}: expected a number of bytes, at least 1, or None")
-    check_ignore_index(ignore_index)
-    if shift not in (0, 1):
-        raise ValueError(f"shift is {shift!r}: expected 0 or 1")
-    if statistics and group is not None:
-        raise ValueError("statistics=True with a group: ranks know the statistics of their own part only")
-    head = HeadOptions(
-        ignore_index,
-        shift,
-        _compute_dtype(hidden, weight),
-        float(scale),
-        None if softcap is None else float(softcap),
-        chunk_bytes,
-        None if group is None else group.group_name,
-        statistics,
-        torch.compiler.is_compiling(),
-    )
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index, group, shift, statistics)
     recording = torch.is_grad_enabled()
     logps, facts, *_ = _operator(
         hidden,
@@ -127,7 +105,46 @@ def linear_token_logps(
     return TokenLogps(logps, facts[0], facts[1], facts[2].bool()) if statistics else TokenLogps(logps)
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def describe(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    chunk_bytes: int | None,
+    ignore_index: int,
+    group: Any = None,
+    shift: int = 1,
+    statistics: bool = False,
+) -> HeadOptions:
+    """The arguments of :func:`linear_token_logps`, checked, as the operators take them."""
+    _check_head(hidden, weight, bias)
+    check_labels(labels, "hidden", hidden)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("scale", scale)
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes is {chunk_bytes!r}: expected a number of bytes, at least 1, or None")
+    check_ignore_index(ignore_index)
+    if shift not in (0, 1):
+        raise ValueError(f"shift is {shift!r}: expected 0 or 1")
+    if statistics and group is not None:
+        raise ValueError("statistics=True with a group: ranks know the statistics of their own part only")
+    return HeadOptions(
+        ignore_index,
+        shift,
+        _compute_dtype(hidden, weight),
+        float(scale),
+        None if softcap is None else float(softcap),
+        chunk_bytes,
+        None if group is None else group.group_name,
+        statistics,
+        torch.compiler.is_compiling(),
+    )
+
+
+def gathered(tensor: Tensor) -> Tensor:
     """A DTensor in full, its gradient averaged over the ranks as FSDP2 does."""
     if not torch.distributed.is_available():
         return tensor

@@ -17,6 +17,8 @@ CHUNK_BYTES = 256 << 20
 SMALLEST_CHUNK_BYTES = 16 << 20
 # The share of a device's memory that a tile may take.
 MEMORY_SHARE = 64
+# Of a tile that is not kept: what reads it again finds it in the cache, an L2 of a GPU or an L3.
+CACHED_BYTES = 32 << 20
 # With fewer columns, the sums [tokens, hidden] would be the traffic; tokens that do not fit then wait their turn.
 FEWEST_COLUMNS = 1024
 # Elements that are cast or gathered at once.
@@ -92,6 +94,8 @@ def cut(
     columns = len(weight)
     elements = limit(weight, head) if room is None else room
     widest = max(1, columns if widest is None else widest)
+    if not keeps:
+        elements = min(elements, CACHED_BYTES // tile.itemsize)
     # The tile that is kept and the one that is computed again exist at the same time.
     if keeps and count * widest > elements:
         elements = max(1, elements // 2)

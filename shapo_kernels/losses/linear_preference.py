@@ -1,0 +1,159 @@
+r"""A loss from hidden states and the head's weight with three products of matrices, whatever the number of tokens.
+
+:func:`linear_sequence_logps` learns the gradient that reaches a log-probability in the backward pass only, when the
+tiles of logits are gone, and computes them again: four products. But in a loss of pairs (DPO, IPO, SimPO, ...) what
+reaches a response depends on its own pair alone. So the prompts are walked in turn, as many at once as fit into
+`chunk_bytes`: their log-probabilities, their share of the loss, its gradient, and with that, while the logits are still
+there, both products of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import linear_tiles as tiling
+from ..ops._checks import check_first_order
+from ..ops.linear_head import linear_token_logps as _token_logps
+from ..ops.linear_head import put_weight_gradient_
+from ..ops.linear_logps import describe, gathered
+from ..ops.linear_tiles import HeadOptions
+
+Share = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.compiler.disable
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    share: Share,
+    *,
+    responses: int = 2,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_bytes: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of `share` over the prompts of a batch, its gradients computed in the forward pass.
+
+    For updates that train the head. Where it is frozen, and in a selective ascent, :func:`linear_sequence_logps` makes
+    two products instead of these three.
+
+    Args:
+        hidden: `[responses * B, T, H]`: the first response to each of B prompts (the chosen ones), then the second
+            (the rejected ones).
+        labels: `[responses * B, T]`, as for :func:`linear_sequence_logps`.
+        weight, bias, softcap, scale, ignore_index: as for :func:`linear_sequence_logps`.
+        share: `share(sums, counts, prompts)` returns what some prompts add to the batch's loss, a scalar. `prompts [n]`
+            are their int64 indices below B, `sums` and `counts` are `[responses * n]` in the order of `hidden`. It is
+            called once for each part of the batch, and gradients flow to `sums` alone. A mean divides by B, not by n.
+            A loss that couples all pairs, as Dr.DPO does, takes `whole=`.
+        responses: of a prompt. 2 for pairs, 1 for a likelihood.
+        chunk_bytes: as for :func:`linear_sequence_logps`. If one prompt's logits do not fit, they are computed twice.
+
+    Returns:
+        `(loss, sums, counts)`: the loss, differentiable once in `hidden`, `weight` and `bias`; `sums` and `counts` of
+        all rows, without a gradient. A 16-bit weight's gradient is summed in float32, which is kept until the backward
+        pass, and rounded once.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_sequence_logps`; a number of rows that `responses` does not divide, a
+            share that is no scalar.
+        RuntimeError: in a second backward pass through the same loss.
+    """
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index)
+    if not isinstance(responses, int) or responses < 1 or len(hidden) % responses or not len(hidden):
+        raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
+    loss, sums, counts = _Loss.apply(hidden, weight, bias, labels, share, responses, head, torch.is_grad_enabled())
+    return loss, sums, counts
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        share: Share,
+        responses: int,
+        head: HeadOptions,
+        recording: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight, wants_bias = (recording and wanted for wanted in ctx.needs_input_grad[:3])
+        counts = (labels[:, head.shift :] != head.ignore_index).sum(1)
+        _, _, sum_dtype = tiling.dtypes(weight.device, head.dtype)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        sums = torch.zeros(len(hidden), dtype=sum_dtype, device=hidden.device)
+        room = tiling.limit(weight, head) // max(1, len(weight))
+        tokens = counts.view(responses, -1).sum(0).tolist()
+        parts = list(_parts(tokens, room))
+        # What is added to once needs no more digits than it has.
+        dtype = weight.dtype if sum(tokens) <= room else torch.promote_types(weight.dtype, sum_dtype)
+        to_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        to_bias = torch.zeros_like(weight[:, 0], dtype=sum_dtype) if wants_bias else None
+        to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
+        first_rows = torch.arange(responses, device=hidden.device)[:, None] * (len(hidden) // responses)
+
+        def walk(part: slice) -> None:
+            """A function, so that a part's logits are gone before the next one's are made."""
+            prompts = torch.arange(part.start, part.stop, device=hidden.device)
+            rows = (first_rows + prompts).view(-1)
+            inputs = hidden.detach()[rows], weight.detach(), None if bias is None else bias.detach(), labels[rows]
+            logps, _, index, per_token, directions, slopes, plan = _token_logps(
+                *inputs, *head, wants_hidden, wants_weight or wants_bias
+            )
+            found = logps.sum(1, dtype=torch.float64).to(sum_dtype)
+            sums[rows] = found
+            with torch.enable_grad():
+                value = share(found.requires_grad_(recording), counts[rows], prompts)
+            if value.dim():
+                raise ValueError(f"share returned the shape {list(value.shape)}: expected a scalar")
+            loss.add_(value.detach())
+            if not value.requires_grad:
+                if to_hidden is not None:
+                    to_hidden[rows] = 0
+                return
+            (upstream,) = torch.autograd.grad(value, found)
+            g = upstream.to(sum_dtype)[index // max(1, hidden.shape[1])]
+            if to_hidden is not None:
+                own = hidden.new_zeros((len(rows) * hidden.shape[1], hidden.shape[2]))
+                own[index] = (directions * g[:, None]).to(hidden.dtype)
+                to_hidden[rows] = own.view(len(rows), *hidden.shape[1:])
+            put_weight_gradient_((to_weight, to_bias), g, inputs, index, per_token, slopes, plan, head, add=True)
+
+        for part in parts:
+            walk(part)
+        ctx.grads = to_hidden, to_weight, to_bias
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(sums, counts)
+        return loss.to(sum_dtype), sums, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        check_first_order("linear_preference_loss", "use linear_sequence_logps")
+        if ctx.grads is None:
+            raise RuntimeError("linear_preference_loss: a second backward pass; its gradients are handed out once")
+        to_hidden, to_weight, to_bias = ctx.grads
+        ctx.grads = None
+        scaled = [None if each is None else each.mul_(grad.to(each.dtype)) for each in (to_hidden, to_weight, to_bias)]
+        hidden, *rest = scaled
+        return hidden, *(None if each is None else each.to(ctx.dtype) for each in rest), None, None, None, None, None
+
+
+def _parts(tokens: list[int], room: int) -> Iterator[slice]:
+    """Neighbouring prompts whose labelled tokens are at most `room` together, at least one."""
+    start = held = 0
+    for prompt, count in enumerate(tokens):
+        if held and held + count > room:
+            yield slice(start, prompt)
+            start, held = prompt, 0
+        held += count
+    yield slice(start, len(tokens))
