@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch  # noqa: F401  (once, before the processes are forked)
+import torch  # once, before the processes are forked
 
 from benchmarks.gpu.processes import run_apart
 from benchmarks.gpu.record import summary
 from benchmarks.gpu.steps import ROOT, Run, Step, plan
+from benchmarks.gpu.suites import SUITES
 
 FILES = ("steps.jsonl", "rows.jsonl", "environment.json", "log.txt")
 SKIP = "SkipCheckError: "
@@ -48,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(step.name for step in plan(run)))
         return 0
+    if run.dry:
+        # In shapes this small, threads only wait for each other; the steps' processes inherit the number.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # Without CUDA nothing can be broken for a child: imported here, once, they are there in each.
+        own = ("families", *dict.fromkeys(suite.module for suite in SUITES))
+        for module in ("transformers.models.llama.modeling_llama", *(f"benchmarks.gpu.{name}" for name in own)):
+            importlib.import_module(module)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (options.output / name).unlink(missing_ok=True)

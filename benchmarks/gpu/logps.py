@@ -122,6 +122,7 @@ def linear_sequence_logps(bench: Bench) -> None:
                 check,
                 ", tiles of 1/32 of the logits",
             ),
+            *([] if frozen else bench.ours(_loss(_by_pairs), check, ", by pairs")),
             Variant("eager", _head(lambda h: eager(h.hidden @ h.weight.t(), h.labels)), check),
             *(Variant(name, bind, check, later=later) for name, bind, later in _peers(bench)),
         ]
@@ -129,6 +130,17 @@ def linear_sequence_logps(bench: Bench) -> None:
         name = f"{rows} x {tokens} x {vocabulary}, width {width}{', head frozen' if frozen else ''}, bfloat16"
         held = 2 * (vocabulary + rows * tokens) * width * 2
         bench.compare(Case("gpu_linear_sequence_logps", name, inputs, held, variants, columns))
+
+
+def _by_pairs(head: Head) -> Tensor:
+    """As many pairs at once as `chunk_bytes` holds by default, but at least one."""
+    rows, tokens = head.labels.shape
+    room = max(256 << 20, 2 * tokens * len(head.weight) * 4)
+
+    def share(sums: Tensor, *_: Tensor) -> Tensor:
+        return dpo(sums) * (len(sums) / rows)
+
+    return losses.linear_preference_loss(head.hidden, head.weight, head.labels, share, chunk_bytes=room)[0]
 
 
 def _head(sums: Callable[[Head], Tensor]) -> Callable[[Head], Run]:
