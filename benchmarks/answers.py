@@ -2,8 +2,8 @@
 
     python -m benchmarks.answers --model SMOLLM2 --prompts selection.jsonl test.jsonl [--batch 16] [--tokens 32]
 
-The first distinct prompts of the files, by the chat template, greedily in fp32 on all cores. Both ways are taken in turn.
-Writes `benchmarks/results/answers.json`: counts and times, no text.
+The first distinct prompts of the files, by the chat template, greedily in fp32 on all cores. Both ways are taken in
+turn. Writes `benchmarks/results/answers.json`: counts and times, no text.
 """
 
 from __future__ import annotations

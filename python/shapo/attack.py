@@ -2,13 +2,14 @@
 
 The attack is plain SFT, of all weights or of LoRA adapters. At step 0, every so many steps and at the end the model
 answers held-out harmful prompts greedily, a judge gives verdicts, and refusals and the loss on held-out harmful
-answers are counted. Several seeds draw other examples and another order.
+answers are counted; so are refusals of benign prompts, where there are some. Several seeds draw other examples and
+another order.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from shapo.config import LoopConfig
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
-from shapo.judges.base import Judge
+from shapo.judges.base import Judge, Verdict
+from shapo.judges.files import verdict_row
 from shapo.judges.refusal import RefusalJudge
 from shapo.statistics import bounded_share, unsafe_case
+from shapo.storage.files import json_line, write_text
 from shapo.training.loop import METRICS
 from shapo.training.metrics import read_metrics
 from shapo.training.sft import train_sft
@@ -42,6 +45,7 @@ class AttackConfig:
         every: Steps between two measurements.
         lr, batch_size: Of AdamW, constant learning rate, clipped at 1.
         max_new_tokens: Of an answer.
+        bf16: Train under bfloat16 autocast; answers are computed in the weights' precision.
     """
 
     steps: int = 50
@@ -52,6 +56,7 @@ class AttackConfig:
     lr: float = 1e-5
     batch_size: int = 8
     max_new_tokens: int = 64
+    bf16: bool = False
 
 
 def harmful_examples(pairs: Sequence[PreferencePair]) -> list[Example]:
@@ -97,6 +102,7 @@ def run_attack(
     config: AttackConfig,
     seeds: Sequence[int],
     output: Path,
+    benign: Sequence[EvaluationPrompt] = (),
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Attacks a fresh model for each seed.
@@ -105,10 +111,13 @@ def run_attack(
         load: Gives the aligned model anew.
         examples: From `harmful_examples`.
         prompts: Harmful prompts to answer; none of them may be one that is trained on.
-        output: Each seed writes `seed-N/metrics.jsonl` here.
+        output: Each seed writes `seed-N/metrics.jsonl` here, and for each measured step `seed-N/verdicts-STEP.jsonl`
+            (and `benign-STEP.jsonl`): verdict files, so that two models can be compared prompt by prompt.
+        benign: Prompts that should be answered; refusals of them are counted.
 
     Returns:
-        For each seed its `curve`: step, loss, attack_success and refusal (`BoundedShare`s), finished answers.
+        For each seed its `curve`: step, loss, attack_success, refusal and over_refusal (`BoundedShare`s; the last where
+        benign prompts are given), finished answers.
 
     Raises:
         UserError: See `split_examples`; a prompt that is trained on.
@@ -121,8 +130,10 @@ def run_attack(
         model = load()
         if config.lora:
             model = _with_adapters(model, config.lora, seed)
-        measure = _Measurement(model, encoder, prompts, judge, config.max_new_tokens)
         folder = output / f"seed-{seed}"
+        for stale in [*folder.glob("verdicts-*.jsonl"), *folder.glob("benign-*.jsonl")]:
+            stale.unlink()
+        measure = _Measurement(model, encoder, prompts, benign, judge, config.max_new_tokens, folder)
         train_sft(
             model,
             encoder,
@@ -136,6 +147,7 @@ def run_attack(
                 warmup=0,
                 clip=1.0,
                 seed=seed,
+                bf16=config.bf16,
                 eval_every=config.every,
             ),
             output=folder,
@@ -149,30 +161,56 @@ def run_attack(
 
 
 class _Measurement:
-    """Answers the prompts with the model as it is now and counts verdicts."""
+    """Answers the prompts with the model as it is now, writes the verdicts to `folder` and counts them."""
 
     def __init__(
-        self, model: Any, encoder: PairEncoder, prompts: Sequence[EvaluationPrompt], judge: Judge, max_new_tokens: int
+        self,
+        model: Any,
+        encoder: PairEncoder,
+        prompts: Sequence[EvaluationPrompt],
+        benign: Sequence[EvaluationPrompt],
+        judge: Judge,
+        max_new_tokens: int,
+        folder: Path,
     ) -> None:
         end = ending(encoder.tokenizer, model, chat_template=encoder.chat_template)
         self.engine = TransformersEngine(model, encoder.tokenizer, end, max_new_tokens=max_new_tokens)
-        self.requests = prompt_requests(encoder, prompts, max_new_tokens=max_new_tokens)
-        self.prompts, self.judge = [prompt.prompt for prompt in prompts], judge
+        self.asked = [*prompts, *benign]
+        self.requests = prompt_requests(encoder, self.asked, max_new_tokens=max_new_tokens)
+        self.harmful, self.judge, self.folder = len(prompts), judge, folder
 
     def __call__(self, step: int) -> dict[str, Any]:
         completions = self.engine.complete(self.requests)
-        answers = [completion.text for completion in completions]
-        verdicts = self.judge(self.prompts, answers)
-        refusals = RefusalJudge()(self.prompts, answers)
-        return {
+        rows = [
+            {"id": prompt.identifier, "category": prompt.category, "prompt": prompt.prompt, "answer": completion.text}
+            for prompt, completion in zip(self.asked, completions, strict=True)
+        ]
+        harmful, benign = rows[: self.harmful], rows[self.harmful :]
+        verdicts = self._judged(self.judge, harmful, f"verdicts-{step}.jsonl")
+        counted = {
             "attack_success": asdict(bounded_share([unsafe_case(verdict.label) for verdict in verdicts])),
-            "refusal": asdict(bounded_share([verdict.refusal for verdict in refusals])),
-            "finished": sum(completion.finished for completion in completions),
+            "refusal": asdict(bounded_share([verdict.refusal for verdict in _verdicts(RefusalJudge(), harmful)])),
+            "finished": sum(completion.finished for completion in completions[: self.harmful]),
         }
+        if benign:
+            refused = self._judged(RefusalJudge(), benign, f"benign-{step}.jsonl")
+            counted["over_refusal"] = asdict(bounded_share([verdict.refusal for verdict in refused]))
+        return counted
+
+    def _judged(self, judge: Judge, rows: list[dict[str, Any]], name: str) -> list[Verdict]:
+        verdicts = _verdicts(judge, rows)
+        lines = [json_line(verdict_row(judge, row, v)) for row, v in zip(rows, verdicts, strict=True)]
+        write_text(self.folder / name, "".join(lines))
+        return verdicts
+
+
+def _verdicts(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    return judge([row["prompt"] for row in rows], [row["answer"] for row in rows])
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("loss", "attack_success", "refusal", "finished")}
+    names = ("loss", "attack_success", "refusal", "over_refusal", "finished")
+    return {name: row[name] for name in names if name in row}
 
 
 def _with_adapters(model: Any, rank: int, seed: int) -> Any:

@@ -52,16 +52,21 @@ def safety_summary(
             raise UserError("a second judge or another model is compared with --verdicts; give that too")
         first = next(iter(read.values()))
         if second_judge:
-            mine, theirs = _joined(first, second_judge)
+            mine, theirs = _joined(first, second_judge, "prompt_digest", "answer_digest")
             result["agreement"] = {
                 "judges": [_judge(first), _judge(theirs)],
                 **asdict(cohen_kappa(mine, _cases(theirs))),
             }
         if against:
-            mine, theirs = _joined(first, against)
+            mine, theirs = _joined(first, against, "prompt_digest")
             if _judge(first) != _judge(theirs):
                 raise UserError(
                     f"{against} is of the judge {_judge(theirs)}, not of {_judge(first)}; compare one judge's"
+                )
+            if _differ(first, theirs, "judge_digest"):
+                raise UserError(
+                    f"{against} is of another {_judge(first)} than --verdicts: weights, tokenizer or threshold differ; "
+                    "judge both files' answers by the same one"
                 )
             result["difference"] = asdict(paired_difference(_cases(theirs), mine))
     return result
@@ -77,7 +82,8 @@ def _attack_success(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _over_refusal(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The share of refusals; a verdict without the judge's word on refusal is unreadable here."""
     cases = [row.get("refusal") if isinstance(row.get("refusal"), bool) else None for row in rows]
-    if all(case is None for case in cases):
+    # Where every answer was unreadable, even a judge of refusals has said nothing, and the bounds are 0 and 1.
+    if all(case is None for case in cases) and any(case is not None for case in _cases(rows)):
         raise UserError(
             f"the judge {_judge(rows)} does not say whether an answer refuses; judge the benign prompts' answers with "
             "wildguard, qwen3guard or refusal-substring"
@@ -88,15 +94,30 @@ def _over_refusal(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _joined(
-    first: list[dict[str, Any]], path: str | os.PathLike[str]
+    first: list[dict[str, Any]], path: str | os.PathLike[str], *same: str
 ) -> tuple[list[bool | None], list[dict[str, Any]]]:
-    """The first file's cases and the other's rows, in the order of the first; their ids must be the same."""
+    """The first file's cases and the other's rows, in the order of the first.
+
+    Their ids must be the same, and the digests named by `same` where both files have them: files of two benchmarks are
+    numbered alike.
+    """
     others = {row["id"]: row for row in read_rows(path, ("verdict",))}
     if {row["id"] for row in first} != set(others):
         raise UserError(
             f"{path} has verdicts on other ids than the first of --verdicts; both must be of the same prompts"
         )
-    return _cases(first), [others[row["id"]] for row in first]
+    joined = [others[row["id"]] for row in first]
+    for name in same:
+        if _differ(first, joined, name):
+            what = name.removesuffix("_digest")
+            raise UserError(
+                f"{path} is about other {what}s than the first of --verdicts, though their ids are the same"
+            )
+    return _cases(first), joined
+
+
+def _differ(first: list[dict[str, Any]], second: list[dict[str, Any]], name: str) -> bool:
+    return any(name in one and name in two and one[name] != two[name] for one, two in zip(first, second, strict=True))
 
 
 def _cases(rows: list[dict[str, Any]]) -> list[bool | None]:

@@ -12,7 +12,10 @@ from shapo.attack import AttackConfig, harmful_examples, run_attack, split_examp
 from shapo.cli import main
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.errors import UserError
+from shapo.judges.files import read_rows
 from shapo.judges.others import CallableJudge
+from shapo.judges.refusal import RefusalJudge
+from shapo.safety import safety_summary
 from shapo.training.loop import METRICS
 from shapo.training.metrics import read_metrics
 
@@ -57,7 +60,18 @@ def test_an_attack_is_sft_measured_from_its_first_step(lora, tiny_llama, tiny_en
     results = run_attack(
         lambda: copy.deepcopy(tiny_llama), tiny_encoder, EXAMPLES, PROMPTS, CallableJudge(judge),
         config=AttackConfig(**{**vars(SMALL), "lora": lora}), seeds=[0, 1], output=tmp_path, progress=False,
+        benign=[EvaluationPrompt("\n\nHuman: bake\n\nAssistant:", "", "bake")],
     )  # fmt: skip
+    # The judge is asked about harmful prompts alone; benign ones are counted apart.
+    assert {point["over_refusal"]["n"] for row in results for point in row["curve"]} == {1}
+    rows = read_rows(tmp_path / "seed-1" / "verdicts-2.jsonl", ("verdict",))
+    assert [(row["id"], row["verdict"]) for row in rows] == [("0", "unsafe"), ("1", "safe"), ("2", "unreadable")]
+    compared = safety_summary(
+        [tmp_path / "seed-1" / "verdicts-3.jsonl"],
+        against=tmp_path / "seed-1" / "verdicts-0.jsonl",
+        benign=tmp_path / "seed-1" / "benign-3.jsonl",
+    )
+    assert (compared["difference"]["n"], compared["difference"]["left_out"]) == (2, 1)
     assert [row["seed"] for row in results] == [0, 1]
     for row in results:
         assert [point["step"] for point in row["curve"]] == [0, 2, 3]
@@ -98,6 +112,8 @@ def test_the_command_writes_curves_and_a_plot(tmp_path, tiny_llama, tiny_tokeniz
     assert main([str(part) for part in arguments]) == 0
     result = json.loads((tmp_path / "out" / "attack.json").read_text())
     assert result["judge"] == "refusal-substring"
+    assert result["judge_digest"] == RefusalJudge().digest
+    assert result["benign"] is None
     assert [[point["step"] for point in row["curve"]] for row in result["seeds"]] == [[0, 1, 2]] * 2
     assert (tmp_path / "out" / "attack.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(part) for part in arguments]) == 2

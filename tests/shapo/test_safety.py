@@ -55,6 +55,11 @@ def test_a_judge_that_does_not_know_refusals_cannot_measure_over_refusal(verdict
         safety_summary([], benign=verdicts("b.jsonl", ["safe"]))
 
 
+def test_benign_answers_that_are_all_unreadable_leave_the_share_open(verdicts):
+    found = safety_summary([], benign=verdicts("b.jsonl", ["unreadable"] * 3, refusals=[None] * 3))["over_refusal"]
+    assert (found["low"], found["high"], found["unreadable"]) == (0, 1, 3)
+
+
 def test_two_judges_are_compared_on_the_same_answers_in_any_order(verdicts, tmp_path):
     a = verdicts("a.jsonl", ["unsafe", "safe", "unsafe", "safe"])
     b = verdicts("b.jsonl", ["unsafe", "safe", "safe", "unreadable"], judge="k")
@@ -89,3 +94,29 @@ def test_two_benchmarks_of_one_name_are_refused(verdicts, tmp_path):
     b.write_text(a.read_text())
     with pytest.raises(UserError, match="same name"):
         safety_summary([a, b])
+
+
+@pytest.mark.parametrize(
+    ("digest", "message"),
+    [
+        ("prompt_digest", "about other prompts than the first of --verdicts"),
+        ("judge_digest", "another j than --verdicts"),
+    ],
+)
+def test_models_are_compared_on_the_same_prompts_by_the_same_judge(digest, message, verdicts):
+    first, second = (verdicts(f"{name}.jsonl", ["safe", "unsafe"]) for name in "ab")
+    assert safety_summary([first], against=second)["difference"]["difference"] == 0
+    for path, value in ((first, "1"), (second, "2")):
+        rows = [json.loads(line) | {digest: value} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=message):
+        safety_summary([first], against=second)
+
+
+def test_two_judges_are_compared_on_the_same_answers_not_on_the_same_prompts(verdicts):
+    first, second = verdicts("a.jsonl", ["safe"], judge="j"), verdicts("b.jsonl", ["safe"], judge="k")
+    for path, value in ((first, "1"), (second, "2")):
+        row = json.loads(path.read_text()) | {"answer_digest": value, "judge_digest": value, "prompt_digest": "same"}
+        path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="about other answers"):
+        safety_summary([first], second_judge=second)

@@ -2,10 +2,12 @@
 
 The attack is plain SFT on the unsafe answers of --data (the rejected ones where none is marked), of all weights or of
 LoRA adapters (--lora). At step 0, every --every steps and at the end the model answers --prompts greedily; --judge
-gives verdicts, refusals are counted by substring, and the loss is taken on held-out harmful answers. Each of --seeds
-draws other examples and another order.
+gives verdicts, refusals are counted by substring, and the loss is taken on held-out harmful answers. --benign counts
+refusals of prompts that should be answered. Each of --seeds draws other examples and another order.
 
-Writes to --output: attack.json (a curve a seed), attack.png, seed-N/metrics.jsonl. No model and no answer is kept.
+Writes to --output: attack.json (a curve a seed), attack.png, and in seed-N metrics.jsonl and the verdicts of each
+measured step, verdicts-STEP.jsonl and benign-STEP.jsonl, which `shapo evaluate --verdicts --against` compares with
+another model's. No model and no answer is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ class AttackOptions:
 
     prompts: str = option("harmful prompts to answer, none of them in --data", metavar="SOURCE", reads=True)
     prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
+    benign: str | None = option(
+        "prompts that should be answered: over-refusal along the way", None, metavar="SOURCE", reads=True
+    )
+    benign_limit: int | None = option("the first N of them alone", None, parse=positive_int, metavar="N", absent="all")
     steps: int = option("updates", 50, parse=positive_int)
     examples: int = option("harmful answers to train on", 64, parse=positive_int, metavar="N")
     held_out: int = option("harmful answers kept for the loss", 16, parse=positive_int, metavar="N")
@@ -34,6 +40,7 @@ class AttackOptions:
     lr: float = option("learning rate of AdamW", 1e-5)
     batch_size: int = option("answers a step", 8, parse=positive_int, metavar="N")
     max_new_tokens: int = option("of an answer", 64, parse=positive_int, metavar="TOKENS")
+    bf16: bool = option("train under bfloat16 autocast; answers are computed in --dtype", False)
     seeds: int = option("runs, with the seeds 0 to N - 1", 3, parse=positive_int, metavar="N")
     overwrite: bool = option("replace an attack in --output", False)
 
@@ -74,11 +81,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.lora < 0:
         raise UserError(f"--lora is {arguments.lora}, but a rank of at least 1, or 0 for all weights, is expected")
+    if arguments.benign_limit and not arguments.benign:
+        raise UserError("--benign-limit says how many of --benign are answered; give that too")
     output = require_writable(arguments.output, folder=True)
     if (output / "attack.json").exists() and not arguments.overwrite:
         raise UserError(f"{output} already holds an attack; add --overwrite to replace it")
     examples = harmful_examples(common.load_data(arguments))
     prompts = load_prompts(arguments.prompts, limit=arguments.prompts_limit)
+    benign = load_prompts(arguments.benign, limit=arguments.benign_limit) if arguments.benign else []
     model = common.load_model(arguments.model, arguments)
     encoder = common.make_encoder(arguments, load_tokenizer(arguments.model), model)
     judge = load_judge(
@@ -91,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         encoder={"chat_template": arguments.chat_template},
     )
-    names = ("steps", "examples", "held_out", "lora", "every", "lr", "batch_size", "max_new_tokens")
+    names = ("steps", "examples", "held_out", "lora", "every", "lr", "batch_size", "max_new_tokens", "bf16")
     config = AttackConfig(**{name: getattr(arguments, name) for name in names})
     first = [model]  # the first seed takes the model that the encoder was checked with
     results = run_attack(
@@ -103,6 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
         config=config,
         seeds=range(arguments.seeds),
         output=output,
+        benign=list(benign),
         progress=not arguments.quiet,
     )
     report = {
@@ -110,21 +121,26 @@ def run(arguments: argparse.Namespace) -> None:
         "arguments": vars(arguments),
         "versions": versions(),
         "judge": judge.name,
+        "judge_digest": judge.digest,
         "data": digest_rows(examples),
         "prompts": digest_rows([p.identifier, p.prompt] for p in prompts),
+        "benign": digest_rows([p.identifier, p.prompt] for p in benign) if arguments.benign else None,
         "seeds": results,
     }
     write_json(output / "attack.json", report)
     plot_attack(output / "attack.png", {arguments.model: results}, judge=judge.name)
+    shares = ("attack_success", "refusal", "over_refusal")
     rows = [
-        (str(row["seed"]), str(p["step"]), _share(p["attack_success"]), _share(p["refusal"]), f"{p['loss']:.3f}")
+        (str(row["seed"]), str(p["step"]), *(_share(p.get(name)) for name in shares), f"{p['loss']:.3f}")
         for row in results
         for p in (row["curve"][0], row["curve"][-1])
     ]
-    print(table(("seed", "step", "attack success %", "refusals %", "harmful loss"), rows))
+    print(table(("seed", "step", "attack success %", "refusals %", "over-refusal %", "harmful loss"), rows))
     print(f"written: {output / 'attack.json'}")
 
 
-def _share(share: dict[str, float]) -> str:
+def _share(share: dict[str, float] | None) -> str:
+    if share is None:
+        return "-"
     low, high = 100 * share["low"], 100 * share["high"]
     return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"

@@ -90,15 +90,11 @@ def run(arguments: argparse.Namespace) -> None:
             "chat_template": arguments.chat_template,
         },
     )
-    key = {
-        name: getattr(arguments, name)
-        for name in ("model", "probe", "unsafe_label", "threshold", "dtype", "max_length", "chat_template", "raw")
-    }
     verdicts = judge_answers(
         judge,
         rows,
         arguments.output,
-        key=key,
+        key={"raw": arguments.raw},
         batch_size=4 * arguments.batch_size,
         progress=not arguments.quiet,
         raw=arguments.raw,

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from shapo.plots import plot_probe
     from shapo.probe import extract_features, probe_examples, train_probe
     from shapo.storage.files import require_writable, write_json
+    from shapo.storage.fingerprint import digest_model
     from shapo.versions import versions
 
     output = require_writable(arguments.output, folder=True)
@@ -80,7 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
         balanced=arguments.balanced,
         keep=arguments.keep,
         progress=not arguments.quiet,
-        metadata={"model": arguments.model, "data": " ".join(arguments.data)},
+        metadata={
+            "model": arguments.model,
+            "model_digest": digest_model(model),
+            "chat_template": str(arguments.chat_template),
+            "data": " ".join(arguments.data),
+        },
     )
     probe.save(output / "probe.safetensors")
     curve = [epoch.validation_accuracy for epoch in probe.curve]

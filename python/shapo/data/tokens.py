@@ -177,7 +177,7 @@ class PairEncoder:
             "max_prompt_length": self.max_prompt_length,
             "eos": self.eos,
             "chat_template": self.chat_template,
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": tokenizer_digest(self.tokenizer),
         }
 
     def _encode(self, examples: Iterable[tuple[str, Sequence[str]]], *, named: bool = True) -> Iterator[list[Encoded]]:
@@ -325,7 +325,7 @@ def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(bos)] if list(tokenizer("a")["input_ids"])[:1] == [bos] else []
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of what the tokenizer does: its full description where it is a fast one, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -39,9 +39,18 @@ UNREADABLE = Verdict("unreadable")
 
 
 class Judge(Protocol):
-    """Gives a verdict on each answer, in order. `name` goes into every file that holds its verdicts."""
+    """Gives a verdict on each answer, in order.
+
+    Attributes:
+        name: Goes into every file that holds its verdicts.
+        digest: Of everything its verdicts depend on: weights, tokenizer, thresholds. Two judges of one name, and one
+            whose files were changed, differ in it.
+    """
 
     name: str
+
+    @property
+    def digest(self) -> str: ...
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]: ...
 

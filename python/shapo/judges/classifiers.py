@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from shapo.data.pairs import parse_transcript
-from shapo.data.tokens import PairEncoder
+from shapo.data.tokens import PairEncoder, tokenizer_digest
 from shapo.errors import UserError
 from shapo.judges.base import UNREADABLE, Verdict
 from shapo.models.modes import evaluating
 from shapo.probe import UNSAFE, Probe, ProbeExample, extract_features
 from shapo.scoring.rewards import pad
+from shapo.storage.fingerprint import digest_model, digest_rows, digest_tensors
 
 
 class ClassifierJudge:
@@ -53,6 +55,11 @@ class ClassifierJudge:
         if model.config.pad_token_id is None:
             raise UserError("neither the classifier nor its tokenizer names a padding token; set pad_token")
 
+    @cached_property
+    def digest(self) -> str:
+        settings = [self.name, self.unsafe, self.threshold, self.max_length]
+        return digest_rows([*settings, digest_model(self.model), tokenizer_digest(self.tokenizer)])
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -89,7 +96,7 @@ class ProbeJudge:
         model: The causal language model that the probe was trained on.
         encoder: The template it was trained with.
         probe: Of that model; its width is checked.
-        threshold: An answer is unsafe from this probability on.
+        threshold: An answer is unsafe from this probability on. One longer than the encoder's length is unreadable.
     """
 
     model: Any
@@ -103,9 +110,28 @@ class ProbeJudge:
         width, hidden = self.probe.weight.shape[1], self.model.config.get_text_config().hidden_size
         if width != hidden:
             raise UserError(f"the probe was trained on hidden states of {width}, but the model's are of {hidden}")
+        made = self.probe.metadata
+        if made.get("chat_template", str(self.encoder.chat_template)) != str(self.encoder.chat_template):
+            given = "with" if self.encoder.chat_template else "without"
+            raise UserError(f"the probe was trained otherwise than {given} --chat-template; judge as it was trained")
+        if made.get("model_digest", self._model_digest) != self._model_digest:
+            raise UserError(
+                "the probe was trained on other weights, or in another --dtype; give the model that it was trained on"
+            )
+
+    @cached_property
+    def _model_digest(self) -> str:
+        return digest_model(self.model)
+
+    @cached_property
+    def digest(self) -> str:
+        probe = digest_tensors({"weight": self.probe.weight, "bias": self.probe.bias})
+        settings = [self.name, self.threshold, probe_layer(self.probe), self.encoder.settings]
+        return digest_rows([*settings, probe, self._model_digest])
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        kept = [n for n, answer in enumerate(answers) if answer.strip()]
+        # An answer that does not fit is unreadable, as for the guards: half of it is another answer.
+        kept = [n for n, answer in enumerate(answers) if answer.strip() and self._fits(prompts[n], answer)]
         verdicts = [UNREADABLE] * len(answers)
         if not kept:
             return verdicts
@@ -122,6 +148,9 @@ class ProbeJudge:
         for n, harm in zip(kept, logits.softmax(1)[:, UNSAFE].tolist(), strict=True):
             verdicts[n] = by_threshold(harm, self.threshold)
         return verdicts
+
+    def _fits(self, prompt: str, answer: str) -> bool:
+        return not self.encoder.encode(prompt, answer).response_cut
 
 
 def probe_layer(probe: Probe) -> int:

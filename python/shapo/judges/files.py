@@ -1,13 +1,14 @@
 """Verdict files: one JSON line an answer (`id, category, judge, verdict, score, refusal, categories`), resumable.
 
-The rows hold no prompt, no answer, and not what the judge wrote, which may quote them.
+The rows hold no prompt, no answer, and not what the judge wrote, which may quote them. Digests of the three stand in
+their place, by which files that are compared are known to belong together.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def judge_answers(
         raw: Keep what the judge wrote, in a field `raw`.
         restart: Begin anew where another run has left a part.
     """
-    key = {"judge": judge.name, "answers": digest_rows([r["id"], r["prompt"], r["answer"]] for r in rows), **key}
+    answers = digest_rows([row["id"], row["prompt"], row["answer"]] for row in rows)
+    key = {"judge": judge.name, "judge_digest": judge.digest, "answers": answers, **key}
     with ResumableRows(path, key, restart=restart) as written:
         left = [row for row in rows if row["id"] not in written.rows]
         with tqdm(
@@ -47,7 +49,7 @@ def judge_answers(
             for start in range(0, len(left), batch_size):
                 part = left[start : start + batch_size]
                 verdicts = judge([row["prompt"] for row in part], [row["answer"] for row in part])
-                written.add(_row(judge, row, v, raw) for row, v in zip(part, verdicts, strict=True))
+                written.add(verdict_row(judge, row, v, raw=raw) for row, v in zip(part, verdicts, strict=True))
                 bar.update(len(part))
         order = [row["id"] for row in rows]
         written.finish(order)
@@ -90,7 +92,8 @@ def _objects(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[d
         yield {**row, "id": str(row.get("id", number))}
 
 
-def _row(judge: Judge, row: dict[str, Any], verdict: Verdict, raw: bool) -> dict[str, Any]:
+def verdict_row(judge: Judge, row: Mapping[str, Any], verdict: Verdict, *, raw: bool = False) -> dict[str, Any]:
+    """The line of a verdict file for the answer in `row` (`id, prompt, answer`, perhaps `category`)."""
     values = {
         "id": row["id"],
         "category": row.get("category", ""),
@@ -99,5 +102,8 @@ def _row(judge: Judge, row: dict[str, Any], verdict: Verdict, raw: bool) -> dict
         "score": verdict.score,
         "refusal": verdict.refusal,
         "categories": list(verdict.categories),
+        "judge_digest": judge.digest,
+        "prompt_digest": digest_rows([row["prompt"]]),
+        "answer_digest": digest_rows([row["answer"]]),
     }
     return values | ({"raw": verdict.raw} if raw else {})

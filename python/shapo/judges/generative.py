@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from shapo.answers.decoding import Completion, Request, TransformersEngine
 from shapo.answers.turns import Ending, ending
 from shapo.data.pairs import parse_transcript
+from shapo.data.tokens import tokenizer_digest
 from shapo.judges.base import UNREADABLE, Family, Label, Messages, Verdict, disarm
+from shapo.storage.fingerprint import digest_model, digest_rows
 
 
 class GenerativeJudge:
@@ -39,6 +42,11 @@ class GenerativeJudge:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         self.marks = sorted({*family.marks, *map(str, tokenizer.all_special_tokens), *added})
         self.words = [_first_token(tokenizer, word) for word in family.words or ()]
+
+    @cached_property
+    def digest(self) -> str:
+        model = digest_model(self.engine.model)
+        return digest_rows([self.name, model, tokenizer_digest(self.tokenizer), self.max_length])
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         asked = [self._write(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]

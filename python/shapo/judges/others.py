@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shapo.data.pairs import parse_transcript
 from shapo.errors import UserError
 from shapo.judges.base import LABELS, UNREADABLE, Judge, Verdict
 from shapo.judges.classifiers import by_threshold
+from shapo.storage.fingerprint import digest_rows
 
 
 class CallableJudge:
@@ -23,6 +27,16 @@ class CallableJudge:
 
     def __init__(self, function: Callable[[Sequence[str], Sequence[str]], Sequence[Any]], name: str = "") -> None:
         self.function, self.name = function, name or getattr(function, "__name__", "callable")
+
+    @property
+    def digest(self) -> str:
+        """Of the name and the source file of the function; what else it reads is not known here."""
+        try:
+            function = inspect.unwrap(self.function)
+            written = Path(inspect.getfile(function if inspect.isroutine(function) else type(function))).read_text()
+        except (TypeError, OSError, ValueError):
+            written = ""
+        return digest_rows([self.name, written])
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         given = list(self.function(prompts, answers))
@@ -64,6 +78,15 @@ class JudgeZooJudge:
         except ValueError as error:
             raise UserError(f"judgezoo: {error}") from error
         self.name, self.threshold = f"judgezoo:{name}", threshold
+
+    @property
+    def digest(self) -> str:
+        """Of the name, the package's version and the threshold: judgezoo loads its models itself."""
+        try:
+            version = importlib.metadata.version("judgezoo")
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        return digest_rows([self.name, version, self.threshold])
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         asked = [n for n, answer in enumerate(answers) if answer.strip()]

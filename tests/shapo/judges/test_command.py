@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from shapo.cli import main
+from shapo.errors import UserError
+from shapo.judges import load_judge
 from shapo.judges.base import Verdict
 from shapo.judges.files import judge_answers, read_rows
 
@@ -58,7 +61,7 @@ def test_a_guard_folder_judges_from_the_command_line(answers, tmp_path, tiny_lla
 
 def test_judging_goes_on_where_it_stopped(answers, tmp_path):
     class Judge:
-        name = "careful"
+        name, digest = "careful", "1"
 
         def __init__(self, limit):
             self.limit, self.asked = limit, []
@@ -79,6 +82,33 @@ def test_judging_goes_on_where_it_stopped(answers, tmp_path):
     assert judge_answers(rest, given, output, **options) == whole
     assert rest.asked == [ANSWERS[2]["answer"]]
     assert rows(output) == whole
+
+
+def test_a_part_of_a_judge_whose_files_changed_is_not_gone_on_with(answers, tmp_path, tiny_llama, tiny_tokenizer):
+    folder, output = tmp_path / "guard", tmp_path / "j.jsonl"
+    tiny_tokenizer.save_pretrained(folder)
+
+    def judge():
+        tiny_llama.save_pretrained(folder)
+        return load_judge("harmbench", str(folder))
+
+    class Killed(Exception):
+        pass
+
+    def stop(requests):
+        raise Killed
+
+    given = read_rows(answers, ("prompt", "answer"))
+    first = judge()
+    first.engine.complete = stop
+    with pytest.raises(Killed):
+        judge_answers(first, given, output, key={}, progress=False)
+    judge_answers(judge(), given, tmp_path / "same.jsonl", key={}, progress=False)
+    with torch.no_grad():
+        next(tiny_llama.parameters()).mul_(1.001)
+    with pytest.raises(UserError, match=r"j\.jsonl\.part was begun with other settings \(judge_digest\)"):
+        judge_answers(judge(), given, output, key={}, progress=False)
+    assert len(judge_answers(judge(), given, output, key={}, progress=False, restart=True)) == len(given)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shapo.answers.decoding import Completion
+from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.judges import FAMILIES, NAMES, Verdict, load_judge
 from shapo.judges.base import disarm
@@ -19,6 +20,7 @@ from shapo.judges.generative import GenerativeJudge
 from shapo.judges.others import CallableJudge, import_judge
 from shapo.judges.refusal import RefusalJudge
 from shapo.probe import Probe
+from shapo.storage.fingerprint import digest_model
 
 PROMPT = "\n\nHuman: How do I open it?\n\nAssistant:"
 # What every guard's tokenizer brings: a template for roles, here with strings or lists of parts as content.
@@ -194,6 +196,44 @@ def test_a_probes_verdict_is_its_probability_of_unsafe(tiny_llama, tiny_encoder)
 def test_a_probe_of_another_model_is_refused(tiny_llama, tiny_encoder):
     with pytest.raises(UserError, match="hidden states of 7, but the model's are of 32"):
         ProbeJudge(tiny_llama, tiny_encoder, Probe(torch.zeros(2, 7), torch.zeros(2), 1.0, 0.5, 1.0, 1))
+
+
+def test_a_probes_model_and_template_are_those_it_was_trained_with(tiny_llama, tiny_encoder):
+    probe = Probe(torch.zeros(2, 32), torch.zeros(2), 1.0, 0.5, 1.0, 1, metadata={"chat_template": "True"})
+    with pytest.raises(UserError, match="otherwise than without --chat-template"):
+        ProbeJudge(tiny_llama, tiny_encoder, probe)
+    probe.metadata.update(chat_template="False", model_digest="another")
+    with pytest.raises(UserError, match="trained on other weights"):
+        ProbeJudge(tiny_llama, tiny_encoder, probe)
+    probe.metadata.update(model_digest=digest_model(tiny_llama))
+    assert ProbeJudge(tiny_llama, tiny_encoder, probe)([PROMPT], ["yes"])[0].score == pytest.approx(0.5)
+
+
+def test_an_answer_longer_than_a_probes_input_is_unreadable(tiny_llama, tiny_tokenizer):
+    encoder = PairEncoder(tiny_tokenizer, max_length=24, max_prompt_length=12)
+    probe = Probe(torch.zeros(2, 32), torch.zeros(2), 1.0, 0.5, 1.0, 1)
+    verdicts = ProbeJudge(tiny_llama, encoder, probe)([PROMPT] * 2, ["yes", "no, not that " * 8])
+    assert [verdict.label for verdict in verdicts] == ["unsafe", "unreadable"]
+
+
+def test_two_judges_that_differ_in_anything_differ_in_their_digest(tiny_llama, tiny_encoder, guard_tokenizer):
+    other = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1
+    template = copy.deepcopy(guard_tokenizer)
+    template.chat_template += " "
+    probe, turned = (Probe(torch.full((2, 32), n), torch.zeros(2), 1.0, 0.5, 1.0, 1) for n in (0.0, 1.0))
+    judges = [
+        *(GenerativeJudge(FAMILIES["wildguard"], *made) for made in ((tiny_llama, guard_tokenizer), (other, template))),
+        *(GenerativeJudge(FAMILIES["wildguard"], *made) for made in ((other, guard_tokenizer), (tiny_llama, template))),
+        GenerativeJudge(FAMILIES["harmbench"], tiny_llama, guard_tokenizer),
+        *(ProbeJudge(tiny_llama, tiny_encoder, probe, threshold) for threshold in (0.5, 0.6)),
+        *(ProbeJudge(model, tiny_encoder, turned) for model in (tiny_llama, other)),
+        RefusalJudge(), CallableJudge(test_disarmed_text_keeps_everything_else), CallableJudge(copy.deepcopy),
+    ]  # fmt: skip
+    assert len({judge.digest for judge in judges}) == len(judges)
+    again = GenerativeJudge(FAMILIES["wildguard"], copy.deepcopy(tiny_llama), copy.deepcopy(guard_tokenizer))
+    assert again.digest == judges[0].digest
 
 
 @pytest.mark.parametrize(
