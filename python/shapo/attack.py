@@ -103,6 +103,7 @@ def run_attack(
     seeds: Sequence[int],
     output: Path,
     benign: Sequence[EvaluationPrompt] = (),
+    finished: Callable[[list[dict[str, Any]]], None] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Attacks a fresh model for each seed.
@@ -114,6 +115,7 @@ def run_attack(
         output: Each seed writes `seed-N/metrics.jsonl` here, and for each measured step `seed-N/verdicts-STEP.jsonl`
             (and `benign-STEP.jsonl`): verdict files, so that two models can be compared prompt by prompt.
         benign: Prompts that should be answered; refusals of them are counted.
+        finished: Called after each seed with the results so far.
 
     Returns:
         For each seed its `curve`: step, loss, attack_success, refusal and over_refusal (`BoundedShare`s; the last where
@@ -124,7 +126,7 @@ def run_attack(
     """
     if shared := {prompt for prompt, _ in examples} & {prompt.prompt for prompt in prompts}:
         raise UserError(f"{len(shared)} of the prompts to answer are prompts of the attack's data; keep them apart")
-    results = []
+    results: list[dict[str, Any]] = []
     for seed in seeds:
         training, held_out = split_examples(examples, config, seed)
         model = load()
@@ -157,6 +159,8 @@ def run_attack(
         )
         curve = [{"step": row["update"], **_kept(row)} for row in read_metrics(folder / METRICS, "evaluation")]
         results.append({"seed": seed, "curve": curve})
+        if finished:
+            finished(results)
     return results
 
 

@@ -27,7 +27,8 @@ def train_run(folder: Path, *, seed: int = 0, accuracy: tuple[float, ...] = (0.5
         **arguments,
     }
     folder.mkdir(parents=True)
-    lines = [
+    start = {"kind": "start", "update": 0, "updates": 10, "arguments": given, "versions": {}, "digests": {}}
+    lines = [start] + [
         {
             "kind": "evaluation",
             "update": 10 * n,

@@ -5,9 +5,9 @@ LoRA adapters (--lora). At step 0, every --every steps and at the end the model 
 gives verdicts, refusals are counted by substring, and the loss is taken on held-out harmful answers. --benign counts
 refusals of prompts that should be answered. Each of --seeds draws other examples and another order.
 
-Writes to --output: attack.json (a curve a seed), attack.png, and in seed-N metrics.jsonl and the verdicts of each
-measured step, verdicts-STEP.jsonl and benign-STEP.jsonl, which `shapo evaluate --verdicts --against` compares with
-another model's. No model and no answer is kept.
+Writes to --output: attack.json (a curve a seed, as each of them ends), attack.png, and in seed-N metrics.jsonl and the
+verdicts of each measured step, verdicts-STEP.jsonl and benign-STEP.jsonl, which `shapo evaluate --verdicts --against`
+compares with another model's. No model and no answer is kept.
 """
 
 from __future__ import annotations
@@ -104,6 +104,16 @@ def run(arguments: argparse.Namespace) -> None:
     names = ("steps", "examples", "held_out", "lora", "every", "lr", "batch_size", "max_new_tokens", "bf16")
     config = AttackConfig(**{name: getattr(arguments, name) for name in names})
     first = [model]  # the first seed takes the model that the encoder was checked with
+    report = {
+        "kind": "attack",
+        "arguments": vars(arguments),
+        "versions": versions(),
+        "judge": judge.name,
+        "judge_digest": judge.digest,
+        "data": digest_rows(examples),
+        "prompts": digest_rows([p.identifier, p.prompt] for p in prompts),
+        "benign": digest_rows([p.identifier, p.prompt] for p in benign) if arguments.benign else None,
+    }
     results = run_attack(
         lambda: first.pop() if first else common.load_model(arguments.model, arguments),
         encoder,
@@ -114,20 +124,9 @@ def run(arguments: argparse.Namespace) -> None:
         seeds=range(arguments.seeds),
         output=output,
         benign=list(benign),
+        finished=lambda seeds: write_json(output / "attack.json", {**report, "seeds": seeds}),
         progress=not arguments.quiet,
     )
-    report = {
-        "kind": "attack",
-        "arguments": vars(arguments),
-        "versions": versions(),
-        "judge": judge.name,
-        "judge_digest": judge.digest,
-        "data": digest_rows(examples),
-        "prompts": digest_rows([p.identifier, p.prompt] for p in prompts),
-        "benign": digest_rows([p.identifier, p.prompt] for p in benign) if arguments.benign else None,
-        "seeds": results,
-    }
-    write_json(output / "attack.json", report)
     plot_attack(output / "attack.png", {arguments.model: results}, judge=judge.name)
     shares = ("attack_success", "refusal", "over_refusal")
     rows = [

@@ -148,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
         save=lambda: common.save_adapted(output / "model", model, tokenizer, arguments),
         resume=arguments.resume,
         progress=not arguments.quiet,
+        about={"arguments": vars(arguments), "versions": versions()},
     )
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), **summary})
     if summary["rho_over_weight_norm"] is not None:

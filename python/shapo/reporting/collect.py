@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shapo.errors import UserError
 from shapo.reporting import attacks, studies, training, verdicts
-from shapo.reporting.contents import Page
+from shapo.reporting.contents import Page, Section
+from shapo.reporting.svg import drawing
+
+Given = Sequence[tuple[Path, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,33 @@ def collect(paths: Sequence[str | os.PathLike[str]]) -> Page:
     )
     for kind, reader in readers:
         given = [(item.path, item.values) for item in found if item.kind == kind]
-        if not given:
-            continue
-        try:
-            if kind == "train":
-                given, repeated = training.distinct(given)
-                page.left_out += repeated
-            page.sections += reader(given)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            names = ", ".join(str(path) for path, _ in given)
-            page.left_out.append((names, f"written by another version: {type(error).__name__}: {error}"))
+        given = _readable(given, reader, page.left_out)
+        if kind == "train":
+            given, repeated = training.distinct(given)
+            page.left_out += repeated
+        page.sections += reader(given) if given else []
     if not page.sections:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in page.left_out[:3])
         raise UserError(f"there is nothing to report on ({reasons or 'no paths were given'})")
     page.versions = sorted({_versions(item.values) for item in found} - {""})
     return page
+
+
+def _readable(given: Given, reader: Callable[[Given], list[Section]], left_out: list[tuple[str, str]]) -> Given:
+    """What `reader` can make a section of by itself: one odd folder does not take the others with it."""
+    readable = []
+    for path, values in given:
+        try:
+            for section in reader([(path, values)]):
+                for chart in section.charts:
+                    drawing(chart)
+        except UserError as error:
+            left_out.append((str(path), str(error)))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, OSError) as error:
+            left_out.append((str(path), f"written by another version, or damaged: {type(error).__name__}: {error}"))
+        else:
+            readable.append((path, values))
+    return readable
 
 
 def _identify(path: Path) -> Found:
@@ -83,12 +98,14 @@ def _identify(path: Path) -> Found:
     if (path / "settings.json").is_file() and (path / "rows").is_dir():
         raise UserError("an unfinished study; `shapo study --report` writes what it has")
     if (path / "metrics.jsonl").is_file():
-        raise UserError("an unfinished run: metrics, but no run.json at its end; resume it, then report again")
+        return _unfinished(path)
     if (path / "methods").is_dir() or list(path.glob("seed-*")):
         raise UserError("an unfinished demo or attack: it has begun and not written its results")
     if (path / "probe.json").is_file():
         raise UserError("a run of `shapo probe`: it measures no method")
-    raise UserError("no run: none of run.json, report.json, attack.json, sharpness.json is there")
+    inside = sum(child.is_dir() for child in path.iterdir()) if path.is_dir() else 0
+    hint = f"; it holds {inside} folders, which {path}/* names" if inside else ""
+    raise UserError(f"no run: none of run.json, report.json, attack.json, sharpness.json is there{hint}")
 
 
 def _of_kind(path: Path, kind: str, values: dict[str, Any]) -> Found:
@@ -97,6 +114,12 @@ def _of_kind(path: Path, kind: str, values: dict[str, Any]) -> Found:
     if kind == "run" and "final" not in values:
         raise UserError("a run of `shapo sft`: it is no method to compare; its folder can be given to `shapo train`")
     return Found(path, "train" if kind == "run" else kind, values)
+
+
+def _unfinished(path: Path) -> Found:
+    if (start := training.start_of(path)) is None:
+        raise UserError("an unfinished run that does not say of what; finish it with --resume, then report again")
+    return Found(path, "train", start)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -36,8 +37,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """A line; `dotted` marks one that is not finished."""
+
     name: str
     points: tuple[Point, ...]
+    dotted: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,3 +137,11 @@ def over_seeds(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[Point, 
         ends = (min(values), max(values)) if several else (None, None)
         points.append(Point(x, sum(values) / len(values), *ends))
     return tuple(points)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    depth = 1
+    while depth < max(len(path.parts) for path in paths) and len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]

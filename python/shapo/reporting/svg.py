@@ -24,7 +24,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A series as drawn: polyline, band, marks. `style` is one of eight colours, dashed from the ninth series on."""
+    """A series as drawn: polyline, band, marks.
+
+    `style` is one of eight colours, dashed from the ninth series on, dotted where the run is not finished.
+    """
 
     style: str
     name: str
@@ -78,9 +81,8 @@ def _line(chart: Chart, number: int, series: Series, place: Any) -> Line:
     for point in points:
         x, y = place(point.x, point.y)
         marks.append(Mark(x, y, f"{series.name}, {chart.x} {point.x:g}: {chart.text(point)}"))
-    return Line(
-        f"c{number % 8}" + (" again" if number >= 8 else ""), series.name, path, _band(points, place), tuple(marks)
-    )
+    style = f"c{number % 8}" + (" again" if number >= 8 else "") + (" dotted" if series.dotted else "")
+    return Line(style, series.name, path, _band(points, place), tuple(marks))
 
 
 def _band(points: Sequence[Point], place: Any) -> str:

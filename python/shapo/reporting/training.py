@@ -1,7 +1,8 @@
 """Runs of `shapo train`: methods side by side, seeds together, and curves over training.
 
 Runs belong together where they start from the same model and are measured on the same held-out pairs after training
-on the same data with the same share of flipped labels; every such set is a section of its own.
+on the same data with the same share of flipped labels; every such set is a section of its own. Of a run that is not
+finished the curves are drawn as far as they go, apart from those of finished ones, and marked.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ Run = tuple[Path, dict[str, Any]]
 _NOT_THE_METHOD = {
     *("output", "seed", "noise_seed", "resume", "overwrite", "quiet", "eval_every", "save_every", "device", "command"),
     *("data", "eval_data", "split", "eval_split", "limit", "eval_limit", "format", "preference", "model", "noise"),
-    *("fused_head", "config", "report_to", "keep"),
+    *("fused_head", "config", "report_to", "keep", "stream", "push_to_hub"),
 }
+# What is named of a set of runs where sets differ in it.
+_DATA = ("model", "data", "split", "limit", "format", "preference", "noise", "eval_data", "eval_split", "eval_limit")
 _NAMED = {"loss", "rho", "relative_rho", "subspace"}
 
 LIMITS = (
@@ -36,18 +39,32 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_comparable(run[1]), []).append(run)
-    several = len(groups) > 1
-    made = [_section(key, members, several) for key, members in groups.items()]
-    if several:
-        made[0].text.insert(0, f"The runs are of {len(groups)} different data or starting models, each in a section.")
+    first = [members[0][1]["arguments"] for members in groups.values()]
+    differing = [name for name in _DATA if any(given.get(name) != first[0].get(name) for given in first)]
+    titles = ["; ".join(_named(name, given.get(name)) for name in differing) for given in first]
+    made = [_section(members) for members in groups.values()]
+    if len(made) > 1:
+        for number, (section, title) in enumerate(zip(made, titles, strict=True), 1):
+            # Files can have been changed under the same name; then a number tells the sets apart.
+            section.title += f": {title}" if titles.count(title) == 1 else f", set {number}"
+        made[0].text.insert(0, f"The runs are of {len(made)} different data or starting models, each in a section.")
     return made
 
 
+def start_of(folder: Path) -> dict[str, Any] | None:
+    """What the first line of an unfinished run's metrics says of it; None where there is no such line."""
+    found = read_metrics(folder / "metrics.jsonl", "start")
+    return {**found[0], "unfinished": True} if found and isinstance(found[0].get("arguments"), Mapping) else None
+
+
 def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """One run of each method, data and seed, and the others with the reason: a run repeated is no second seed."""
+    """One run of each method, data and seed, and the others with the reason: a run repeated is no second seed.
+
+    A finished one goes before an unfinished one.
+    """
     kept: dict[str, Run] = {}
     repeated = []
-    for folder, values in runs:
+    for folder, values in sorted(runs, key=lambda run: "unfinished" in run[1]):
         arguments = values["arguments"]
         seeds = [arguments.get("seed"), arguments.get("noise_seed") if arguments.get("noise") else None]
         data = values.get("digests", {}).get("data")
@@ -67,19 +84,29 @@ def _settings(arguments: Mapping[str, Any]) -> str:
 def _comparable(values: Mapping[str, Any]) -> str:
     arguments = values["arguments"]
     digests = values.get("digests", {})
+    named = [arguments.get(name) for name in ("data", "split", "limit", "format", "preference")]
+    # With flipped labels the digest is another for each seed of the flips.
+    digest = None if arguments.get("noise") else digests.get("data")
     key = {
         "model": digests.get("base") or digests.get("model") or arguments.get("model"),
-        "data": arguments.get("data"),
-        "limit": arguments.get("limit"),
+        "data": digest or named,
         "noise": arguments.get("noise"),
-        "evaluation": digests.get("evaluation") or [arguments.get("eval_data"), arguments.get("eval_limit")],
+        "evaluation": digests.get("evaluation") or [arguments.get(f"eval_{n}") for n in ("data", "split", "limit")],
     }
     return json.dumps(key, sort_keys=True)
 
 
-def _section(key: str, runs: list[Run], several: bool) -> Section:
+def _named(name: str, value: Any) -> str:
+    if name in ("data", "eval_data", "model"):
+        shown = ", ".join(Path(str(part)).name for part in (value if isinstance(value, list) else [value]))
+        return {"data": "", "eval_data": "measured on ", "model": "from "}[name] + shown
+    if name == "noise":
+        return f"{100 * (value or 0):g} % flipped"
+    return f"{name.replace('_', ' ')} {'default' if value is None else value}"
+
+
+def _section(runs: list[Run]) -> Section:
     arguments = runs[0][1]["arguments"]
-    title = "Training" + (f": {_sources(arguments, short=True)}" if several else "")
     noise = arguments.get("noise") or 0
     text = [
         f"Started from {arguments.get('model')}, trained on {_sources(arguments)}"
@@ -87,15 +114,31 @@ def _section(key: str, runs: list[Run], several: bool) -> Section:
         + f", measured on {arguments.get('eval_data') or 'no held-out pairs'}."
     ]
     methods = _methods(runs)
-    section = Section(title, text, [_table(methods)], _charts(methods), list(LIMITS))
-    fewest = min(len(members) for members in methods.values())
-    if fewest == 1:
+    finished = {name: members for name, members in methods.items() if not _unfinished(members)}
+    tables = [_table(finished)] if finished else []
+    section = Section("Training", text, tables, _charts(methods), list(LIMITS))
+    if len(finished) < len(methods):
+        told = [f"{folder} ({_progress(folder, values)})" for folder, values in runs if "unfinished" in values]
+        text.append(f"Not finished, so in the curves alone, which are dotted: {', '.join(told)}.")
+    if finished and min(len(members) for members in finished.values()) == 1:
         section.limits.insert(0, "Some methods were run with one seed only.")
     return section
 
 
+def _unfinished(runs: Sequence[Run]) -> bool:
+    return "unfinished" in runs[0][1]
+
+
+def _progress(folder: Path, values: Mapping[str, Any]) -> str:
+    done = read_metrics(folder / "metrics.jsonl", "update")
+    return f"{done[-1]['update'] if done else 0} of {values['updates']} updates"
+
+
 def _methods(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by the name of their method; settings that differ within a name become part of it."""
+    """Runs by the name of their method; settings that differ within a name become part of it.
+
+    Unfinished runs have names of their own: a mean with theirs would end where they do.
+    """
     by_name: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         arguments = run[1]["arguments"]
@@ -106,14 +149,20 @@ def _methods(runs: list[Run]) -> dict[str, list[Run]]:
         differing = sorted(k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings))
         for found, members in zip(settings, variants.values(), strict=True):
             told = ", ".join(f"{k.replace('_', ' ')} {_shown(k, found.get(k))}" for k in differing)
-            methods[f"{name} ({told})" if told else name] = members
+            whole = f"{name} ({told})" if told else name
+            for ending, part in (
+                ("", [run for run in members if "unfinished" not in run[1]]),
+                (", not finished", [run for run in members if "unfinished" in run[1]]),
+            ):
+                if part:
+                    methods[whole + ending] = part
     return methods
 
 
-def _sources(arguments: Mapping[str, Any], *, short: bool = False) -> str:
-    data = arguments.get("data")
+def _sources(arguments: Mapping[str, Any]) -> str:
+    data, split = arguments.get("data"), arguments.get("split")
     texts = [str(source) for source in (data if isinstance(data, list) else [data])]
-    return ", ".join(Path(text).name if short else text for text in texts)
+    return ", ".join(texts) + (f" (split {split})" if split else "")
 
 
 def _shown(setting: str, value: Any) -> str:
@@ -179,7 +228,7 @@ def _charts(methods: Mapping[str, list[Run]]) -> list[Chart]:
             curves = [_curve(folder, key) for folder, _ in runs]
             curves = [curve for curve in curves if curve]
             if curves and (points := over_seeds(curves)):
-                series.append(Series(name, points))
+                series.append(Series(name, points, dotted=_unfinished(runs)))
         if series:
             several = any(point.low is not None for s in series for point in s.points)
             charts.append(Chart(title, "updates", y, tuple(series), "lowest to highest seed" if several else "", share))

@@ -27,6 +27,8 @@ from shapo.training.trackers import Trackers
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+RUN = "run.json"
+"""What a command writes once its run is finished."""
 
 Update = Callable[[list[int]], dict[str, Any]]
 Evaluate = Callable[[int], dict[str, Any]]
@@ -43,6 +45,7 @@ class Loop:
         examples: Number of examples in the data set.
         run: The fingerprint: what must be the same for a checkpoint to be resumed.
         output: Folder of `metrics.jsonl`, `checkpoint.pt` and those before it.
+        about: What a report is to know of a run that does not get to its end; the first line of the metrics.
     """
 
     model: torch.nn.Module
@@ -52,6 +55,7 @@ class Loop:
     examples: int
     run: Mapping[str, Any]
     output: Path
+    about: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.order = DataOrder(self.examples, self.config.batch_size, self.config.seed)
@@ -103,6 +107,8 @@ class Loop:
                 log.write(kind, {"update": done, **values})
                 trackers.log(kind, values, done)
 
+            if self.about and done == 0:
+                log.write("start", {"update": 0, "updates": self.total, **self.about})
             if evaluate and done == 0:
                 write("evaluation", evaluate(0))
             while done < self.total:
@@ -144,7 +150,8 @@ class Loop:
     def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
         if state is None:
             torch.manual_seed(self.config.seed)
-            for path in [self.output / CHECKPOINT, *_older(self.output)]:
+            # An earlier run's numbers would be taken for those of this one until it is finished.
+            for path in [self.output / CHECKPOINT, self.output / RUN, *_older(self.output)]:
                 path.unlink(missing_ok=True)
             return 0, 0
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}

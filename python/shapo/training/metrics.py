@@ -66,6 +66,8 @@ class MetricsLog:
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics file, of one kind ("update", "evaluation") or all.
 
+    A last line that a kill has cut is passed over.
+
     Raises:
         UserError: It cannot be read, or a line is damaged.
     """
@@ -83,6 +85,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
+            if number == len(lines):
+                return
             row = None
         if not isinstance(row, dict) or "kind" not in row:
             raise UserError(f"{path}, line {number} is damaged: expected a JSON object with a kind")

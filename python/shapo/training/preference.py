@@ -15,7 +15,7 @@ The reference and the reward model are not run here: their numbers are looked up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,7 @@ def train_preferences(
     resume: bool = False,
     progress: bool = True,
     name: str = "train",
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place; as it is given, it is the reference.
 
@@ -75,6 +76,7 @@ def train_preferences(
         rewards: The training pairs' rewards, for the reward level.
         evaluation: Clean pairs.
         save: Saves the model; called as soon as the weights are final.
+        about: What a report is to know of the run before it is finished, beside its `digests`.
 
     Returns:
         A summary: `updates`, `seconds_per_update` and `cpu_seconds_per_update` (medians), `final` (last evaluation),
@@ -134,8 +136,10 @@ def train_preferences(
     rounding = StepRounding(model.parameters(), scheduler, warmup=loop.warmup, total=total)
     update = _Update(model, optimizer, data, loss, loop, shapo, reference, rewards, head, rounding)
     watch = _Evaluation(model, data, evaluation, reference, held_out, loss, loop)
+    held_out_digest = evaluation.digest() if evaluation else None
+    digests = {"model": start, "base": base_start, "data": data.digest(), "evaluation": held_out_digest}
     try:
-        Loop(model, optimizer, scheduler, loop, len(data), run, output).train(
+        Loop(model, optimizer, scheduler, loop, len(data), run, output, {**(about or {}), "digests": digests}).train(
             update,
             watch if watch.has_work else None,
             state=state,
@@ -147,8 +151,6 @@ def train_preferences(
     finally:
         if isinstance(optimizer, ShaPOOptimizer):
             optimizer.detach()
-    held_out_digest = evaluation.digest() if evaluation else None
-    digests = {"model": start, "base": base_start, "data": data.digest(), "evaluation": held_out_digest}
     return {**_summary(output / METRICS, int(data.flipped.sum())), "digests": digests}
 
 

@@ -55,22 +55,109 @@ def test_sources_and_settings_left_open_are_written_as_words(tmp_path):
     assert names == ["dpo (lora none, updates default)", "dpo (lora r=4, updates 4)"]
 
 
-@pytest.mark.parametrize("other", [{"data": "b.jsonl"}, {"eval_data": "b.jsonl"}, {"model": "b"}, {"noise": 0.1}])
-def test_runs_of_different_data_are_said_to_be_and_shown_apart(other, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "titles"),
+    [
+        ({"data": "b.jsonl"}, ["train.jsonl", "b.jsonl"]),
+        ({"eval_data": "b.jsonl"}, ["measured on test.jsonl", "measured on b.jsonl"]),
+        ({"model": "b"}, ["from start", "from b"]),
+        ({"noise": 0.1}, ["30 % flipped", "10 % flipped"]),
+        ({"split": "hard"}, ["split default", "split hard"]),
+        ({"eval_split": "hard"}, ["eval split default", "eval split hard"]),
+        ({"limit": 8}, ["limit default", "limit 8"]),
+        ({"format": "hh"}, ["format default", "format hh"]),
+        ({"preference": "better"}, ["preference default", "preference better"]),
+    ],
+)
+def test_runs_of_different_data_are_said_to_be_and_shown_apart(other, titles, tmp_path):
     page = collect([runs.train_run(tmp_path / "a"), runs.train_run(tmp_path / "b", **other)])
-    assert len(page.sections) == 2
+    assert [section.title for section in page.sections] == [f"Training: {title}" for title in titles]
     assert "different data" in page.sections[0].text[0]
     assert all(len(section.tables[0].rows) == 1 for section in page.sections)
+
+
+def test_data_that_changed_under_the_same_name_are_other_data(tmp_path):
+    paths = [runs.train_run(tmp_path / name, noise=0) for name in "ab"]
+    for path, digest in zip(paths, "12", strict=True):
+        values = json.loads((path / "run.json").read_text())
+        runs.write(path / "run.json", values | {"digests": {"data": digest, "model": "m", "evaluation": "e"}})
+    assert [section.title for section in collect(paths).sections] == ["Training, set 1", "Training, set 2"]
+
+
+def test_an_unfinished_run_is_drawn_as_far_as_it_goes_and_marked(tmp_path):
+    whole = [runs.train_run(tmp_path / f"whole-{s}", seed=s) for s in (0, 1)]
+    half = runs.train_run(tmp_path / "half", seed=2, accuracy=(0.5, 0.625))
+    (half / "run.json").unlink()
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "update", "update": 7}\n{"kind": "upd')  # a kill has cut the last line
+    page = collect([half, *whole])
+    (section,) = page.sections
+    assert [(row[0], row[1]) for row in texts(section.tables[0])] == [("dpo", "2")]
+    finished, unfinished = section.charts[0].series
+    assert (finished.name, finished.dotted) == ("dpo", False)
+    assert (unfinished.name, unfinished.dotted) == ("dpo, not finished", True)
+    assert unfinished.points == (Point(0, 0.5), Point(10, 0.625))
+    assert f"{half} (7 of 10 updates)" in section.text[-1]
+    assert page.left_out == []
+    assert 'class="c1 dotted"' in render(page)
+
+
+def test_a_page_of_unfinished_runs_alone_has_curves_and_no_table(tmp_path):
+    half = runs.train_run(tmp_path / "half")
+    (half / "run.json").unlink()
+    (section,) = collect([half]).sections
+    assert (section.tables, len(section.charts)) == ([], 3)
+    assert "Not finished" in render(collect([half]))
+
+
+def test_a_finished_run_goes_before_an_unfinished_one_of_the_same_settings(tmp_path):
+    half, whole = (runs.train_run(tmp_path / name) for name in ("half", "whole"))
+    (half / "run.json").unlink()
+    page = collect([half, whole])
+    assert [row[1] for row in texts(page.sections[0].tables[0])] == ["1"]
+    assert page.left_out == [(str(half), f"the same settings and seed as {whole}")]
 
 
 def test_attacks_on_the_same_prompts_share_their_curves(tmp_path):
     paths = [runs.attack(tmp_path / "a"), runs.attack(tmp_path / "b", unsafe=(0.0, 0.5))]
     paths.append(runs.attack(tmp_path / "c", data="other"))
     first, second = collect(paths).sections
+    assert (first.title, second.title) == ("Harmful fine-tuning, set 1", "Harmful fine-tuning, set 2")
     success = first.charts[0]
     assert [series.name for series in success.series] == ["a", "b"]
     assert success.series[0].points == (Point(0, 0.25, 0.25, 0.25), Point(5, 0.8125, 0.75, 0.875))
     assert len(second.charts[0].series) == 1
+
+
+def test_attacks_judged_by_another_probe_are_shown_apart(tmp_path):
+    paths = [runs.attack(tmp_path / name) for name in "ab"]
+    values = json.loads((paths[1] / "attack.json").read_text())
+    runs.write(paths[1] / "attack.json", values | {"judge_digest": "another"})
+    assert len(collect(paths).sections) == 2
+
+
+def test_over_refusal_stands_beside_attack_success_or_is_said_to_be_missing(tmp_path):
+    path = runs.attack(tmp_path / "a")
+    (section,) = collect([path]).sections
+    assert any("Over-refusal was not measured" in limit for limit in section.limits)
+    assert {row[5] for row in texts(section.tables[0])} == {"-"}
+    values = json.loads((path / "attack.json").read_text())
+    for seed in values["seeds"]:
+        for point in seed["curve"]:
+            point["over_refusal"] = runs.bounded(0.125)
+    runs.write(path / "attack.json", values)
+    (section,) = collect([path]).sections
+    assert not any("Over-refusal was not measured" in limit for limit in section.limits)
+    assert {row[5] for row in texts(section.tables[0])} == {"12.5 (6 to 56)"}
+    assert "Over-refusal over the attack" in [chart.title for chart in section.charts]
+
+
+def test_an_attack_that_stopped_between_seeds_says_how_many_it_has(tmp_path):
+    path = runs.attack(tmp_path / "a")
+    values = json.loads((path / "attack.json").read_text())
+    values["arguments"]["seeds"] = 3
+    runs.write(path / "attack.json", values)
+    assert "Not finished: a has 2 of 3 seeds." in collect([path]).sections[0].text
 
 
 def test_a_study_shows_its_intervals(tmp_path):
@@ -92,6 +179,7 @@ def test_what_cannot_be_shown_is_named_with_its_reason(tmp_path):
     whole = runs.train_run(tmp_path / "whole")
     half = runs.train_run(tmp_path / "half")
     (half / "run.json").unlink()
+    (half / "metrics.jsonl").write_text('{"kind": "update", "update": 3}\n')
     (tmp_path / "none").mkdir()
     damaged = runs.train_run(tmp_path / "damaged")
     (damaged / "run.json").write_text('{"arguments": ')
@@ -117,6 +205,36 @@ def test_a_run_of_another_version_spoils_no_page(tmp_path):
     page = collect([whole, odd])
     assert len(page.sections) == 1
     assert "another version" in page.left_out[0][1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "metrics.jsonl").write_text('{"kind": \n{"kind": "update", "update": 1}\n'),
+        lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\n\n"),
+        lambda folder: runs.write(folder / "run.json", {"final": [], "arguments": {}}),
+        lambda folder: runs.write(folder / "run.json", {"final": {}, "arguments": "x"}),
+        lambda folder: (folder / "run.json").write_text('{"final": ' + "[" * 100_000),
+        lambda folder: (folder / "run.json").write_bytes(b"\xff\xfe"),
+        lambda folder: (folder / "run.json").rename(folder / "attack.json"),
+        lambda folder: (folder / "run.json").rename(folder / "sharpness.json"),
+        lambda folder: (folder / "run.json").rename(folder / "report.json"),
+    ],
+)
+def test_an_odd_folder_takes_no_other_with_it(damage, tmp_path):
+    whole, odd = (runs.train_run(tmp_path / name, seed=seed) for seed, name in enumerate(("whole", "odd")))
+    damage(odd)
+    page = collect([whole, odd])
+    assert [row[1] for row in texts(page.sections[0].tables[0])] == ["1"]
+    assert [name for name, _ in page.left_out] == [str(odd)]
+    assert len(page.left_out[0][1]) < 300
+    render(page)
+
+
+def test_a_folder_of_runs_says_how_they_are_given(tmp_path):
+    runs.train_run(tmp_path / "a")
+    with pytest.raises(UserError, match=r"it holds 1 folders, which .*/\* names"):
+        collect([tmp_path])
 
 
 def test_nothing_to_show_is_an_error(tmp_path, capsys):
