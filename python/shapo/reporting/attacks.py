@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.reporting.contents import Cell, Chart, Point, Section, Series, Table, bounds, number, over_seeds, short_names
+from shapo.reporting.contents import Chart, Point, Section, Series, Table, bounds, number, over_seeds, short_names, word
 
 _SIZE = ("examples", "lora", "lr", "batch_size", "max_new_tokens")
 
@@ -65,7 +65,7 @@ def _table(attacks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
             for point in (seed["curve"][0], seed["curve"][-1]):
                 shares = (bounds(point.get(key) or {}) for key in ("attack_success", "refusal", "over_refusal"))
                 where = number(seed["seed"], "d"), number(point["step"], "d")
-                rows.append((Cell(name, name), *where, *shares, number(point["loss"])))
+                rows.append((word(name), *where, *shares, number(point["loss"])))
     return Table("Before and after the attack, by seed (95 % interval)", columns, tuple(rows))
 
 

@@ -72,9 +72,11 @@ def _readable(given: Given, reader: Callable[[Given], list[Section]], left_out: 
     readable = []
     for path, values in given:
         try:
-            for section in reader([(path, values)]):
-                for chart in section.charts:
-                    drawing(chart)
+            made = reader([(path, values)])
+            for chart in (chart for section in made for chart in section.charts):
+                drawing(chart)
+            if not made:
+                raise UserError("it holds no numbers to show")
         except UserError as error:
             left_out.append((str(path), str(error)))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, OSError) as error:

@@ -24,6 +24,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    @property
+    def words(self) -> list[bool]:
+        """Of each column whether it holds words, which are set from the left; numbers are set from the right."""
+        return [any(isinstance(row[n].order, str) for row in self.rows) for n in range(len(self.columns))]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -80,6 +85,10 @@ class Chart:
     def number(self, value: float) -> str:
         return f"{100 * value:.1f}%" if self.percent else f"{value:.4g}"
 
+    def tick(self, value: float) -> str:
+        """A round number at an axis."""
+        return f"{100 * value:.4g}%" if self.percent else f"{value:.4g}"
+
 
 @dataclass
 class Section:
@@ -106,6 +115,11 @@ def number(value: Any, form: str = ".4g") -> Cell:
     if not isinstance(value, (int, float)) or value != value:
         return Cell("-")
     return Cell(format(value, form), float(value))
+
+
+def word(text: Any) -> Cell:
+    """A cell of words, sorted by them."""
+    return Cell(str(text), str(text))
 
 
 def percent(share: Any) -> Cell:

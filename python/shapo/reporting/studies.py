@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.reporting.contents import Cell, Chart, Point, Section, Series, Table, number, percent
+from shapo.reporting.contents import Cell, Chart, Point, Section, Series, Table, number, percent, word
 from shapo.training.metrics import read_metrics
 
 Given = Sequence[tuple[Path, dict[str, Any]]]
@@ -42,7 +42,7 @@ def _demo_methods(values: Mapping[str, Any]) -> Table:
                "ms an update")  # fmt: skip
     rows = tuple(
         (
-            Cell(row["name"], row["name"]),
+            word(row["name"]),
             percent(row["test"]["accuracy"]),
             percent(row["unseen"]["accuracy"]),
             number(row["test"]["loss"], ".3f"),
@@ -79,7 +79,9 @@ def sharpness(given: Given) -> list[Section]:
     made = []
     for path, values in given:
         arguments = values.get("arguments", {})
-        text = [f"{arguments.get('model')} on {values['pairs']} pairs, where its loss is {values['loss']:.4f}."]
+        text = [
+            f"Model {arguments.get('model')}; its loss on the {values['pairs']} pairs is {values['loss']:.4f} nats each."
+        ]
         charts, tables = _sharpness_charts(values), [_subspaces(values)]
         made.append(Section(f"Figure 1, sharpness: {path.name}", text, tables, charts, list(_SHARPNESS_LIMITS)))
     return made
@@ -88,7 +90,7 @@ def sharpness(given: Given) -> list[Section]:
 def _subspaces(values: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
-            Cell(curve["name"], curve["name"]),
+            word(curve["name"]),
             number(curve["neurons"], "d"),
             number(curve["weight_norm"], ".3g"),
             number(100 * curve["gradient_share"], ".2f"),
@@ -136,10 +138,18 @@ def study(given: Given) -> list[Section]:
             "Few prompts: intervals draw prompts, and those of single seeds say nothing about other seeds.",
             *_SHARPNESS_LIMITS,
         ]
-        made.append(Section(f"Study: {path.name}", [], tables, charts, limits))
+        made.append(Section(f"Study: {path.name}", _study_text(values.get("settings") or {}), tables, charts, limits))
     if not made:
         raise ValueError("the study has no finished jobs")
     return made
+
+
+def _study_text(settings: Mapping[str, Any]) -> list[str]:
+    plan, name = settings.get("plan") or {}, settings.get("model_name")
+    if not (name and plan):
+        return []
+    size = f"{plan['updates']} updates of {plan['batch_size']} pairs, at most {plan['max_length']} tokens each"
+    return [f"Model {Path(str(name)).name}; a run has {size}."]
 
 
 def _study_methods(values: Mapping[str, Any]) -> Table:
@@ -156,7 +166,7 @@ def _study_methods(values: Mapping[str, Any]) -> Table:
     )
     rows = tuple(
         (
-            Cell(row["method"], row["method"]),
+            word(row["method"]),
             number(100 * row["noise"], ".0f"),
             number(len(row["seeds"]), "d"),
             *(percent(row[split]["accuracy"]) for split in ("test", "test_unseen", "test_attacks")),
@@ -173,10 +183,10 @@ def _study_differences(values: Mapping[str, Any]) -> Table:
     columns = ("method", "against", "flipped %", "split", "seeds", "difference of the clean loss (95 %)")
     rows = tuple(
         (
-            Cell(row["method"], row["method"]),
-            Cell(row["baseline"], row["baseline"]),
+            word(row["method"]),
+            word(row["baseline"]),
             number(100 * row["noise"], ".0f"),
-            Cell(row["split"], row["split"]),
+            word(row["split"]),
             number(len(row["seeds"]), "d"),
             Cell(f"{row['loss'][0]:+.4f} ({row['loss'][1]:+.4f} to {row['loss'][2]:+.4f})", row["loss"][0]),
         )

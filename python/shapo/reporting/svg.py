@@ -26,7 +26,8 @@ class Mark:
 class Line:
     """A series as drawn: polyline, band, marks.
 
-    `style` is one of eight colours, dashed from the ninth series on, dotted where the run is not finished.
+    `style` is one of eight colours with one of four dashes: lines that coincide show through each other, and are told
+    apart without colours. Dotted is not finished.
     """
 
     style: str
@@ -56,7 +57,7 @@ def drawing(chart: Chart) -> dict[str, Any]:
     y_at = _decades(y_low, y_high) or sorted({v for v in given if v > 0}) if chart.log_y else ticks(y_low, y_high)
     x_at = _decades(x_low, x_high) or sorted({p.x for p in points}) if chart.log_x else ticks(x_low, x_high)
     anchor = points[0].x if points else 1.0
-    y_ticks = [(place(anchor, v)[1], chart.number(v)) for v in y_at]
+    y_ticks = [(place(anchor, v)[1], chart.tick(v)) for v in y_at]
     x_ticks = [(place(v, 1.0)[0], f"{v:g}") for v in x_at]
     return {
         "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM,
@@ -81,7 +82,7 @@ def _line(chart: Chart, number: int, series: Series, place: Any) -> Line:
     for point in points:
         x, y = place(point.x, point.y)
         marks.append(Mark(x, y, f"{series.name}, {chart.x} {point.x:g}: {chart.text(point)}"))
-    style = f"c{number % 8}" + (" again" if number >= 8 else "") + (" dotted" if series.dotted else "")
+    style = f"c{number % 8} " + ("dotted" if series.dotted else f"dash{(number + number // 8) % 4}")
     return Line(style, series.name, path, _band(points, place), tuple(marks))
 
 

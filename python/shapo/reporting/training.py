@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.reporting.contents import Cell, Chart, Section, Series, Table, number, over_seeds, percent
+from shapo.reporting.contents import Cell, Chart, Section, Series, Table, number, over_seeds, percent, word
 from shapo.training.metrics import read_metrics
 
 Run = tuple[Path, dict[str, Any]]
@@ -190,7 +190,7 @@ def _table(methods: Mapping[str, list[Run]]) -> Table:
         ratios = [v["rho_over_weight_norm"] for _, v in runs if v["rho_over_weight_norm"] is not None]
         rows.append(
             (
-                Cell(name, name),
+                word(name),
                 number(len(runs), "d"),
                 _accuracy(runs),
                 number(_mean([f.get("loss") for f in finals])),

@@ -1,58 +1,18 @@
-"""The page in a real browser, where there is one: three widths, no console message, no overflow, tables by keyboard."""
+"""The page in a real browser, where there is one: three widths, light and dark, everything by keyboard, no message."""
 
 from __future__ import annotations
 
-import html
-import json
-import shutil
-import subprocess
+import base64
+import re
 
 import pytest
 
 from shapo.reporting.collect import collect
 from shapo.reporting.page import render
-from tests.support import runs
+from tests.support import browser, runs
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+pytestmark = pytest.mark.skipif(browser.PATH is None, reason="no Chromium is installed")
 WIDTHS = (360, 768, 1280)
-
-# Runs inside the page: what a person with a keyboard finds, what sorting does, whether anything sticks out.
-PROBE = """
-addEventListener("load", () => {
-  const reach = [];
-  const regions = [...document.querySelectorAll(".scroll")];
-  for (const region of regions) {
-    if (region.closest("details")) region.closest("details").open = true;
-    region.focus();
-    reach.push(document.activeElement === region);
-    const button = region.querySelector("th button");
-    button.focus();
-    reach.push(document.activeElement === button);
-  }
-  const marks = [...document.querySelectorAll("circle.mark")];
-  for (const mark of marks) { mark.focus(); reach.push(document.activeElement === mark); }
-  const table = document.querySelector("table");
-  const button = table.querySelectorAll("th button")[2];
-  const values = () => [...table.tBodies[0].rows].map((row) => row.cells[2].textContent);
-  const order = [];
-  for (let click = 0; click < 2; click++) { button.click(); order.push(values()); }
-  const wide = [...document.querySelectorAll("body *")].filter((e) =>
-    !e.closest(".scroll, svg") && e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5);
-  parent.postMessage({width: innerWidth, scroll: document.documentElement.scrollWidth, tables: regions.length,
-    marks: marks.length, reach: reach.every(Boolean), order, sort: button.closest("th").getAttribute("aria-sort"),
-    wide: wide.map((e) => e.tagName), errors: window.problems}, "*");
-});
-"""
-
-FRAME = """<!doctype html><body><pre id="found"></pre><script>
-const found = [];
-addEventListener("message", (event) => {
-  found.push(event.data);
-  if (found.length === %d) document.getElementById("found").textContent = JSON.stringify(found);
-});
-</script>%s</body>"""
 
 
 @pytest.fixture(scope="module")
@@ -61,54 +21,133 @@ def page(tmp_path_factory):
     paths = [runs.train_run(folder / f"dpo-{s}", seed=s, accuracy=(0.5, 0.75 + s / 8)) for s in (0, 1)]
     paths += [
         runs.train_run(folder / "other method", loss="ipo", accuracy=(0.5, 0.6)),
+        runs.train_run(folder / "unfinished", loss="cdpo", accuracy=(0.5, 0.6)),
         runs.attack(folder / "attacked"),
     ]
+    (folder / "unfinished" / "run.json").unlink()
     paths += [runs.sharpness(folder / "sharp"), runs.safety(folder / "e.json"), folder / ("long-" * 12)]
-    return render(collect(paths))
+    (folder / "page.html").write_text(render(collect(paths)))
+    return folder / "page.html"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_finds_no_fault_at_three_widths(page, tmp_path):
-    # The probe is let in past the page's own policy, which allows inline scripts alone.
-    early = "<script>window.problems = []; addEventListener('error', (e) => problems.push(e.message));</script>"
-    probed = page.replace("<head>", f"<head>{early}", 1).replace("</body>", f"<script>{PROBE}</script></body>", 1)
-    frames = "".join(
-        f'<iframe width="{width}" height="900" style="border:0" srcdoc="{html.escape(probed)}"></iframe>'
-        for width in WIDTHS
-    )
-    (tmp_path / "frames.html").write_text(FRAME % (len(WIDTHS), frames))
-    done = _browse(tmp_path, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frames.html").as_uri())
-    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    text = done.stdout.partition('<pre id="found">')[2].partition("</pre>")[0]
-    found = {entry["width"]: entry for entry in json.loads(html.unescape(text))}
-    assert set(found) == set(WIDTHS)
-    for width, entry in found.items():
-        assert entry["errors"] == []
-        assert (entry["scroll"], entry["wide"]) == (width, [])
-        assert entry["tables"] >= 8
-        assert entry["marks"] >= 12
-        assert entry["reach"]
-        upwards = ["60.0 (50 to 70)", "81.2 (seeds 75.0 to 87.5)"]
-        assert entry["order"] == [upwards, upwards[::-1]]
-        assert entry["sort"] == "descending"
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    found = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_the_page_prints(page, tmp_path):
-    (tmp_path / "page.html").write_text(page)
-    _browse(tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri())
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+# What stands further right than the page is wide, outside of what scrolls by itself.
+WIDE = """[...document.querySelectorAll("body *")].filter((e) => !e.closest(".scroll, svg")
+  && e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5).map((e) => e.outerHTML)"""
 
 
-def _browse(folder, *arguments):
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
-    return subprocess.run(
-        [str(BROWSER), *options, "--enable-logging=stderr", *arguments],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_sticks_out_and_nothing_complains(width, scheme, page, chromium):
+    chromium.open(page, width, scheme=scheme)
+    chromium.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert chromium.run("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert chromium.run(WIDE) == []
+    assert chromium.messages == []
+
+
+# Where the focus is: a number for each element, in the order of the document.
+HERE = """(() => {
+  const all = [...document.querySelectorAll("body *")];
+  return all.indexOf(document.activeElement);
+})()"""
+STOPS = """(() => {
+  const all = [...document.querySelectorAll("body *")];
+  const visible = all.filter((e) => e.checkVisibility());
+  const wanted = visible.filter((e) => e.matches(".scroll, th button, summary, nav a, g .mark:first-of-type"));
+  return wanted.map((e) => all.indexOf(e));
+})()"""
+
+
+def test_the_tab_key_comes_to_every_table_column_and_line_and_out_again(page, chromium):
+    chromium.open(page, 768)
+    wanted, found = chromium.run(STOPS), []
+    assert len(wanted) > 40
+    while (here := _after(chromium, "Tab")) >= 0 and here not in found:
+        found.append(here)
+    # In the order in which they stand, each once; after the last one the focus leaves the page.
+    assert found == wanted
+    back = []
+    while (here := _after(chromium, "Tab", shift=True)) >= 0 and here not in back:
+        back.append(here)
+    assert back[-len(wanted) :] == wanted[::-1]
+
+
+def _after(chromium, key, **options):
+    chromium.press(key, **options)
+    return chromium.run(HERE)
+
+
+def test_what_has_the_focus_is_outlined(page, chromium):
+    chromium.open(page, 1280)
+    for _ in range(12):
+        chromium.press("Tab")
+        assert "solid 2px" in chromium.run("getComputedStyle(document.activeElement).outline")
+
+
+def test_arrow_keys_go_along_a_line_and_say_its_numbers(page, chromium):
+    chromium.open(page, 768)
+    while chromium.run("document.activeElement.matches('.mark')") is not True:
+        chromium.press("Tab")
+    read = "document.activeElement.closest('figure').querySelector('.reading').textContent"
+    said = [chromium.run(read)]
+    for key in ("ArrowRight", "ArrowRight", "Home", "End", "ArrowLeft"):
+        chromium.press(key)
+        said.append(chromium.run(read))
+    first, last = "dpo, updates 0: 50.0%", "dpo, updates 10: 81.2% (75.0% to 87.5%)"
+    assert said == [first, last, last, first, last, first]
+
+
+def test_enter_on_a_columns_head_sorts_the_rows_up_and_down(page, chromium):
+    chromium.open(page, 768)
+    while chromium.run("document.activeElement.textContent") != "accuracy %":
+        chromium.press("Tab")
+    values = "[...document.querySelector('table').tBodies[0].rows].map((row) => row.cells[2].textContent)"
+    upwards = ["60.0 (50 to 70)", "81.2 (seeds 75.0 to 87.5)"]
+    for order, direction in ((upwards, "ascending"), (upwards[::-1], "descending")):
+        chromium.press("Enter")
+        assert chromium.run(values) == order
+        assert chromium.run("document.activeElement.closest('th').getAttribute('aria-sort')") == direction
+
+
+# WCAG's contrast of each text with the page's background.
+CONTRAST = """(() => {
+  const light = (text) => {
+    const parts = text.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255);
+    const [r, g, b] = parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = light(getComputedStyle(document.body).backgroundColor);
+  const against = (color) => { const l = light(color); return (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05); };
+  const text = [...document.querySelectorAll("p, li, td, th, a, summary, figcaption")];
+  const lines = [...document.querySelectorAll("polyline.line")];
+  return [Math.min(...text.map((e) => against(getComputedStyle(e).color))),
+          Math.min(...lines.map((e) => against(getComputedStyle(e).stroke)))];
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_lines_stand_out_from_the_page(scheme, page, chromium):
+    chromium.open(page, 1280, scheme=scheme)
+    text, lines = chromium.run(CONTRAST)
+    assert text >= 4.5  # WCAG 2.1, 1.4.3
+    assert lines >= 3  # 1.4.11
+
+
+def test_the_page_prints_with_its_numbers(page, chromium):
+    chromium.open(page, 1280, scheme="dark")
+    printed = base64.b64decode(chromium.ask("Page.printToPDF", printBackground=True)["data"])
+    assert printed.startswith(b"%PDF")
+    chromium.ask("Emulation.setEmulatedMedia", media="print")
+    assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert chromium.run("[...document.querySelectorAll('details')].every((part) => part.open)")
+    # A4 in CSS pixels: no table is wider than the paper.
+    chromium.ask("Emulation.setDeviceMetricsOverride", width=794, height=1123, deviceScaleFactor=1, mobile=False)
+    assert chromium.run("document.documentElement.scrollWidth") == 794
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) < 12

@@ -17,6 +17,27 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...[...body.rows].sort(compare));
   });
 }
+// A line of a chart is one stop of the Tab key; the arrow keys go along its points. What a point says stands below it.
+for (const figure of document.querySelectorAll("figure")) {
+  const reading = figure.querySelector(".reading");
+  for (const line of figure.querySelectorAll("g")) {
+    const marks = [...line.querySelectorAll(".mark")];
+    marks.forEach((mark, place) => {
+      mark.setAttribute("tabindex", place === 0 ? "0" : "-1");
+      const say = () => { reading.textContent = mark.getAttribute("aria-label"); };
+      mark.addEventListener("focus", say);
+      mark.addEventListener("mouseenter", say);
+      mark.addEventListener("keydown", (event) => {
+        const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: marks.length - 1 }[event.key];
+        if (marks[next] === undefined) return;
+        event.preventDefault();
+        mark.setAttribute("tabindex", "-1");
+        marks[next].setAttribute("tabindex", "0");
+        marks[next].focus();
+      });
+    });
+  }
+}
 // On paper the numbers behind the charts are shown.
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
