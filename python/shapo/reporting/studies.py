@@ -80,7 +80,7 @@ def sharpness(given: Given) -> list[Section]:
     for path, values in given:
         arguments = values.get("arguments", {})
         text = [
-            f"Model {arguments.get('model')}; its loss on the {values['pairs']} pairs is {values['loss']:.4f} nats each."
+            f"Model {arguments.get('model')}; its loss on {values['pairs']} pairs is {values['loss']:.4f} nats each."
         ]
         charts, tables = _sharpness_charts(values), [_subspaces(values)]
         made.append(Section(f"Figure 1, sharpness: {path.name}", text, tables, charts, list(_SHARPNESS_LIMITS)))

@@ -124,7 +124,8 @@ CONTRAST = """(() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const paper = light(getComputedStyle(document.body).backgroundColor);
-  const against = (color) => { const l = light(color); return (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05); };
+  const ratio = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  const against = (color) => ratio(light(color), paper);
   const text = [...document.querySelectorAll("p, li, td, th, a, summary, figcaption")];
   const lines = [...document.querySelectorAll("polyline.line")];
   return [Math.min(...text.map((e) => against(getComputedStyle(e).color))),
