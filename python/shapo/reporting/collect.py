@@ -18,7 +18,7 @@ from shapo.reporting import attacks, studies, training, verdicts
 from shapo.reporting.contents import Page, Section
 from shapo.reporting.svg import drawing
 
-Given = Sequence[tuple[Path, dict[str, Any]]]
+Runs = list[tuple[Path, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def collect(paths: Sequence[str | os.PathLike[str]]) -> Page:
         ("sharpness", studies.sharpness),
     )
     for kind, reader in readers:
-        given = [(item.path, item.values) for item in found if item.kind == kind]
-        given = _readable(given, reader, page.left_out)
+        given = _readable([(item.path, item.values) for item in found if item.kind == kind], reader, page.left_out)
         if kind == "train":
             given, repeated = training.distinct(given)
             page.left_out += repeated
@@ -67,7 +66,7 @@ def collect(paths: Sequence[str | os.PathLike[str]]) -> Page:
     return page
 
 
-def _readable(given: Given, reader: Callable[[Given], list[Section]], left_out: list[tuple[str, str]]) -> Given:
+def _readable(given: Runs, reader: Callable[[Runs], list[Section]], left_out: list[tuple[str, str]]) -> Runs:
     """What `reader` can make a section of by itself: one odd folder does not take the others with it."""
     readable = []
     for path, values in given:

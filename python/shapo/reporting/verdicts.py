@@ -27,7 +27,7 @@ def sections(results: Sequence[tuple[Path, dict[str, Any]]]) -> list[Section]:
 
 
 def _safety(results: Named) -> Table:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name, values in results:
         refusal = values.get("over_refusal")
         refused = bounds(refusal) if isinstance(refusal, dict) else Cell("not measured")
