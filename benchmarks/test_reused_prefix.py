@@ -71,7 +71,7 @@ class Updates:
         self._base = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def _loss(self) -> torch.Tensor:
-        logps, _ = losses.sequence_logps(self._model(self._tokens).logits, self._labels)
+        logps, _ = losses.sequence_logps(self._model(self._tokens, use_cache=False).logits, self._labels)
         reference = self._reference
         return losses.dpo(logps[:PAIRS], logps[PAIRS:], reference, reference, beta=0.1).mean()
 

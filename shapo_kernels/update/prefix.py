@@ -254,6 +254,9 @@ class Prefix:
         if hook := foreign_hook(block, name):
             raise RuntimeError(f"{hook}, which a block that is taken from pass 1 does not run: leave reuse_prefix out")
         output = self._next(self._calls, name, block).again(args, kwargs, self._handed, self._differences)
+        if number == len(self._blocks) - 1:
+            # Nothing that the backward pass is done with is kept beyond it.
+            self._handed = {}
         if not self._calls:
             self._differences.send()
         for capture in hidden_states_hooks(block):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import shapo_kernels as sk
+from benchmarks.measure import peak_extra_bytes
 from tests.support.reused import (
     SUBSPACE,
     WAYS,
@@ -252,6 +253,27 @@ def test_the_cache_that_the_descent_fills_is_whole():
     ascent, descent = caches
     assert len(descent.layers) == 4
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(ascent.layers[:2], descent.layers[:2], strict=True))
+
+
+def test_keys_and_values_that_wait_for_the_descents_cache_take_no_memory_of_their_own():
+    model = build()
+
+    def most_bytes(reuse):
+        opt = wrap(model, SUBSPACE, reuse_prefix=reuse)
+
+        def ascent():
+            with opt.ascent():
+                opt.ascend(model(tokens(0), labels=tokens(0), use_cache=True).loss)
+
+        ascent()
+        most = peak_extra_bytes(ascent)
+        opt.detach()
+        return most
+
+    batch = tokens(0)
+    config = model.config
+    keys = 8 * batch.numel() * config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    assert most_bytes(True) - most_bytes(False) < keys
 
 
 class Layer(nn.Module):
