@@ -1,6 +1,7 @@
 """Blocks below the selected layers are computed once an update, and no bit of it changes."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -258,22 +259,21 @@ def test_the_cache_that_the_descent_fills_is_whole():
 def test_keys_and_values_that_wait_for_the_descents_cache_take_no_memory_of_their_own():
     model = build()
 
-    def most_bytes(reuse):
+    def most_bytes(*, reuse, cache):
         opt = wrap(model, SUBSPACE, reuse_prefix=reuse)
 
         def ascent():
             with opt.ascent():
-                opt.ascend(model(tokens(0), labels=tokens(0), use_cache=True).loss)
+                opt.ascend(model(tokens(0), labels=tokens(0), use_cache=cache).loss)
 
         ascent()
+        gc.collect()
         most = peak_extra_bytes(ascent)
         opt.detach()
         return most
 
-    batch = tokens(0)
-    config = model.config
-    keys = 8 * batch.numel() * config.hidden_size * config.num_key_value_heads // config.num_attention_heads
-    assert most_bytes(True) - most_bytes(False) < keys
+    of_reuse = {c: most_bytes(reuse=True, cache=c) - most_bytes(reuse=False, cache=c) for c in (True, False)}
+    assert of_reuse[True] == of_reuse[False]
 
 
 class Layer(nn.Module):
