@@ -132,6 +132,8 @@ def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[st
     Raises:
         ValueError: no rows.
     """
+    if len({row["case"] for row in rows}) > 1 and all("ratio_to_plain" in row for row in rows):
+        return _render_of_plain(suite, rows, environment)
     first = next((row["variant"] for row in rows if row["variant"].startswith(OURS)), None)
     if first is None or any("ratio_to_plain" in row or "times_ours" not in row for row in rows):
         return render(suite, rows, environment)
@@ -154,6 +156,23 @@ def render_wide(suite: str, rows: Sequence[dict[str, Any]], environment: dict[st
         cells += map(ratio, others)
         for column in memory:
             cells.append("; ".join(f"{found[name][column]:.2f}" if name in found else "none" for name in variants))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _provenance(rows, environment)])
+
+
+def _render_of_plain(suite: str, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """One line for each case: the plain update's median, and every other update in plain ones."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    plain, others = variants[0], variants[1:]
+    memory = ["MB at the peak: " + "; ".join(variants)] if all("extra_bytes" in row for row in rows) else []
+    titles = ["case", f"{plain}, ms (p20 to p80)", *(f"{name}, of plain" for name in others), *memory]
+    lines = [f"### {TITLES.get(suite, suite)}", "", f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["variant"]: row for row in rows if row["case"] == case}
+        cells = [case, "{p50_ms:.0f} ({p20_ms:.0f} to {p80_ms:.0f})".format(**found[plain])]
+        cells += [f"{found[name]['ratio_to_plain']:.2f}" if name in found else "" for name in others]
+        if memory:
+            cells.append("; ".join(f"{found[v]['extra_bytes'] / 1e6:.0f}" if v in found else "none" for v in variants))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _provenance(rows, environment)])
 

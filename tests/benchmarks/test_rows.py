@@ -35,3 +35,17 @@ def test_another_day_or_commit_of_the_same_machine_is_added_to(tmp_path):
     ]
     table = report.render("suite", found["rows"], found["environment"])
     assert f"commit 1234567, {found['environment']['commit']}, 2020-01-01, {found['environment']['date']};" in table
+
+
+def test_updates_of_several_cases_are_a_line_each_in_plain_ones():
+    def update(case, variant, ratio, megabytes):
+        times = {"p20_ms": 90.0, "p50_ms": 100.0 * ratio, "p80_ms": 110.0}
+        return {"case": case, "variant": variant, "rounds": 5, "ratio_to_plain": ratio, **times} | {
+            "extra_bytes": megabytes * 1_000_000
+        }
+
+    rows = [update("half", "plain", 1.0, 7), update("half", "ours", 1.33, 8), update("last", "plain", 1.0, 7)]
+    machine = {"cpu": "x", "threads": 1, "cores": 1, "gpu": None, "torch": "2", "commit": "c"}
+    table = report.render_wide("suite", rows, machine).splitlines()
+    assert "| half | 100 (90 to 110) | 1.33 | 7; 8 |" in table
+    assert "| last | 100 (90 to 110) |  | 7; none |" in table
