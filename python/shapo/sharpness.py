@@ -33,6 +33,7 @@ from shapo.models.modes import evaluating
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
 from shapo_kernels import ShaPOOptimizer, Subspace, SubspaceError, losses
 from shapo_kernels.interop.names import owners
+from shapo_kernels.model.block_stack import share_above
 from shapo_kernels.model.taps import stores_features_first
 
 FULL = "all parameters"
@@ -60,7 +61,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The increase inside one subspace against rho and against rho / ||W_S||."""
+    """The increase inside one subspace against rho and against rho / ||W_S||.
+
+    Attributes:
+        gradient_share: ||g_S||^2 / ||g||^2.
+        price: Of an update with `reuse_prefix=True`, in plain updates: (3 + 2 f) / 3, counted in forward passes, with f
+            the share of the blocks from the lowest selected one on. `None`: no stack of blocks was found.
+    """
 
     name: str
     neurons: int
@@ -68,6 +75,7 @@ class Curve:
     gradient_share: float
     by_rho: list[Point]
     by_ratio: list[Point]
+    price: float | None = None
 
 
 @dataclass(frozen=True)
@@ -208,9 +216,17 @@ def measure(
             share = (mover.gradient_norm / norm) ** 2 if norm else math.nan
             by_rho = [point(mover, rho, rho / mover.weight_norm if mover.weight_norm else math.nan) for rho in rhos]
             by_ratio = [point(mover, ratio * mover.weight_norm, ratio) for ratio in ratios]
-            curves.append(Curve(name, space.count, mover.weight_norm, share, by_rho, by_ratio))
+            price = _price(loss.model, space)
+            curves.append(Curve(name, space.count, mover.weight_norm, share, by_rho, by_ratio, price))
             full = full or {one.rho: one.increase for one in by_rho}
     return Sharpness(base, norm, len(loss), curves)
+
+
+def _price(model: torch.nn.Module, space: Subspace) -> float | None:
+    try:
+        return (3 + 2 * share_above(model, [model.get_submodule(name.rpartition(".")[0]) for name in space])) / 3
+    except ValueError:
+        return None
 
 
 def loss_increase(loss: PairLoss, subspace: Subspace, rho: float) -> float:

@@ -41,6 +41,20 @@ def blocks_below(
     return below
 
 
+def share_above(model: nn.Module, selected: Collection[nn.Module]) -> float:
+    """Share of the stack's blocks from the lowest one with a selected layer on: 1 where nothing lies below, 0 where all
+    selected layers lie above the stack.
+
+    Raises:
+        ValueError: no stack is found, or several are.
+    """
+    below = blocks_below(model, selected)
+    if not below:
+        return 1.0
+    stack = model.get_submodule(below[0][0].rpartition(".")[0])
+    return 1.0 - len(below) / sum(1 for _ in stack.children())
+
+
 def _named(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     found = module_aliases(model).get(name)
     if found is None:

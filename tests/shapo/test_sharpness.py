@@ -68,6 +68,16 @@ def test_shares_are_of_the_full_space_at_the_same_radius(result):
     assert some.by_rho[0].share == pytest.approx(math.sqrt(some.gradient_share), rel=0.05)
 
 
+def test_the_price_counts_the_blocks_from_the_lowest_selected_one_on(loss, tiny_llama):
+    blocks = len(tiny_llama.model.layers)
+    name = "model.layers.{}.mlp.down_proj.weight"
+    spaces = {str(n): Subspace({name.format(n): [0], name.format(blocks - 1): [1]}) for n in range(blocks)}
+    spaces["head"] = Subspace.head(tiny_llama)
+    found = {curve.name: curve.price for curve in measure(loss, spaces, rhos=[1e-3], progress=False).curves}
+    expected = {str(n): (3 + 2 * (blocks - n) / blocks) / 3 for n in range(blocks)}
+    assert found == pytest.approx({FULL: 5 / 3, **expected, "head": 1.0})
+
+
 def test_ratios_are_multiples_of_the_selected_weights_norm(result, tiny_llama):
     some = result.curves[1]
     selected = [tiny_llama.get_parameter(name).detach()[:, index] for name, index in NEURONS.items()]

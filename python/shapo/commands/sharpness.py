@@ -88,13 +88,14 @@ def run(arguments: argparse.Namespace) -> None:
     plot_sharpness(
         output / "sharpness.png", result, title=f"{arguments.model}, {len(data)} pairs, loss {result.loss:.4f}"
     )
-    header = ("subspace", "neurons or rows", "||W_S||", "gradient share", *(f"rho {rho:g}" for rho in arguments.rhos))
+    header = ("subspace", "neurons or rows", "||W_S||", "gradient share", "price", *(f"rho {rho:g}" for rho in arguments.rhos))
     rows = [
         (
             c.name,
             str(c.neurons),
             f"{c.weight_norm:.3g}",
             f"{100 * c.gradient_share:.2f} %",
+            "" if c.price is None else f"{c.price:.2f}",
             *(f"{p.increase:+.4f}" for p in c.by_rho),
         )
         for c in result.curves
