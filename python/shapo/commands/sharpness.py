@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     plot_sharpness(
         output / "sharpness.png", result, title=f"{arguments.model}, {len(data)} pairs, loss {result.loss:.4f}"
     )
-    header = ("subspace", "neurons or rows", "||W_S||", "gradient share", "price", *(f"rho {rho:g}" for rho in arguments.rhos))
+    columns = ("subspace", "neurons or rows", "||W_S||", "gradient share", "price")
+    header = (*columns, *(f"rho {rho:g}" for rho in arguments.rhos))
     rows = [
         (
             c.name,
