@@ -108,6 +108,7 @@ def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
     from shapo.storage.outputs import check_outputs, locked, parts, sole_writer
 
     groups = _groups(parsed.command)
+    options.require_names(groups, parsed)
     whole, filled = (options.named_files(groups, parsed, use) for use in ("writes", "fills"))
     replaced = whole + [(name, part) for name, folder in filled for part in parts(folder, module.REPLACES)]
     remade = getattr(module, "REMADE", "")

@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shapo.errors import UserError
+
 Table = TypeVar("Table")
 
 _KEY = "shapo.option"
@@ -144,6 +146,15 @@ def named_files(groups: Sequence[Group], parsed: argparse.Namespace, use: str) -
                     shown = str(told.metavar) if told.positional else typed(name)
                     found += [(shown, Path(form).expanduser()) for form in {text, *forms}]
     return found
+
+
+def require_names(groups: Sequence[Group], parsed: argparse.Namespace) -> None:
+    """Raises UserError for a file or folder without a name, which would pass for one that was not given."""
+    for group in groups:
+        for name, (_, told) in declared(group.table).items():
+            value = getattr(parsed, name, None)
+            if (told.reads or told.writes or told.fills) and (value == "" or (isinstance(value, list) and "" in value)):
+                raise UserError(f"{typed(name)} is empty, but the name of a file or folder is expected")
 
 
 def given(table: type, parsed: argparse.Namespace) -> list[str]:

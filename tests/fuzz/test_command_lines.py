@@ -23,7 +23,7 @@ def test_three_hundred_generated_command_lines_end_as_they_should():
 
 
 def test_a_case_is_made_of_the_seed_and_its_number_alone(tmp_path):
-    from tests.fuzz.run import make_case
+    from tests.fuzz.lines import make_case
 
     cases = [json.dumps(vars(make_case(number, 3, tmp_path))) for number in range(40)]
     assert cases == [json.dumps(vars(make_case(number, 3, tmp_path))) for number in range(40)]
@@ -43,7 +43,8 @@ def test_a_case_is_made_of_the_seed_and_its_number_alone(tmp_path):
     ],
 )
 def test_what_is_wrong_is_seen(code, error, after, wrong):
-    from tests.fuzz.run import Case, judge
+    from tests.fuzz.lines import Case
+    from tests.fuzz.run import judge
 
     case = Case(0, ["train"], must_fail="it was broken")
     assert judge(case, code, error, {"a": "1"}, after, []) == wrong

@@ -294,6 +294,7 @@ def test_a_recipe_that_would_be_changed_is_no_place_for_the_output(shapo, files,
     [
         (["--lr=--"], "--lr is given no value"),
         (["--output", "\udc80"], "is not UTF-8"),
+        (["--eval-data", ""], "--eval-data is empty"),
         (["--output", "x" * 300], "File name too long"),
         (["--model", "x" * 300], "File name too long"),
         (["--lr", "1e308"], "the learning rate is 1e+308"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shapo.data.pairs import ASSISTANT_MARKER
+from shapo.errors import UserError
 
 _PROBE = "8f2c41"  # stands where the answer would; no template writes it by itself
 _NEXT_TURNS = ("\n\nHuman:", "\n\nSystem:", ASSISTANT_MARKER)
@@ -31,12 +32,17 @@ def ending(tokenizer: Any, model: Any = None, *, chat_template: bool = False) ->
     config = getattr(getattr(model, "config", None), "eos_token_id", None)
     for value in (tokenizer.eos_token_id, stored, config):
         ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if wrong := [value for value in ids if not isinstance(value, int) or isinstance(value, bool)]:
+        raise UserError(
+            f"the model's generation_config.json or config.json has the eos_token_id {wrong[0]!r}, but numbers of "
+            "tokens are expected"
+        )
     texts: tuple[str, ...] = _NEXT_TURNS
     if chat_template:
         end_id, end_text = _template_end(tokenizer)
         ids += [] if end_id is None else [end_id]
         texts = (end_text,) if end_text else ()
-    return Ending(tuple(dict.fromkeys(int(value) for value in ids)), texts)
+    return Ending(tuple(dict.fromkeys(ids)), texts)
 
 
 def _template_end(tokenizer: Any) -> tuple[int | None, str | None]:

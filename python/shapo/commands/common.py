@@ -231,7 +231,7 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> P
         vocabulary=model.get_input_embeddings().weight.shape[0],
         positions=learned_positions(model),
     )
-    if encoder.pad_token_id >= (embeddings := len(model.get_input_embeddings().weight)):
+    if not 0 <= encoder.pad_token_id < (embeddings := len(model.get_input_embeddings().weight)):
         raise UserError(
             f"the tokenizer pads with id {encoder.pad_token_id}, but the model has {embeddings} token embeddings; "
             "give the tokenizer another pad_token"

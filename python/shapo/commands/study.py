@@ -48,6 +48,8 @@ REPLACES = (
     "locks",
     "scores",
     "work",
+    "references",
+    "models",
     "settings.json",
     "report.md",
     "report.json",

@@ -41,6 +41,7 @@ _RUNS = "pipeline/runs"
 _JUDGED = "jailbreakbench_*_evaluations.json"
 _BENIGN = "harmless_baseline_completions.json"
 _ARTIFACTS = "attack-artifacts"
+_TEXT = (str, type(None))  # of a response: some models gave none
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def write_safety_pairs(
 def _judged_answers(clone: Path) -> Iterator[_Answer]:
     for path in _files(clone, f"{_RUNS}/*/completions/{_JUDGED}", "andyrdt/refusal_direction"):
         source = path.parent.parent.name
-        for entry in _read(path)["completions"]:
+        flags = {"is_jailbreak_substring_matching": object, "is_jailbreak_llamaguard2": object}
+        for entry in _entries(path, "completions", prompt=str, category=str, response=_TEXT, **flags):
             matching, guard = bool(entry["is_jailbreak_substring_matching"]), bool(entry["is_jailbreak_llamaguard2"])
             if matching == guard:
                 yield from _answer(entry["prompt"], entry["category"], entry["response"], matching, source)
@@ -114,7 +116,7 @@ def _attack_answers(clone: Path) -> Iterator[_Answer]:
     for path in _files(clone, f"{_ARTIFACTS}/*/*/*.json", "JailbreakBench/artifacts"):
         if path.parent.parent.name == "test-artifact":
             continue
-        for entry in _read(path)["jailbreaks"]:
+        for entry in _entries(path, "jailbreaks", goal=str, category=str, response=_TEXT, jailbroken=object):
             own = bool(entry["jailbroken"])
             if own == bool(entry.get("jailbroken_llama_guard1", own)):
                 yield from _answer(entry["goal"], entry["category"], entry["response"], own, path.stem)
@@ -122,10 +124,23 @@ def _attack_answers(clone: Path) -> Iterator[_Answer]:
 
 def _benign_answers(clone: Path) -> Iterator[dict[str, Any]]:
     for path in _files(clone, f"{_RUNS}/*/completions/{_BENIGN}", "andyrdt/refusal_direction"):
-        for entry in _read(path):
+        for entry in _entries(path, None, prompt=str, response=str):
             prompt, text = " ".join(entry["prompt"].split()), _cut(entry["response"])
             if prompt and text:
                 yield {"prompt": prompt, "response": text, "source": path.parent.parent.name}
+
+
+def _entries(path: Path, key: str | None, **kinds: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a file's list, or of the one that stands under `key`; each has fields of these kinds."""
+    content = _read(path)
+    found = content.get(key) if key is not None and isinstance(content, dict) else content
+    if not isinstance(found, list):
+        raise UserError(f"{path}: expected a list of answers{f' under {key}' if key else ''}; fetch the clone again")
+    for number, entry in enumerate(found, 1):
+        for name, kind in kinds.items():
+            if not (isinstance(entry, dict) and name in entry and isinstance(entry[name], kind)):
+                raise UserError(f"{path}: answer {number} has no usable {name}; fetch the clone again")
+        yield entry
 
 
 def _answer(prompt: str, category: str, response: str | None, unsafe: bool, source: str) -> Iterator[_Answer]:
@@ -210,5 +225,5 @@ def _files(clone: Path, pattern: str, repository: str) -> list[Path]:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; is the clone complete?") from error

@@ -50,7 +50,8 @@ def load_model(
         what: How errors call it.
 
     Raises:
-        UserError: It cannot be loaded; a tensor is missing, has another shape or is not finite.
+        UserError: It cannot be loaded; a tensor is missing, has another shape or is not finite; a size in its
+            configuration is no number above 0.
     """
     quiet_transformers()
     where = device_of(device)
@@ -59,12 +60,24 @@ def load_model(
     _require_model_folder(name, what)
     adapter = (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
     model = _merged(name, dtype, kind, what) if adapter else _complete(name, dtype, kind, what)
+    _require_sizes(model.config, f"the {what} {name}")
     for tensor, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(
                 f"the {what} {name} is damaged or has diverged: {tensor} has values that are NaN or infinite"
             )
     return model.to(where).eval()
+
+
+def _require_sizes(config: Any, what: str) -> None:
+    """A size that loading does not need would fail far from here: in a forward pass, or in generation."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for size in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        value = getattr(text, size, 1)
+        if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            raise UserError(
+                f"{what} is damaged: its config.json has {size} {value!r}, but a number above 0 is expected"
+            )
 
 
 def hint_at_bf16(model: Any) -> None:
@@ -102,7 +115,9 @@ def load_tokenizer(name: str) -> Any:
     if not has_one and (folder / "adapter_config.json").is_file():
         return load_tokenizer(_base_of(name, "model"))
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer("a")  # what its configuration holds of a wrong type fails here
+        return tokenizer
     except Exception as error:  # as in _complete
         if not has_one:
             raise UserError(f"the model folder {name} has no tokenizer; save one beside the model") from error

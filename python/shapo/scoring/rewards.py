@@ -108,7 +108,7 @@ class RewardScorer:
         self.max_length = min(max_length, learned_positions(model) or max_length)
         embedding: Any = model
         self._vocabulary = len(embedding.get_input_embeddings().weight)
-        if self.pad_token_id >= self._vocabulary:
+        if not 0 <= self.pad_token_id < self._vocabulary:
             raise UserError(
                 f"the reward model pads with id {self.pad_token_id}, but has {self._vocabulary} token embeddings"
             )

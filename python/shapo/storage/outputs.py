@@ -38,6 +38,8 @@ def check_outputs(outputs: Sequence[tuple[str, Path]], inputs: Sequence[tuple[st
         for other, earlier in outputs[:number]:
             if is_same(output, earlier):
                 raise UserError(f"{other} and {option} name the same file {output}; each needs one of its own")
+        if not output.name:
+            raise UserError(f"{option} is {str(output)!r}, which cannot be replaced whole; give it a name")
         require_replaceable(output)
 
 

@@ -144,7 +144,7 @@ def study_jobs(plan: Plan) -> list[Job]:
     second = ["outliers", f"gradient-{p}-rest", f"like-gradient-{p}-0"]
     more = [f"like-probe-{p}-0", f"opposite-{p}", "gradient-0.5"]
     rest = [f"benign-{p}", "gradient-0.1", "gradient-0.01", "gradient-5", f"random-{p}-1", f"random-{p}-2"]
-    rest += [f"layers-{a}-{a + third - 1}" for a in range(0, 3 * third, third)]
+    rest += [f"layers-{a}-{a + third - 1}" for a in range(0, 3 * third, max(1, third))]  # none where there are too few
     first_matched = ("all", f"gradient-{p}", f"random-{p}-0")
     return [
         *scores,

@@ -10,47 +10,12 @@ import pytest
 from shapo.data.formats import load_pairs
 from shapo.data.safety_pairs import LEFT_OUT, SPLITS, UNSEEN, make_safety_pairs, write_safety_pairs
 from shapo.errors import UserError
-
-CATEGORIES = ("Fraud/Deception", "Malware/Hacking", *UNSEEN, *LEFT_OUT)
-PROMPTS = [(category, f"Question {number} about {category}") for category in CATEGORIES for number in range(10)]
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def judged(text, matching, guard):
-    return {"response": text, "is_jailbreak_substring_matching": int(matching), "is_jailbreak_llamaguard2": int(guard)}
+from tests.support.clones import make_clones
 
 
 @pytest.fixture
 def clones(tmp_path):
-    refusal, artifacts = tmp_path / "refusal_direction", tmp_path / "artifacts"
-    kinds = {"baseline": ("no", 0, 0), "ablation": ("yes", 1, 1), "actadd": ("perhaps", 1, 0)}
-    for model in ("one", "two"):
-        folder = refusal / "pipeline/runs" / model / "completions"
-        for kind, (word, matching, guard) in kinds.items():
-            asked = [
-                {"prompt": p, "category": c, **judged(f"{word},  {model}\nsaid of {p}", matching, guard)}
-                for c, p in PROMPTS
-            ]
-            write(folder / f"jailbreakbench_{kind}_evaluations.json", {"completions": asked})
-        harmless = [{"prompt": f"Harmless {n}", "category": None, "response": f"{model} helps"} for n in range(3)]
-        write(folder / "harmless_baseline_completions.json", harmless)
-    for attack, judges in {
-        "PAIR": {"jailbroken_llama_guard1": True},
-        "DSN": {},
-        "GCG": {"jailbroken_llama_guard1": False},
-    }.items():
-        broken = [
-            {"goal": p, "category": c, "response": f"{attack} yes {p}", "jailbroken": True, **judges}
-            for c, p in PROMPTS
-        ]
-        write(artifacts / "attack-artifacts" / attack / "white_box/vicuna.json", {"jailbreaks": broken})
-    held = [{"goal": p, "category": c, "response": f"no {p}", "jailbroken": False} for c, p in PROMPTS]
-    write(artifacts / "attack-artifacts/JBC/manual/llama.json", {"jailbreaks": [*held, {**held[0], "response": None}]})
-    return refusal, artifacts
+    return make_clones(tmp_path)
 
 
 def test_a_pair_is_what_two_judges_agree_on(clones):
@@ -135,3 +100,31 @@ def test_real_clones_give_the_shared_pairs_and_those_of_one_more_model_in_the_te
     own = {key(r) for s in splits for r in rows[s]}
     assert shared <= own
     assert {source for _, source, _, _ in own - shared} == {"yi-6b-chat"}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "artifacts/attack-artifacts/DSN/white_box/vicuna.json",
+            lambda found: {},
+            "a list of answers under jailbreaks",
+        ),
+        ("artifacts/attack-artifacts/DSN/white_box/vicuna.json", lambda found: 3, "a list of answers under jailbreaks"),
+        (
+            "refusal_direction/pipeline/runs/one/completions/harmless_baseline_completions.json",
+            lambda found: [found[0], {"prompt": "p"}],
+            "answer 2 has no usable response",
+        ),
+        (
+            "refusal_direction/pipeline/runs/one/completions/jailbreakbench_ablation_evaluations.json",
+            lambda found: {"completions": [{**found["completions"][0], "category": None}]},
+            "answer 1 has no usable category",
+        ),
+    ],
+)
+def test_a_clone_of_another_form_is_one_line(name, damage, message, clones, tmp_path):
+    path = tmp_path / name
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=message):
+        make_safety_pairs(*clones)

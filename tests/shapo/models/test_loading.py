@@ -115,3 +115,36 @@ def test_an_adapter_that_cannot_be_merged_is_refused(folder, tmp_path):
 def test_a_device_that_computes_nothing_is_refused(name):
     with pytest.raises(UserError, match="cannot be used"):
         device_of(name)
+
+
+def set_entry(path, key, value):
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+
+@pytest.mark.parametrize("value", [-1, 0, "x", 2.5])
+def test_a_size_of_another_kind_is_one_line(value, folder):
+    set_entry(folder / "config.json", "max_position_embeddings", value)
+    with pytest.raises(UserError, match=r"max_position_embeddings|cannot load the model"):
+        load_model(str(folder), device="cpu")
+
+
+def test_no_layers_at_all_is_no_model(folder):
+    set_entry(folder / "config.json", "num_hidden_layers", -1)
+    with pytest.raises(UserError, match=r"num_hidden_layers -1, but a number above 0|cannot load"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("value", ["x", [], {}])
+def test_a_tokenizer_that_fails_in_use_is_refused_when_it_is_loaded(value, folder):
+    set_entry(folder / "tokenizer_config.json", "model_max_length", value)
+    with pytest.raises(UserError, match="cannot load the tokenizer of"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("pad", [-1, 10**6])
+def test_a_reward_model_that_pads_with_no_token_is_refused(pad, reward_model, tiny_tokenizer):
+    from shapo.scoring.rewards import RewardScorer
+
+    reward_model.config.pad_token_id = pad
+    with pytest.raises(UserError, match=f"pads with id {pad}, but has"):
+        RewardScorer(reward_model, tiny_tokenizer)
