@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from shapo import options, recipe
 from shapo.console import lasting_streams, lost_output
 from shapo.errors import UserError, explained
+from shapo.launched import LOST, Launch
 from shapo.needs import check_needs
+from shapo.ranks import Ranks
 
 COMMANDS = (
     "demo",
@@ -55,35 +58,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What a file or an argument can cause is one line on stderr; a mistake in the program keeps its traceback.
     """
     with lasting_streams() as output:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        launch = Launch()
+        code = _run(sys.argv[1:] if arguments is None else arguments, launch)
         output.flush()
         if code == 0 and output.failure is not None:
             told = lost_output(output)
-            return 1 if told is None else _complain(told)
-    return code
+            code = 1 if told is None else _complain(told, launch.stderr)
+        return launch.end(code)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], launch: Launch) -> int:
     try:
         module, parsed = _parse(arguments)
         groups = _groups(parsed.command)
         values = recipe.merged(parsed, groups)
-        with _alone(module, parsed), warnings.catch_warnings():
+        ranks = launch.join(parsed.command, getattr(parsed, "device", "auto"))
+        with _alone(module, parsed, ranks), warnings.catch_warnings():
             warnings.showwarning = _warn
             if parsed.command in recipe.COMMANDS:
                 recipe.require_kept(values, parsed, groups)
             module.run(parsed)
-            if parsed.command in recipe.COMMANDS:
+            if parsed.command in recipe.COMMANDS and ranks.is_main:
                 recipe.write(values, parsed.command, groups)
     except KeyboardInterrupt as interrupt:
-        print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
+        if launch.speaks():
+            print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=launch.stderr)
         return 130
     except Exception as error:
-        told = explained(error)
-        if told is None:
-            raise
-        return _complain(told)
+        return _failed(error, launch)
     return 0
+
+
+def _failed(error: Exception, launch: Launch) -> int:
+    """Tells of an error, and returns the exit code; raises a mistake of the program where this is the only process."""
+    told = explained(error)
+    if launch.count > 1:
+        from shapo.libraries.torch import lost_a_rank
+
+        # Before anything is said: the rank that has gone may have said what it was.
+        told = LOST if lost_a_rank(error) else told
+        if not launch.speaks():
+            return 1
+        if told is None:
+            traceback.print_exception(error, file=launch.stderr)
+            return 1
+    if told is None:
+        raise error
+    return _complain(told, launch.stderr)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -103,9 +124,14 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
 
 
 @contextmanager
-def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
-    """Inside, no output of the command is one of its inputs, and nobody else writes where it does."""
+def _alone(module: ModuleType, parsed: argparse.Namespace, ranks: Ranks) -> Iterator[None]:
+    """Inside, no output of the command is one of its inputs, and nobody else writes where it does: rank 0 sees."""
     from shapo.storage.outputs import check_outputs, locked, parts, sole_writer
+
+    if not ranks.is_main:
+        ranks.on_main(lambda: None)
+        yield
+        return
 
     groups = _groups(parsed.command)
     options.require_names(groups, parsed)
@@ -119,6 +145,7 @@ def _alone(module: ModuleType, parsed: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(locked(folder, shared=getattr(module, "SHARED", False)))
         for _, path in whole:
             stack.enter_context(sole_writer(path))
+        ranks.on_main(lambda: None)  # the others wait for it
         yield
 
 
@@ -156,9 +183,9 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
         print("shapo: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, stderr: TextIO) -> int:
     sys.stdout.flush()
-    print("shapo: error: " + " ".join(message.split()), file=sys.stderr)
+    print("shapo: error: " + " ".join(message.split()), file=stderr)
     return 2
 
 

@@ -241,7 +241,12 @@ class LoopConfig:
     updates: int | None = option("number of updates, instead of epochs", None, parse=whole, metavar="N", alone="length")
     batch_size: int = option("examples an update", 16, metavar="N")
     micro_batch_size: int | None = option(
-        "examples through the model at once", None, parse=whole, metavar="N", absent="the batch", alone="micro"
+        "examples through the model at once, on each rank",
+        None,
+        parse=whole,
+        metavar="N",
+        absent="the batch",
+        alone="micro",
     )
     accumulate: int | None = option(
         "micro-batches an update, instead of their size", None, parse=whole, metavar="N", absent="1", alone="micro"
@@ -306,6 +311,14 @@ class LoopConfig:
         if self.micro_batch_size not in (None, size):
             raise UserError("micro_batch_size and accumulate say the same thing; give one of them")
         object.__setattr__(self, "micro_batch_size", size)
+
+    def micro_batch(self, ranks: int) -> int:
+        """Examples of a micro-batch over all ranks: their number times `micro_batch_size`, at most the batch.
+
+        Where `accumulate` says how many micro-batches there are, their number is the same on any number of ranks.
+        """
+        size = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+        return min(size if self.accumulate is not None else size * ranks, self.batch_size)
 
     def total_updates(self, examples: int) -> int:
         """Updates of the whole run over `examples` examples; the last batch of an epoch may be a partial one."""

@@ -26,6 +26,7 @@ from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
 from shapo.models.modes import evaluating
 from shapo.models.wrappers import unwrap
+from shapo.ranks import ALONE, Ranks
 from shapo.storage.caches import header_of, load_cached, save_cached
 from shapo.storage.files import atomic_file
 from shapo.storage.fingerprint import digest_model, digest_rows
@@ -94,6 +95,7 @@ def extract_features(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
     bf16: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     r"""Mean hidden states, `[N, hidden]` fp32 on the CPU, in the order of `examples`.
 
@@ -111,6 +113,7 @@ def extract_features(
             and is computed anew and replaced otherwise.
         progress: show a progress bar.
         bf16: compute the hidden states under bf16 autocast.
+        ranks: processes that compute them between them; all have the result, and rank 0 keeps it.
 
     Raises:
         UserError: no examples; a layer that the model does not have; `cache` is a file of another kind; features that
@@ -124,14 +127,15 @@ def extract_features(
     key = {}
     if cache is not None:
         key = _cache_key(inner, encoded, layer, bf16)
-        found = _read_cache(Path(cache), key, len(encoded))
+        path = Path(cache)
+        found = ranks.on_main(lambda: _read_cache(path, key, len(encoded)))
         if found is not None:
             return found
-    features = _compute_features(inner, encoder, encoded, batch_size, layer, progress, bf16)
+    features = _compute_features(inner, encoder, encoded, batch_size, layer, progress, bf16, ranks)
     if not features.isfinite().all():
         raise UserError("the model's hidden states are not finite; check its weights and precision")
     if cache is not None:
-        save_cached(cache, key, {"features": features})
+        ranks.on_main(lambda: save_cached(path, key, {"features": features}))
     return features
 
 
@@ -143,20 +147,23 @@ def _compute_features(
     layer: int,
     progress: bool,
     bf16: bool,
+    ranks: Ranks,
 ) -> Tensor:
     device = next(model.parameters()).device
     backbone = getattr(model, "base_model", model)
     # Neighbours in length share a batch, so that little is spent on padding.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    own = order[ranks.rank :: ranks.count]
+    fed = own or order[:1]
     parts = []
     with (
         evaluating(model),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext(),
-        tqdm(total=len(order), desc="hidden states", disable=not progress, unit="text") as bar,
+        tqdm(total=len(fed), desc="hidden states", disable=not progress, unit="text") as bar,
     ):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
+        for start in range(0, len(fed), batch_size):
+            indices = fed[start : start + batch_size]
             batch = encoder.collate([encoded[index] for index in indices])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             hidden = _hidden_states(backbone, inputs, layer)
@@ -166,9 +173,7 @@ def _compute_features(
             total = torch.where(mask > 0, hidden, 0).sum(1)
             parts.append((total / mask.sum(1)).float().cpu())
             bar.update(len(indices))
-    features = torch.empty(len(order), parts[0].shape[1])
-    features[torch.tensor(order)] = torch.cat(parts)
-    return features
+    return ranks.spread(torch.cat(parts)[: len(own)], own, len(order))
 
 
 def _hidden_states(backbone: nn.Module, inputs: Mapping[str, Tensor], layer: int) -> Tensor:

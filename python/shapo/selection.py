@@ -20,6 +20,7 @@ from shapo.errors import UserError
 from shapo.models.architectures import ValueVectors, value_vectors
 from shapo.models.fused_head import find_fused_head
 from shapo.models.modes import evaluating
+from shapo.ranks import ALONE, Ranks
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
 from shapo.scoring.objective import pair_losses
 from shapo.scoring.rewards import PairRewards
@@ -103,6 +104,7 @@ def gradient_scores(
     bf16: bool = False,
     depth: float = 1.0,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     r"""Name -> `[neurons]` fp64: the norm of the alignment loss's mean gradient on each value vector.
 
@@ -124,6 +126,7 @@ def gradient_scores(
         bf16: compute under bf16 autocast.
         depth: share of the layers, from the top, in (0, 1].
         progress: show a progress bar.
+        ranks: processes that go over the pairs between them; all have the result.
 
     Raises:
         UserError: no pairs, quantised weights, a loss that cannot be meant.
@@ -142,16 +145,16 @@ def gradient_scores(
     vectors = value_vectors(model).upper(depth)
     weights = _plain_weights(vectors)
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()]
-    device = next(iter(weights.values())).device
+    device, own = next(iter(weights.values())).device, ranks.share(len(data))
     head = find_fused_head(model)
     with (
         evaluating(model),
         _only_trainable(model, list(weights.values())),
         torch.enable_grad(),
-        tqdm(total=len(data), desc="gradient", disable=not progress, unit="pair") as bar,
+        tqdm(total=len(own), desc="gradient", disable=not progress, unit="pair") as bar,
     ):
-        for start in range(0, len(data), batch_size):
-            indices = list(range(start, min(start + batch_size, len(data))))
+        for start in range(0, len(own), batch_size):
+            indices = list(own[start : start + batch_size])
             policy = batch_logps(model, data.batch(indices, device), bf16=bf16, head=head)
             compared = None
             if config.uses_reference:
@@ -163,7 +166,7 @@ def gradient_scores(
             bar.update(len(indices))
     other = 1 - vectors.axis
     return {
-        name: torch.linalg.vector_norm(gradient, dim=other, dtype=torch.float64).cpu()
+        name: torch.linalg.vector_norm(ranks.summed(gradient), dim=other, dtype=torch.float64).cpu()
         for name, gradient in zip(weights, sums, strict=True)
     }
 
@@ -182,6 +185,7 @@ def select_by_gradient(
     bf16: bool = False,
     depth: float = 1.0,
     progress: bool = True,
+    ranks: Ranks = ALONE,
     metadata: Mapping[str, str] | None = None,
 ) -> Subspace:
     """The neurons on which the alignment loss has the largest gradient; arguments as for `gradient_scores`.
@@ -204,6 +208,7 @@ def select_by_gradient(
         bf16=bf16,
         depth=depth,
         progress=progress,
+        ranks=ranks,
     )
     if not all(values.isfinite().all() for values in scores.values()):
         raise UserError("the loss's gradient on the selection split is not finite; check the model's weights")

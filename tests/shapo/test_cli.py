@@ -328,12 +328,12 @@ def test_sizes_and_radii_beyond_the_machine_are_one_line(shapo, files):
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(shapo, files, monkeypatch):
-    import shapo.training.preference as module
+    import shapo.training.engine as module
 
     def mistaken(*_, **__):
         raise KeyError("mine")
 
-    monkeypatch.setattr(module, "clip_gradients", mistaken)
+    monkeypatch.setattr(module, "require_finite", mistaken)
     with pytest.raises(KeyError, match="mine"):
         shapo(*train_arguments(files))
 
@@ -554,12 +554,12 @@ def test_a_subspace_named_as_a_random_control_is_not_replaced_by_it(shapo, files
 
 
 def test_an_interrupt_is_exit_code_130_and_leaves_no_model(shapo, files, tmp_path, monkeypatch):
-    import shapo.training.preference as module
+    import shapo.training.engine as module
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "clip_gradients", interrupted)
+    monkeypatch.setattr(module, "require_finite", interrupted)
     code, _, error = shapo(*train_arguments(files))
     assert (code, error) == (130, "shapo: interrupted\n")
     assert not (tmp_path / "out" / "model").exists()

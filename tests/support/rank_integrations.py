@@ -6,12 +6,11 @@ that are none of the CPU only; told that the device is one, all of its own code 
 
 import importlib.util
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
@@ -26,6 +25,7 @@ from trl import DPOConfig, DPOTrainer
 
 import shapo_kernels as sk
 from shapo.integrations import ShaPOArguments, ShaPOState, ShaPOTrainerMixin
+from tests.support.accelerate_state import accelerate_anew
 from tests.support.engines import plain_name
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
@@ -47,21 +47,6 @@ class ShaPOTrainer(ShaPOTrainerMixin, InOrder, Trainer):
 
 class ShaPODPOTrainer(ShaPOTrainerMixin, InOrder, DPOTrainer):
     pass
-
-
-@contextmanager
-def accelerate_anew():
-    """Accelerate and TrainingArguments keep what they were given in one state a process, and in the environment."""
-    environment = dict(os.environ)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def pretend_a_device():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.config import LoopConfig
 from shapo.errors import UserError
 from shapo.options import Group, declared, option, positive_int, read
+from shapo.ranks import Ranks
 
 if TYPE_CHECKING:
     from shapo.data.pairs import PairSet
@@ -149,7 +150,8 @@ def needing(table: type, *conditions: str) -> dict[str, tuple[str, ...]]:
 
 
 def run_folder(arguments: argparse.Namespace) -> Path:
-    """The output folder of a training command, refused where it holds a run that nobody asked to replace.
+    """The output folder of a training command, refused where it holds a run that nobody asked to replace; on every
+    rank (a collective), as rank 0 finds it.
 
     Raises:
         UserError: Not writable, or there is a run and neither --resume nor --overwrite.
@@ -157,18 +159,24 @@ def run_folder(arguments: argparse.Namespace) -> Path:
     from shapo.storage.files import require_writable
     from shapo.training.loop import CHECKPOINT, METRICS
 
-    folder = require_writable(arguments.output, folder=True)
-    if (folder / METRICS).exists() and not (arguments.resume or arguments.overwrite):
-        resumable = "--resume goes on with it, " if (folder / CHECKPOINT).exists() else ""
-        raise UserError(f"{folder} already holds a run; {resumable}--overwrite replaces it")
-    return folder
+    def find() -> Path:
+        folder = require_writable(arguments.output, folder=True)
+        if (folder / METRICS).exists() and not (arguments.resume or arguments.overwrite):
+            resumable = "--resume goes on with it, " if (folder / CHECKPOINT).exists() else ""
+            raise UserError(f"{folder} already holds a run; {resumable}--overwrite replaces it")
+        return folder
+
+    return Ranks.here().on_main(find)
 
 
-def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True) -> Any:
+def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True, trained: bool = False) -> Any:
     """The model `name` in the precision and on the device of the command line; `slow` if it is to compute much."""
+    from shapo.libraries.accelerate import shards_weights
     from shapo.models import loading
 
-    model = loading.load_model(name, dtype=arguments.dtype, device=arguments.device)
+    # A model that is going to be sharded may be too large for one GPU.
+    device = "cpu" if trained and Ranks.here().count > 1 and shards_weights() else arguments.device
+    model = loading.load_model(name, dtype=arguments.dtype, device=device)
     if slow and not getattr(arguments, "bf16", True):
         loading.hint_at_bf16(model)
     return model

@@ -29,6 +29,7 @@ from typing import Any
 from shapo.commands import common
 from shapo.errors import UserError
 from shapo.options import Group, fill, option, positive_int, seed_number
+from shapo.ranks import Ranks
 
 SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
 
@@ -138,6 +139,8 @@ def run(arguments: argparse.Namespace) -> None:
         result |= _comparisons(arguments.comparisons)
     if arguments.data or arguments.prompts or arguments.lm_eval:
         result |= _with_model(arguments)
+    if not Ranks.here().is_main:
+        return
     write_json(arguments.output, result)
     print(f"written: {arguments.output}")
 
@@ -149,6 +152,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if on_model and not arguments.model:
         raise UserError("--data, --prompts and --lm-eval need a model; name one with --model")
     fill(AnswerOptions, arguments)
+    if Ranks.here().count > 1 and (arguments.lm_eval or arguments.engine == "vllm"):
+        raise UserError("--lm-eval and --engine vllm have processes of their own: start evaluate without the launcher")
     if arguments.engine == "vllm":
         from shapo.answers.vllm import require_vllm
 
@@ -203,7 +208,7 @@ def _preferences(arguments: argparse.Namespace, model: Any, encoder: Any, pairs:
     from shapo.scoring.logps import TokenizedPairs, compute_logps
 
     data = TokenizedPairs(pairs, encoder)
-    options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+    options: Any = {"batch_size": arguments.batch_size, "progress": not arguments.quiet, "ranks": Ranks.here()}
     policy = compute_logps(model, data, description="model", **options)
     reference = None
     if arguments.reference:
@@ -238,7 +243,9 @@ def _write_answers(arguments: argparse.Namespace, model: Any, encoder: Any, prom
         engine = VLLMEngine(arguments.model, encoder.tokenizer, end, dtype=arguments.dtype, **decoding)
     else:
         engine = TransformersEngine(model, encoder.tokenizer, end, batch_size=arguments.batch_size, **decoding)
-    write_answers(engine, prompts, requests, arguments.answers, key=key, progress=not arguments.quiet)
+    write_answers(
+        engine, prompts, requests, arguments.answers, key=key, progress=not arguments.quiet, ranks=Ranks.here()
+    )
 
 
 def _verdicts(arguments: argparse.Namespace) -> dict[str, Any]:

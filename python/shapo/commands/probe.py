@@ -16,6 +16,7 @@ from typing import Any
 from shapo.commands import common
 from shapo.notes import note
 from shapo.options import Group, option, positive_int, seed_number
+from shapo.ranks import Ranks
 
 SUMMARY = "train the safety probe on a model's hidden states"
 
@@ -70,7 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
         cache=output / "features.safetensors" if arguments.cache else None,
         progress=not arguments.quiet,
         bf16=arguments.bf16,
+        ranks=Ranks.here(),
     )
+    if not Ranks.here().is_main:
+        return
     probe = train_probe(
         features,
         [example.unsafe for example in examples],

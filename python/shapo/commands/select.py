@@ -29,6 +29,7 @@ from shapo.config import LOSSES
 from shapo.errors import UserError
 from shapo.notes import note
 from shapo.options import Group, declared, fill, given, option, positive_int, seed_number, typed
+from shapo.ranks import Ranks
 
 if TYPE_CHECKING:
     from shapo_kernels import Subspace
@@ -95,6 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     pairs = common.load_data(arguments) if arguments.method == "gradient" else None
     model = common.load_model(arguments.model, arguments, slow=arguments.method == "gradient")
     subspace = _select(arguments, model, pairs)
+    if not Ranks.here().is_main:
+        return
     with atomic_file(arguments.output) as temporary:
         subspace.save(temporary)
     rows = [(name, str(subspace[name].numel())) for name in subspace.names]
@@ -156,6 +159,7 @@ def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
             bf16=arguments.bf16,
             depth=arguments.depth,
             progress=not arguments.quiet,
+            ranks=Ranks.here(),
             metadata={**made_from, "data": " ".join(arguments.data)},
         )
     if arguments.method == "random":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shapo.commands import common
 from shapo.config import LoopConfig
 from shapo.options import Group, option, read
+from shapo.ranks import Ranks
 
 SUMMARY = "supervised fine-tuning on the chosen responses"
 
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--held-out is {arguments.held_out}, but {len(pairs)} pairs leave room for 0 to {len(pairs) - 1}"
         )
     training, held_out = pairs[: len(pairs) - arguments.held_out], pairs[len(pairs) - arguments.held_out :]
-    model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
+    model, tokenizer = common.load_model(arguments.model, arguments, trained=True), load_tokenizer(arguments.model)
     model = common.adapted(model, arguments)
     examples = [(pair.prompt, pair.chosen) for pair in training]
     if arguments.responses == "both":
@@ -63,9 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
         config=config,
         output=output,
         held_out=[(pair.prompt, pair.chosen) for pair in held_out],
-        save=lambda: common.save_adapted(output / "model", model, tokenizer, arguments),
+        save=lambda whole: common.save_adapted(output / "model", whole, tokenizer, arguments),
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
+    if not Ranks.here().is_main:
+        return
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), "examples": len(examples)})
     common.finish_model(arguments, OPTIONS, "Supervised fine-tuned model", {"examples": len(examples)})

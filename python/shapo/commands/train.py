@@ -24,6 +24,7 @@ from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
 from shapo.notes import note
 from shapo.options import Group, option, positive_int, read, seed_number
+from shapo.ranks import Ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace not in named else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
     held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
-    model, tokenizer = common.load_model(arguments.model, arguments), load_tokenizer(arguments.model)
+    model, tokenizer = common.load_model(arguments.model, arguments, trained=True), load_tokenizer(arguments.model)
     model = common.adapted(model, arguments)
     if shapo and subspace is None:
         subspace = named[arguments.subspace](model)
@@ -145,11 +146,13 @@ def run(arguments: argparse.Namespace) -> None:
         rewards=rewards,
         evaluation=TokenizedPairs(held_out, encoder) if held_out else None,
         output=output,
-        save=lambda: common.save_adapted(output / "model", model, tokenizer, arguments),
+        save=lambda whole: common.save_adapted(output / "model", whole, tokenizer, arguments),
         resume=arguments.resume,
         progress=not arguments.quiet,
         about={"arguments": vars(arguments), "versions": versions()},
     )
+    if not Ranks.here().is_main:
+        return
     write_json(output / "run.json", {"arguments": vars(arguments), "versions": versions(), **summary})
     if summary["rho_over_weight_norm"] is not None:
         print(f"||eps|| / ||W_S||: {summary['rho_over_weight_norm']:.4g}")
@@ -199,7 +202,9 @@ def _rewards(
     scorer = load_reward_scorer(
         arguments.reward_model, sign=arguments.reward_sign or "reward", device=device_of(arguments.device)
     )
-    rewards = scorer.cached_pairs(output / "rewards.safetensors", pairs, progress=not arguments.quiet)
+    rewards = scorer.cached_pairs(
+        output / "rewards.safetensors", pairs, progress=not arguments.quiet, ranks=Ranks.here()
+    )
     print(f"the rewards agree with {100 * rewards.agreement():.1f} % of the training labels")
     _warn_of_saturation(rewards, beta_reward)
     return rewards

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed import DistError
 from torch.distributed.fsdp import FSDPModule
 
 MODULE = {
@@ -27,3 +28,14 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks besides FSDP2's."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+
+
+# What gloo and NCCL say where a rank is gone; only NCCL's errors have a class of their own.
+_OF_LOST_RANKS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error is that of a collective from which another rank has gone."""
+    if isinstance(error, DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_LOST_RANKS)

@@ -24,6 +24,7 @@ from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead, find_fused_head, unusable
 from shapo.models.modes import evaluating
 from shapo.models.wrappers import unwrap
+from shapo.ranks import ALONE, Ranks
 from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_rows
 from shapo_kernels import losses
@@ -139,8 +140,11 @@ def compute_logps(
     fused_head: str = "auto",
     progress: bool = True,
     description: str = "log-probabilities",
+    ranks: Ranks = ALONE,
 ) -> PairLogps:
     """Log-probabilities of every pair in eval mode, without gradients, on the CPU in the order of `data`.
+
+    Several `ranks` compute them between them, each `batch_size` pairs at once, and all have the result.
 
     Raises:
         UserError: One is NaN or infinite: the model's doing, as tokens are numbers by now.
@@ -149,21 +153,23 @@ def compute_logps(
     head = find_fused_head(model, fused_head)
     # Neighbours in length share a batch, so that little is spent on padding.
     order = sorted(range(len(data)), key=data.length)
-    parts = []
+    parts: list[list[Tensor]] = []
+    done: list[int] = []
     with (
         evaluating(model),
         torch.no_grad(),
         tqdm(total=len(data), desc=description, disable=not progress, unit="pair") as bar,
     ):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            logps = batch_logps(model, data.batch(indices, device), bf16=bf16, head=head)
-            parts.append(logps.to(torch.device("cpu")))
+        for start in range(0, len(order), ranks.count * batch_size):
+            indices = order[start : start + ranks.count * batch_size]
+            # Every rank runs every pass, as sharded models want it: where none is left for it, over the first pair.
+            own = [indices[i] for i in ranks.share(len(indices))]
+            logps = batch_logps(model, data.batch(own or indices[:1], device), bf16=bf16, head=head)
+            parts.append([values[: len(own)].cpu() for values in logps.tensors().values()])
+            done += own
             bar.update(len(indices))
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    joined = [torch.cat(column) for column in zip(*(part.tensors().values() for part in parts), strict=True)]
-    found = PairLogps(*joined)[back]
+    columns = zip(*parts, strict=True)
+    found = PairLogps(*(ranks.spread(torch.cat(column), done, len(order)) for column in columns))
     broken = (~(found.chosen.isfinite() & found.rejected.isfinite())).nonzero()[:, 0]
     if len(broken):
         raise UserError(
@@ -181,16 +187,17 @@ def cached_logps(
     model_digest: str,
     bf16: bool,
     fused_head: str,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> PairLogps:
     """`compute_logps`, or what an earlier call wrote to `path` from the same weights, tokens, precision and head."""
     precision = "bf16" if bf16 else "full"
     key = {"model": model_digest, "data": data.digest(), "precision": precision, "fused_head": fused_head}
-    found = load_cached(path, key, LOGPS, len(data))
+    found = ranks.on_main(lambda: load_cached(path, key, LOGPS, len(data)))
     if found is not None:
         return PairLogps(**found)
-    values = compute_logps(model, data, bf16=bf16, fused_head=fused_head, **options)
-    save_cached(path, key, values.tensors())
+    values = compute_logps(model, data, bf16=bf16, fused_head=fused_head, ranks=ranks, **options)
+    ranks.on_main(lambda: save_cached(path, key, values.tensors()))
     return values
 
 

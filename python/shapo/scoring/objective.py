@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from shapo.config import LossConfig
@@ -10,14 +12,14 @@ from shapo.scoring.rewards import PairRewards
 from shapo_kernels.losses import PreferenceBatch, PreferenceLoss
 
 
-def make_loss(config: LossConfig) -> PreferenceLoss:
-    """The loss with its aggregation, as an object that takes batches."""
+def make_loss(config: LossConfig, *, group: Any = None) -> PreferenceLoss:
+    """The loss with its aggregation, as an object that takes batches; `group` are the processes that share one."""
     parameters = {
         name: value
         for name in ("beta", "epsilon", "gamma", "beta_reward", "beta_prime")
         if (value := getattr(config, name)) is not None
     }
-    return PreferenceLoss(config.name, config.aggregation, nll=config.nll, **parameters)
+    return PreferenceLoss(config.name, config.aggregation, nll=config.nll, group=group, **parameters)
 
 
 def make_batch(policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> PreferenceBatch:

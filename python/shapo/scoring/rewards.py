@@ -25,6 +25,7 @@ from shapo.errors import UserError
 from shapo.models.architectures import learned_positions
 from shapo.models.loading import load_model, load_tokenizer
 from shapo.models.modes import evaluating
+from shapo.ranks import ALONE, Ranks
 from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_model, digest_rows
 
@@ -115,22 +116,25 @@ class RewardScorer:
         self._chat = ChatTemplate(tokenizer, eos=True) if getattr(tokenizer, "chat_template", None) else None
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], responses: Sequence[str], *, progress: bool = True) -> Tensor:
-        """Rewards `[N]` fp32 on the CPU, in order; a cost enters negated."""
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], *, progress: bool = True, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """Rewards `[N]` fp32 on the CPU, in order; a cost enters negated. Ranks score them between them."""
         device = next(self.model.parameters()).device
         rows = self.encode_all(prompts, responses)
-        scores = torch.empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))[ranks.rank :: ranks.count]
+        scores = torch.empty(len(order))
         with (
             evaluating(self.model),
-            tqdm(total=len(rows), desc="reward model", unit="response", disable=not progress) as bar,
+            tqdm(total=len(order), desc="reward model", unit="response", disable=not progress) as bar,
         ):
             for start in range(0, len(order), self.batch_size):
                 indices = order[start : start + self.batch_size]
                 batch = pad([rows[index] for index in indices], self.pad_token_id)
                 output = self.model(**{name: value.to(device) for name, value in batch.items()})
-                scores[indices] = output.logits[:, 0].float().cpu()
+                scores[start : start + len(indices)] = output.logits[:, 0].float().cpu()
                 bar.update(len(indices))
+        scores = ranks.spread(scores, order, len(rows))
         return scores if self.sign == "reward" else -scores
 
     def encode(self, prompt: str, response: str) -> list[int]:
@@ -175,15 +179,22 @@ class RewardScorer:
         # Whole: the score is read at the last token, which may be the break behind the end of turn.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def score_pairs(self, pairs: Sequence[PreferencePair], *, progress: bool = True) -> PairRewards:
+    def score_pairs(
+        self, pairs: Sequence[PreferencePair], *, progress: bool = True, ranks: Ranks = ALONE
+    ) -> PairRewards:
         """Rewards of both responses of every pair."""
         prompts = [pair.prompt for pair in pairs] * 2
         responses = [response for side in _sides(pairs) for response in side]
-        scores = self.score(prompts, responses, progress=progress)
+        scores = self.score(prompts, responses, progress=progress, ranks=ranks)
         return PairRewards(scores[: len(pairs)], scores[len(pairs) :])
 
     def cached_pairs(
-        self, path: str | os.PathLike[str], pairs: Sequence[PreferencePair], *, progress: bool = True
+        self,
+        path: str | os.PathLike[str],
+        pairs: Sequence[PreferencePair],
+        *,
+        progress: bool = True,
+        ranks: Ranks = ALONE,
     ) -> PairRewards:
         """`score_pairs`, or what an earlier call wrote to `path` with the same model, sign and texts."""
         key = {
@@ -193,11 +204,11 @@ class RewardScorer:
                 zip(*(self.encode_all([pair.prompt for pair in pairs], side) for side in _sides(pairs)), strict=True)
             ),
         }
-        found = load_cached(path, key, ("chosen", "rejected"), len(pairs))
+        found = ranks.on_main(lambda: load_cached(path, key, ("chosen", "rejected"), len(pairs)))
         if found is not None:
             return PairRewards(**found)
-        rewards = self.score_pairs(pairs, progress=progress)
-        save_cached(path, key, {"chosen": rewards.chosen, "rejected": rewards.rejected})
+        rewards = self.score_pairs(pairs, progress=progress, ranks=ranks)
+        ranks.on_main(lambda: save_cached(path, key, {"chosen": rewards.chosen, "rejected": rewards.rejected}))
         return rewards
 
     def _require_embeddings(self, ids: list[int]) -> list[int]:

@@ -1,5 +1,5 @@
-"""Training loops in plain PyTorch: supervised fine-tuning (`sft`) and preference optimisation with or without ShaPO
-(`preference`).
+"""Training loops on Accelerate: supervised fine-tuning (`sft`) and preference optimisation with or without ShaPO
+(`preference`), on one process or the ranks of a launcher.
 
-One model, one process.  Nothing is imported here, so that `shapo.config` costs no import of torch.
+Nothing is imported here, so that `shapo.config` costs no import of torch.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,13 +47,20 @@ def save_checkpoint(
     *,
     run: Mapping[str, Any],
     update: int,
-    model: torch.nn.Module,
-    optimizer: Stateful,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
     scheduler: Stateful,
     order: DataOrder,
     metrics_position: int,
+    random_states: Sequence[Mapping[str, Any]],
+    engine: str | None = None,
 ) -> None:
     """Writes everything that the updates after number `update` depend on.
+
+    Args:
+        model, optimizer: Their states, as one process has them.
+        random_states: `random_state` of each rank.
+        engine: The one that alone can go on, with as many ranks; None where all can.
 
     Raises:
         UserError: The file could not be written; the previous checkpoint at `path` is intact.
@@ -63,10 +70,12 @@ def save_checkpoint(
         "format": _FORMAT,
         "run": dict(run),
         "update": update,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": dict(model),
+        "optimizer": dict(optimizer),
         "scheduler": scheduler.state_dict(),
-        "random": _random_state(),
+        "random": dict(random_states[0]),
+        "random_of_others": [dict(state) for state in random_states[1:]],
+        "engine": engine,
         "order": {"epoch": epoch, "permutation": order.permutation(epoch)},
         "metrics_position": metrics_position,
     }
@@ -74,8 +83,8 @@ def save_checkpoint(
         torch.save(state, temporary)
 
 
-def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a checkpoint and makes sure that it belongs to `run`.
+def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any], *, mapped: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint and makes sure that it belongs to `run`; `mapped`, its tensors are read when they are used.
 
     Raises:
         UserError: No such file, not a checkpoint, damaged, or of another run.
@@ -87,7 +96,7 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dic
     try:
         with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
             damaged = file.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+        state = load(path, mapped=mapped) if damaged is None else None
     except Exception as error:  # what the unpickler says of other bytes has no common base: KeyError, EOFError ...
         raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
     if damaged is not None:
@@ -101,27 +110,43 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dic
     return state
 
 
+def load(path: str | os.PathLike[str], *, mapped: bool) -> Any:
+    """The state in a file that `read_checkpoint` has accepted."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def restore(
     state: Mapping[str, Any],
     *,
-    model: torch.nn.Module,
+    model: Stateful,
     optimizer: Stateful,
     scheduler: Stateful,
     order: DataOrder,
     updates: int,
+    rank: int = 0,
+    engine: str | None = None,
 ) -> int:
     """Puts a checkpoint's state into the objects of a run of `updates` updates, and returns the number of those done.
+
+    A rank that the run did not have when it was saved keeps its random state.
 
     Raises:
         UserError: A part does not fit, or this version of torch draws another order of the data than the one that
             wrote the checkpoint.
     """
+    if state.get("engine") != engine:
+        raise UserError(
+            f"the checkpoint is of {state.get('engine') or 'one process, DDP or FSDP2'}, and this run of "
+            f"{engine or 'one process, DDP or FSDP2'}: go on as it was started"
+        )
     try:
         same_order = torch.equal(order.permutation(state["order"]["epoch"]), state["order"]["permutation"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        _set_random_state(state["random"])
+        states = [state["random"], *state.get("random_of_others", ())]
+        if rank < len(states):
+            _set_random_state(states[rank])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit this run: {first_line(error)}") from error
     if not same_order:
@@ -133,7 +158,8 @@ def restore(
     return int(state["update"])
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The random states of this process."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": devices, "python": random.getstate()}
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
+
+_SAME = 3.0
 
 
 class Interruptible:
     """While entered, the first SIGINT only sets `.requested`; the second raises KeyboardInterrupt where the program is.
 
     Outside the main thread, where Python cannot install handlers, it does nothing.
+
+    Args:
+        launched: A launcher sends on the SIGINT that the terminal has sent already, so one that follows within
+            `_SAME` seconds is the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool = False) -> None:
         self.requested = False
+        self._launched, self._at = launched, 0.0
         self._previous: Any = None
         self._installed = False
 
@@ -33,6 +41,7 @@ class Interruptible:
             self._installed = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self.requested and not (self._launched and now - self._at < _SAME):
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._at = True, now

@@ -1,13 +1,15 @@
 """What SFT and preference training share: positions, metrics, evaluation, checkpoints, resume, and leaving on Ctrl-C.
 
-What one update is, the caller says; this module knows no loss.
+What one update is, the caller says; this module knows no loss. Of several ranks each runs it, and rank 0 writes.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from tqdm import tqdm
 from shapo.config import LoopConfig
 from shapo.errors import UserError
 from shapo.notes import note
+from shapo.ranks import Ranks
 from shapo.tables import counted
-from shapo.training.checkpoint import read_checkpoint, restore, save_checkpoint
+from shapo.training.checkpoint import load, random_state, read_checkpoint, restore, save_checkpoint
+from shapo.training.engine import Engine
 from shapo.training.interrupt import Interruptible
 from shapo.training.metrics import MetricsLog
 from shapo.training.order import DataOrder
@@ -29,10 +33,11 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 RUN = "run.json"
 """What a command writes once its run is finished."""
+_PARTS = "checkpoint.parts-"
 
 Update = Callable[[list[int]], dict[str, Any]]
 Evaluate = Callable[[int], dict[str, Any]]
-Save = Callable[[], object]
+Save = Callable[[Any], object]
 
 
 @dataclass
@@ -40,7 +45,9 @@ class Loop:
     """One run of training.
 
     Attributes:
-        model, optimizer, scheduler: What a checkpoint holds.  The optimizer may be a `ShaPOOptimizer`.
+        engine: Model and ranks.
+        optimizer, scheduler: What a checkpoint holds beside the model. The optimizer is the engine's base or a
+            `ShaPOOptimizer` around it.
         config: Length, batch, seed, and when to evaluate and save.
         examples: Number of examples in the data set.
         run: The fingerprint: what must be the same for a checkpoint to be resumed.
@@ -48,7 +55,7 @@ class Loop:
         about: What a report is to know of a run that does not get to its end; the first line of the metrics.
     """
 
-    model: torch.nn.Module
+    engine: Engine
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler
     config: LoopConfig
@@ -61,6 +68,7 @@ class Loop:
         self.order = DataOrder(self.examples, self.config.batch_size, self.config.seed)
         self.total = self.config.total_updates(self.examples)
         self._saved: int | None = None
+        self._ranks = self.engine.ranks
 
     def train(
         self,
@@ -78,8 +86,9 @@ class Loop:
         `update(indices)` makes one update of the weights from the examples `indices` and returns what to log;
         `evaluate(done)` is called before the first update, every `eval_every` updates and after the last, with the
         number of updates made.  A checkpoint is written every `save_every` updates and on the first Ctrl-C, after the
-        update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.  `save()` is called
-        as soon as the weights are final, before anything else can fail; `check()` gives their loss on some examples.
+        update that it fell into, be it the last; a second Ctrl-C leaves at once, without saving.  `save(model)` is
+        called on rank 0 with the whole model as soon as the weights are final, before anything else can fail; `check()`
+        gives their loss on some examples.
 
         Raises:
             UserError: The final weights or their loss are not finite; no room to write.
@@ -94,20 +103,22 @@ class Loop:
                 note(f"{option} is {value}, but the run has {counted(self.total, 'update')}: {effect}")
         if done == self.total:
             self._finish(save, check)
-        self.model.train(self.config.dropout)
+        self.engine.model.train(self.config.dropout)
+        main = self._ranks.is_main
         with (
             # First, so that a tracker that does not start leaves no metrics.jsonl, which would pass for a run.
-            Trackers(self.config.report_to or (), self.output, self.run) as trackers,
-            MetricsLog(self.output / METRICS, position=position) as log,
-            Interruptible() as interrupt,
-            tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not progress) as bar,
+            Trackers((self.config.report_to or ()) if main else (), self.output, self.run) as trackers,
+            MetricsLog(self.output / METRICS, position=position) if main else nullcontext() as log,
+            Interruptible(launched=self._ranks.count > 1) as interrupt,
+            tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not (progress and main)) as bar,
         ):
 
             def write(kind: str, values: dict[str, Any]) -> None:
-                log.write(kind, {"update": done, **values})
-                trackers.log(kind, values, done)
+                if log is not None:
+                    log.write(kind, {"update": done, **values})
+                    trackers.log(kind, values, done)
 
-            if self.about and done == 0:
+            if self.about and done == 0 and log is not None:
                 log.write("start", {"update": 0, "updates": self.total, **self.about})
             if evaluate and done == 0:
                 write("evaluation", evaluate(0))
@@ -127,14 +138,14 @@ class Loop:
                 bar.set_postfix(_shown(values, times["seconds"]), refresh=False)
                 if evaluate and (done == self.total or _due(done, self.config.eval_every)):
                     write("evaluation", evaluate(done))
-                if _due(done, self.config.save_every) or interrupt.requested:
-                    self._save(done, log.position)
-                if interrupt.requested:
+                stop = self._ranks.any(interrupt.requested)
+                if _due(done, self.config.save_every) or stop:
+                    self._save(done, log.position if log is not None else 0)
+                if stop:
                     raise KeyboardInterrupt(self._farewell(done))
 
     def _finish(self, save: Save | None, check: Callable[[], float] | None) -> None:
-        broken = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
-        if broken is not None:
+        if (broken := self.engine.broken_weight()) is not None:
             raise UserError(
                 f"training has diverged: {broken} has values that are NaN or infinite; no model is saved, "
                 "lower the learning rate or rho"
@@ -145,17 +156,31 @@ class Loop:
                 "lower the learning rate or rho"
             )
         if save is not None:
-            save()
+            model = self.engine.whole_model()
+
+            def write() -> None:
+                save(model)
+
+            self._ranks.on_main(write)
 
     def _start(self, state: dict[str, Any] | None) -> tuple[int, int]:
+        # Masks of dropout are every rank's own; one process has rank 0's.
+        torch.manual_seed((self.config.seed + self._ranks.rank * 1_000_003) % 2**63)
         if state is None:
-            torch.manual_seed(self.config.seed)
-            # An earlier run's numbers would be taken for those of this one until it is finished.
-            for path in [self.output / CHECKPOINT, self.output / RUN, *_older(self.output)]:
-                path.unlink(missing_ok=True)
+            self._ranks.on_main(self._remove_checkpoints)
             return 0, 0
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        done = restore(state, **parts, order=self.order, updates=self.total)
+        model, optimizer = self.engine.states(self.optimizer)
+        done = restore(
+            state,
+            model=model,
+            optimizer=optimizer,
+            scheduler=self.scheduler,
+            order=self.order,
+            updates=self.total,
+            rank=self._ranks.rank,
+            engine=self.engine.only,
+        )
+        self.engine.load_parts(self._parts(done))
         position, self._saved = int(state["metrics_position"]), done
         # As large as model and optimizer together: not to be held while training.
         state.clear()
@@ -165,43 +190,90 @@ class Loop:
         return f"update {done} of {self.total} is saved in {self.output / CHECKPOINT}; --resume goes on from there"
 
     def _save(self, done: int, position: int) -> None:
+        model, optimizer = (stateful.state_dict() for stateful in self.engine.states(self.optimizer))
+        random_states = self._ranks.gathered(random_state())
+        self.engine.save_parts(self._parts(done))
+
+        def write() -> None:
+            self._keep_earlier()
+            save_checkpoint(
+                self.output / CHECKPOINT,
+                run=self.run,
+                update=done,
+                model=model,
+                optimizer=optimizer,
+                scheduler=self.scheduler,
+                order=self.order,
+                metrics_position=position,
+                random_states=random_states,
+                engine=self.engine.only,
+            )
+            self._saved = done
+            for path in _older(self.output)[: -self.config.keep + 1 or None]:
+                path.unlink()
+            self._remove_parts()
+
+        self._ranks.on_main(write)
+
+    def _keep_earlier(self) -> None:
         latest = self.output / CHECKPOINT
         if self.config.keep > 1 and self._saved is not None and latest.exists():
             # A second name of the same file: a kill in between leaves the latest checkpoint where it is.
             older = self.output / f"{latest.stem}-{self._saved}{latest.suffix}"
             older.unlink(missing_ok=True)
             older.hardlink_to(latest)
-        save_checkpoint(
-            self.output / CHECKPOINT,
-            run=self.run,
-            update=done,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            order=self.order,
-            metrics_position=position,
-        )
-        self._saved = done
-        for path in _older(self.output)[: -self.config.keep + 1 or None]:
-            path.unlink()
+
+    def _parts(self, update: int) -> Path:
+        """Where an engine keeps what only its ranks can read."""
+        return self.output / f"{_PARTS}{update}"
+
+    def _remove_parts(self) -> None:
+        """Those of checkpoints that are gone."""
+        kept = {self._saved, *(_update_of(path) for path in _older(self.output))}
+        for folder in self.output.glob(f"{_PARTS}*"):
+            if folder.name not in {f"{_PARTS}{update}" for update in kept}:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_checkpoints(self) -> None:
+        # An earlier run's numbers would be taken for those of this one until it is finished.
+        for path in [self.output / CHECKPOINT, self.output / RUN, *_older(self.output)]:
+            path.unlink(missing_ok=True)
+        self._saved = None
+        self._remove_parts()
 
 
-def read_state(output: Path, run: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint of the run in `output` where it is to be resumed, else None.
+def read_state(output: Path, run: Mapping[str, Any], ranks: Ranks, *, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint of the run in `output` where it is to be resumed, else None; on every rank (a collective).
 
     To be called before anything is written: what is refused here leaves the folder as it is.
 
     Raises:
         UserError: There is nothing to resume, or it is another run's.
     """
-    return read_checkpoint(output / CHECKPOINT, run) if resume else None
+    if not resume:
+        return None
+    path, several = output / CHECKPOINT, ranks.count > 1
+    state = None
+
+    def read() -> None:
+        nonlocal state
+        state = read_checkpoint(path, run, mapped=several)
+
+    ranks.on_main(read)
+    return state if state is not None else load(path, mapped=True)
 
 
 def _older(output: Path) -> list[Path]:
     """The checkpoints before the latest one, the oldest first."""
     stem, suffix = CHECKPOINT.split(".")
-    found = {path: path.stem.removeprefix(f"{stem}-") for path in output.glob(f"{stem}-*.{suffix}")}
-    return sorted((path for path, update in found.items() if update.isdecimal()), key=lambda path: int(found[path]))
+    found = {path: _update_of(path) for path in output.glob(f"{stem}-*.{suffix}")}
+    return sorted((path for path, update in found.items() if update >= 0), key=lambda path: found[path])
+
+
+def _update_of(path: Path) -> int:
+    """The update of an older checkpoint by its name, -1 for another file."""
+    text = path.stem.rpartition("-")[2]
+    return int(text) if text.isdecimal() else -1
 
 
 def _shown(values: Mapping[str, Any], seconds: float) -> dict[str, str]:

@@ -77,6 +77,6 @@ def require_finite(norm: torch.Tensor) -> None:
         )
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], largest: float) -> torch.Tensor:
-    """Scales the gradients down to a joint norm of `largest` (0: leaves them) and returns the norm they had."""
-    return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)
+def largest_norm(clip: float) -> float:
+    """What gradients are scaled down to: `clip`, where 0 is for no bound."""
+    return clip if clip > 0 else math.inf

@@ -17,8 +17,9 @@ from shapo.errors import UserError
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
 from shapo.training.metrics import MetricsLog, read_metrics
-from shapo.training.preference import _Pass, train_preferences
+from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft
+from shapo.training.update import Pass
 from shapo_kernels import Subspace, losses
 
 NEURONS = {f"model.layers.{layer}.mlp.down_proj.weight": list(range(0, 64, 7)) for layer in range(2)}
@@ -272,7 +273,7 @@ def test_the_model_is_saved_before_anything_else_can_fail(tiny_llama, pairs, tmp
     def full(self, kind, values):
         raise UserError("cannot write metrics.jsonl: No space left on device")
 
-    def save():
+    def save(_):
         saved.append(state_of(tiny_llama))
         monkeypatch.setattr(MetricsLog, "write", full)
 
@@ -288,7 +289,7 @@ def test_the_model_is_saved_before_anything_else_can_fail(tiny_llama, pairs, tmp
 def test_metrics_that_were_damaged_meanwhile_lose_no_model(damage, tiny_llama, pairs, tmp_path):
     saved = []
 
-    def save():
+    def save(_):
         saved.append(True)
         path = tmp_path / "metrics.jsonl"
         path.unlink() if damage == "no file" else path.write_text('{"kind": "upd\n')
@@ -302,7 +303,7 @@ def test_metrics_that_were_damaged_meanwhile_lose_no_model(damage, tiny_llama, p
 def test_weights_that_are_not_finite_are_not_saved(tiny_llama, pairs, tmp_path, tiny_encoder):
     saved, huge = [], LoopConfig(updates=1, batch_size=6, lr=1e38, optimizer="sgd", clip=0, warmup=0)
     with pytest.raises(UserError, match="training has diverged"):
-        train(tiny_llama, pairs, tmp_path / "train", loop=huge, save=lambda: saved.append(True))
+        train(tiny_llama, pairs, tmp_path / "train", loop=huge, save=lambda _: saved.append(True))
     examples = [(pair.prompt, pair.chosen) for pair in pairs.pairs]
     for lr in (1e38, 1e30):
         config = LoopConfig(updates=3, batch_size=6, lr=lr, optimizer="sgd", clip=0, warmup=0)
@@ -314,7 +315,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_llama, pairs, tmp_path, 
                 config=config,
                 output=tmp_path / f"{lr}",
                 progress=False,
-                save=lambda: saved.append(True),
+                save=lambda _: saved.append(True),
             )
     assert not saved
 
@@ -388,5 +389,5 @@ def test_options_that_do_not_belong_together_are_refused(tiny_llama, pairs, rewa
 
 
 def test_a_tie_counts_half_in_an_updates_accuracy():
-    seen = _Pass(margins=[torch.tensor([0.0, 0.0, 2.0]), torch.tensor([-1.0, 0.0])])
+    seen = Pass(margins=[torch.tensor([0.0, 0.0, 2.0]), torch.tensor([-1.0, 0.0])])
     assert seen.accuracy_and_margin() == {"accuracy": pytest.approx(2.5 / 5), "margin": pytest.approx(0.2)}

@@ -233,7 +233,7 @@ import resource, sys
 from pathlib import Path
 
 import torch
-from shapo.training.checkpoint import save_checkpoint
+from shapo.training.checkpoint import random_state, save_checkpoint
 from shapo.training.order import DataOrder
 
 model = torch.nn.Linear(100, 100)
@@ -242,8 +242,8 @@ scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     save_checkpoint(
-        Path(sys.argv[1]), run={}, update=1, model=model, optimizer=optimizer, scheduler=scheduler,
-        order=DataOrder(4, 2, 0), metrics_position=0,
+        Path(sys.argv[1]), run={}, update=1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        scheduler=scheduler, order=DataOrder(4, 2, 0), metrics_position=0, random_states=[random_state()],
     )
 except Exception as error:
     print(type(error).__name__, error)

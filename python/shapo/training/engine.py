@@ -1,0 +1,271 @@
+"""A model and its optimizer as Accelerate prepares them: one process, DDP, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3.
+
+Accelerate's configuration, or torchrun alone, says which; one process takes the same path. What follows is the same for
+all: gradients are averaged over the ranks, `Engine.step` clips and steps, states and the finished model are those of
+one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapo.config import LoopConfig
+from shapo.errors import UserError
+from shapo.libraries.accelerate import beneath, make_accelerator
+from shapo.ranks import Ranks
+from shapo.training.checkpoint import Stateful
+from shapo.training.optimizers import largest_norm, require_finite
+from shapo.training.rounding import StepRounding
+from shapo_kernels.interop.deepspeed import EngineStep
+from shapo_kernels.interop.torch_private import is_dtensor
+
+# Their update of an element depends on that element alone, so a part of a weight is updated as the whole one is.
+_ELEMENTWISE = ("adamw", "adam", "nadam", "radam", "rmsprop", "sgd", "adagrad")
+
+
+class Engine:
+    """The model and optimizer of one run.
+
+    Attributes:
+        ranks: The processes that share it.
+        model: As it is called in training: wrapped or sharded where the launcher said so.
+        base: What a `ShaPOOptimizer` is made around, with `model`.
+
+    Args:
+        model: The model, whole, on this rank's device.
+        optimizer: Over its parameters.
+        config: The loop's.
+        pairs_each: Examples of a micro-batch on a rank.
+
+    Raises:
+        UserError: An engine that the loop cannot use, or an optimizer that cannot step parts of weights.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, each: int) -> None:
+        self.ranks, self._clip = Ranks.here(), config.clip
+        dtype = next(model.parameters()).dtype
+        self._accelerator = make_accelerator(
+            micro_batch_size=each, clip=config.clip, bf16_weights=dtype == torch.bfloat16
+        )
+        self.kind = self._kind()
+        if self.kind in ("fsdp2", "zero") and config.optimizer not in _ELEMENTWISE:
+            raise UserError(
+                f"{config.optimizer} cannot step a part of a weight, which is what a rank has under FSDP2 and ZeRO: "
+                f"take one of {', '.join(_ELEMENTWISE)}, or DDP"
+            )
+        # What is sharded is gathered into it when it is saved.
+        self._skeleton = _skeleton(model) if self._is_sharded else None
+        self.model: Any
+        self.model, prepared = self._accelerator.prepare(model, optimizer)
+        self.base: Any = prepared if self.kind == "zero" else beneath(prepared)
+
+    def _kind(self) -> str:
+        accelerator = self._accelerator
+        if self.ranks.count == 1:
+            return "one"
+        kind = accelerator.distributed_type.value
+        if kind == "DEEPSPEED":
+            self._stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+            if "optimizer" in accelerator.state.deepspeed_plugin.deepspeed_config:
+                raise UserError("the DeepSpeed config has an optimizer, which --optimizer names; leave it out there")
+            return "zero"
+        if kind == "FSDP":
+            if not accelerator.is_fsdp2:
+                raise UserError("the Accelerate config asks for FSDP 1; set fsdp_version: 2")
+            return "fsdp2"
+        return "ddp"
+
+    def plain(self) -> Any:
+        """The optimizer of plain updates."""
+        return EngineStep(self.model, self.base) if self.kind == "zero" else self.base
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.kind == "fsdp2" or (self.kind == "zero" and self._stage == 3)
+
+    @property
+    def only(self) -> str | None:
+        """What alone can go on with a checkpoint; None where one process, DDP and FSDP2 can, on any number of ranks."""
+        return f"ZeRO-{self._stage} on {self.ranks.count} ranks" if self.kind == "zero" else None
+
+    # -- an update
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around the passes of a micro-batch: only in the `last` one of an update are gradients averaged over ranks."""
+        if self.kind == "zero":
+            self.model.set_gradient_accumulation_boundary(is_boundary=last)
+            return nullcontext()
+        context: AbstractContextManager[Any] = nullcontext() if last else self._accelerator.no_sync(self.model)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of the descent."""
+        if self.kind == "zero":
+            self.model.backward(loss)
+        else:
+            loss.backward()
+
+    def step(self, optimizer: Any, rounding: StepRounding) -> dict[str, float]:
+        """Clips the gradients, steps and clears them. Returns `grad_norm`, and what `rounding` measured.
+
+        Raises:
+            UserError: The norm is not finite. Nothing was stepped then, but by DeepSpeed, which clips in its step.
+        """
+        if self.kind == "zero":
+            moved = rounding.step(optimizer)
+            norm = torch.as_tensor(self.model.get_global_grad_norm())
+            require_finite(norm)
+        else:
+            norm = self._accelerator.clip_grad_norm_(self.model.parameters(), largest_norm(self._clip))
+            norm = norm.full_tensor() if is_dtensor(norm) else norm
+            require_finite(norm)
+            moved = rounding.step(optimizer)
+        optimizer.zero_grad()
+        return {"grad_norm": float(norm), **moved}
+
+    # -- what is saved
+
+    def states(self, optimizer: Any) -> tuple[Stateful, Stateful]:
+        """Model and optimizer with the states that one process has; asking for one is a collective."""
+        if self.kind == "fsdp2":
+            return _WholeModel(self.model), _WholeOptimizer(optimizer)
+        if self.kind == "zero":
+            return _Kept(None), _Kept(optimizer)
+        return self._unwrapped(), optimizer
+
+    def save_parts(self, folder: Path) -> None:
+        """What each rank keeps by itself, under ZeRO alone (a collective); before the checkpoint is written."""
+        if self.kind == "zero":
+            self.ranks.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+            self.model.save_checkpoint(str(folder), tag="parts", save_latest=False)
+
+    def load_parts(self, folder: Path) -> None:
+        """Takes back what `save_parts` kept (a collective).
+
+        Raises:
+            UserError: It is not there.
+        """
+        if self.kind == "zero":
+            if not (folder / "parts").is_dir():
+                raise UserError(f"{folder} is missing, where DeepSpeed kept the states of the checkpoint's ranks")
+            self.model.load_checkpoint(str(folder), tag="parts", load_lr_scheduler_states=False)
+
+    def whole_model(self) -> Any:
+        """The model as one process has it, to be saved by rank 0 (a collective)."""
+        if self._skeleton is None:
+            return self._unwrapped()
+        weights = self._gathered_weights()
+        if self.ranks.is_main:
+            self._skeleton.load_state_dict(weights, strict=False, assign=True)
+            getattr(self._skeleton, "tie_weights", lambda: None)()
+        return self._skeleton
+
+    def _unwrapped(self) -> Any:
+        return self.model if self.kind in ("one", "fsdp2") else self.model.module
+
+    def _gathered_weights(self) -> dict[str, Tensor]:
+        if self.kind == "fsdp2":
+            return _WholeModel(self.model).state_dict()
+        import deepspeed  # type: ignore[import-untyped]
+
+        weights = {}
+        for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.ranks.is_main:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights
+
+    def broken_weight(self) -> str | None:
+        """The name of a weight that is not finite, the same on every rank (a collective); None where all are."""
+        own = (name for name, part in self._parts() if not part.isfinite().all())
+        return next((name for name in self.ranks.gathered(next(own, None)) if name is not None), None)
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._unwrapped().named_parameters():
+            part = parameter.to_local() if is_dtensor(parameter) else getattr(parameter, "ds_tensor", parameter)
+            yield name, part.detach()
+
+
+class _WholeModel:
+    """A sharded model with the state of one process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return _gathered(self._model.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        own = self._model.state_dict()
+        return self._model.load_state_dict({name: _like(value, own[name]) for name, value in state.items()})
+
+
+class _WholeOptimizer:
+    """An optimizer of sharded weights with the state of one process."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return _gathered(self._optimizer.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        sharded = {
+            number: {name: _like(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return self._optimizer.load_state_dict({**state, "state": sharded})
+
+
+class _Kept:
+    """What of a ZeRO engine's states is not in its own files: the ShaPO optimizer's."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        state = getattr(self._optimizer, "shapo_state_dict", None)
+        return {} if state is None else {"shapo": state()}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        if "shapo" in state:
+            self._optimizer.load_shapo_state_dict(state["shapo"])
+        return None
+
+
+def _gathered(value: Any) -> Any:
+    """A state with whole tensors on the CPU in the place of sharded ones (a collective)."""
+    if isinstance(value, dict):
+        return {name: _gathered(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_gathered(item) for item in value)
+    return value.full_tensor().cpu() if is_dtensor(value) else value
+
+
+def _like(value: Any, sharded: Any) -> Any:
+    """A whole tensor, sharded as another one of its shape is; anything else as it is."""
+    if not is_dtensor(sharded) or not isinstance(value, Tensor) or value.shape != sharded.shape or not value.dim():
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    where = sharded.device_mesh
+    # Every rank has read the whole tensor, so none is sent.
+    return distribute_tensor(value.to(where.device_type), where, sharded.placements, src_data_rank=None)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model whose weights take no memory."""
+    weights = {
+        id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
