@@ -113,6 +113,25 @@ def test_delta_keeps_a_small_perturbation_in_bfloat16_and_auto_chooses_it(toy, b
         assert opt.stats["realised_norm"] == pytest.approx(1e-4, rel=1e-2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_delta_writes_through_no_view_which_autograd_would_copy_gradients_for(bias):
+    """`nn.Linear` gives a view of its product where it has a bias and more than two dimensions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3, bias=bias))
+    opt = wrap(model, sk.Subspace({"1.weight": [1, 2]}), perturbation="delta")
+    inputs = torch.randn(2, 5, 4)
+    with opt.ascent():
+        opt.ascend(model(inputs).square().mean())
+    with opt.perturbed():
+        nodes, seen = [model(inputs).grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        seen.append(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert any("NeuronUpdate" in name for name in seen)
+    assert not [name for name in seen if "CopySlices" in name]
+
+
 def test_autocast_is_the_dtype_that_the_perturbation_is_measured_and_chosen_in(toy, batch, loss, subspace):
     data = batch(dtype=torch.float32)
 

@@ -40,7 +40,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_all_floating(name: str, tensors: Sequence[Tensor]) -> None:
     for position, tensor in enumerate(tensors):
-        check_floating(f"{name}[{position}]", tensor)
+        # Names are put together where something is wrong: an update has hundreds of tensors.
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING or tensor.layout != torch.strided:
+            check_floating(f"{name}[{position}]", tensor)
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -50,8 +52,10 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 def check_all_on_one_device(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
     """All of `tensors` are on the device of the first of `others`."""
+    device = others[0].device if tensors else None
     for position, tensor in enumerate(tensors):
-        check_device(f"{name}[{position}]", tensor, f"{other_name}[0]", others[0])
+        if tensor.device != device:
+            check_device(f"{name}[{position}]", tensor, f"{other_name}[0]", others[0])
 
 
 def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
@@ -61,27 +65,25 @@ def check_lengths(lists: Mapping[str, Sequence[Any]]) -> None:
         raise ValueError(f"got {found}: expected as many of each")
 
 
-def check_index(name: str, index: Tensor, neurons: int) -> None:
-    """int64 `[k]`; on the CPU, also in `[0, neurons)`."""
+def check_index(name: str, index: Tensor, neurons: int, *, distinct: bool = False) -> None:
+    """int64 `[k]`; on the CPU, also in `[0, neurons)`, and with `distinct` each number once."""
     check_tensor(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name} is {index.dtype}: expected torch.int64")
     if index.dim() != 1:
         raise ValueError(f"{name} has shape {list(index.shape)}: expected [neurons]")
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high, _ = contents(index)
+        low, high, twice = remembered(index, "contents", lambda: _contents(index))
         if low < 0 or high >= neurons:
             raise IndexError(f"{name} holds {low if low < 0 else high}: expected neurons in [0, {neurons})")
+        if distinct and twice:
+            raise ValueError(f"{name} holds a neuron twice: pass each neuron once")
 
 
-def contents(index: Tensor) -> tuple[int, int, bool]:
+def _contents(index: Tensor) -> tuple[int, int, bool]:
     """Of an index on the CPU that is not empty: its smallest and largest number, and whether one comes twice."""
-
-    def read() -> tuple[int, int, bool]:
-        numbers = index.tolist()
-        return min(numbers), max(numbers), len(set(numbers)) < len(numbers)
-
-    return remembered(index, "contents", read)
+    numbers = index.tolist()
+    return min(numbers), max(numbers), len(set(numbers)) < len(numbers)
 
 
 def check_axis(name: str, axis: int) -> None:

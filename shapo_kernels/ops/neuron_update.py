@@ -182,7 +182,7 @@ def _gradient(grad_output: Tensor, selected: Tensor, neurons: int) -> Tensor:
 def _input_gradient(ctx: Any, grad_output: Tensor, direction: Tensor, index: Tensor | None) -> Tensor:
     selected = (grad_output @ direction).to(ctx.input_dtype)
     # Added, not copied: a feature that is selected twice gets both parts.
-    return selected if index is None else selected.new_zeros(ctx.input_shape).index_add(-1, index, selected)
+    return selected if index is None else selected.new_zeros(ctx.input_shape).index_add_(-1, index, selected)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,25 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, where `total` may be wider than the factors."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.device.type == "cuda":
+    elif _adds_to_wider(total.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.add_(a @ b)
+        total.add_(multiply(a, b, total.dtype))
+
+
+@functools.cache
+def _adds_to_wider(device: torch.device) -> bool:
+    """Whether `addmm(out_dtype=)` takes 16-bit factors and a float32 sum.
+
+    No CPU does. On CUDA, PyTorch raised "self and mat2 must have the same dtype" before pytorch/pytorch#167931.
+    """
+    factor = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    total = factor.float()
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def put_product_(to: Tensor, a: Tensor, b: Tensor, *, add: bool, rows: int) -> None:

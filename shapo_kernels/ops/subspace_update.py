@@ -27,7 +27,6 @@ from ._checks import (
     check_tensor,
     check_written,
     compute_dtype_of,
-    contents,
 )
 
 NORMS = ("global", "layer", "none")
@@ -216,11 +215,10 @@ def perturb_(
         elements share memory or that is given twice; on the CPU, an index twice in one layer. Nothing has been written
         then.
     """
-    _check_layers("weights", weights, indices, axes)
+    _check_layers("weights", weights, indices, axes, written=True)
     _check_compact("directions", directions, weights, indices, axes, [compute_dtype_of(w.dtype) for w in weights])
     _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
     _check_per_layer("scale", scale, len(weights), "weights[0]", weights[0] if weights else scale)
-    _check_writable(weights, indices)
     if not weights:
         return torch.empty(0, 3, dtype=torch.float64)
     arguments = list(weights), list(indices), list(axes), list(directions), scale.contiguous(), list(backups)
@@ -242,9 +240,8 @@ def restore_(
     Raises:
         TypeError, ValueError: as :func:`perturb_`.
     """
-    _check_layers("weights", weights, indices, axes)
+    _check_layers("weights", weights, indices, axes, written=True)
     _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
-    _check_writable(weights, indices)
     if not weights:
         return
     backends.function(weights[0].device, "restore_")(list(weights), list(indices), list(axes), list(backups))
@@ -255,16 +252,21 @@ def _compact_shape(tensor: Tensor, index: Tensor, axis: int) -> tuple[int, int]:
     return (tensor.shape[0], index.numel()) if axis == 1 else (index.numel(), tensor.shape[1])
 
 
-def _check_layers(name: str, tensors: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int]) -> None:
+def _check_layers(
+    name: str, tensors: Sequence[Tensor], indices: Sequence[Tensor], axes: Sequence[int], *, written: bool = False
+) -> None:
     check_lengths({name: tensors, "indices": indices, "axes": axes})
     check_all_floating(name, tensors)
     for position, (tensor, index, axis) in enumerate(zip(tensors, indices, axes, strict=True)):
         if tensor.dim() != 2:
             raise ValueError(f"{name}[{position}] has shape {list(tensor.shape)}: expected [rows, columns]")
-        check_axis(f"axes[{position}]", axis)
-        check_index(f"indices[{position}]", index, tensor.shape[axis])
+        if axis not in (0, 1):
+            check_axis(f"axes[{position}]", axis)
+        check_index(f"indices[{position}]", index, tensor.shape[axis], distinct=written)
     check_all_on_one_device(name, tensors, name, tensors)
     check_all_on_one_device("indices", indices, name, tensors)
+    if written:
+        _check_writable(name, tensors)
 
 
 def _check_compact(
@@ -279,7 +281,8 @@ def _check_compact(
     for position, (tensor, weight, index, axis, dtype) in enumerate(
         zip(compact, weights, indices, axes, dtypes, strict=True)
     ):
-        check_tensor(f"{name}[{position}]", tensor)
+        if not isinstance(tensor, Tensor):
+            check_tensor(f"{name}[{position}]", tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name}[{position}] is {tensor.dtype}: expected {dtype} for a weight of {weight.dtype}")
         shape = _compact_shape(weight, index, axis)
@@ -301,13 +304,12 @@ def _check_per_layer(name: str, tensor: Tensor, layers: int, other_name: str = "
         check_device(name, tensor, other_name, other)
 
 
-def _check_writable(weights: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+def _check_writable(name: str, weights: Sequence[Tensor]) -> None:
     places: dict[tuple[int, tuple[int, ...]], int] = {}
-    for position, (weight, index) in enumerate(zip(weights, indices, strict=True)):
-        check_written(f"weights[{position}]", weight)
+    for position, weight in enumerate(weights):
+        if not weight.is_contiguous():
+            check_written(f"{name}[{position}]", weight)
         if weight.numel() and weight.device.type != "meta":
             first = places.setdefault((weight.data_ptr(), weight.stride()), position)
             if first != position:
-                raise ValueError(f"weights[{position}] is weights[{first}] again: pass it once, with all its neurons")
-        if index.device.type == "cpu" and len(index) and not torch.compiler.is_compiling() and contents(index)[2]:
-            raise ValueError(f"indices[{position}] holds a neuron twice: pass each neuron once")
+                raise ValueError(f"{name}[{position}] is {name}[{first}] again: pass it once, with all its neurons")
