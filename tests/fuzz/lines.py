@@ -46,6 +46,7 @@ LINES: dict[str, list[str]] = {
                      "--output", "out"],
     "study": [*_MODEL, "--pairs", "{w}/pairs", "--plan", "real", "--hours", "1e-5", "--output", "out"],
     "demo": ["--size", "small", "--jobs", "1", "--output", "out"],
+    "plan": [*_MODEL, "--batch-size", "2", "--length", "16", "--device", "cpu", "--json", "out.json"],
     "bench": ["--layers", "1", "--hidden", "8", "--intermediate", "8", "--repeats", "1", "--percent", "50",
               "--device", "cpu", "--output", "out.json"],
 }  # fmt: skip
@@ -95,8 +96,8 @@ ROWS = ("null", "[]", "{}", '{"prompt": null}', '{"prompt": "\\ud800"}', "[" * 5
 # More than this of these takes longer than a case may.
 SLOW = {"--max-new-tokens", "--epochs", "--updates", "--repeats", "--random", "--layers", "--hidden", "--intermediate",
         "--steps", "--seeds", "--jobs", "--hours", "--size"}  # fmt: skip
-NOT_QUIET = ("bench", "data", "report", "import-gguf", "safety-pairs", "study")
-OUTPUTS = ("--output", "--answers")
+NOT_QUIET = ("bench", "data", "plan", "report", "import-gguf", "safety-pairs", "study")
+OUTPUTS = ("--output", "--answers", "--json")
 
 
 @dataclass
@@ -113,10 +114,17 @@ class Case:
         return self.arguments[0]
 
 
+def kinds() -> list[str]:
+    """The kinds of good lines whose command there is."""
+    from shapo.cli import COMMANDS
+
+    return sorted(kind for kind in LINES if kind.split()[0] in COMMANDS)
+
+
 def make_case(number: int, seed: int, world: Path) -> Case:
     """The case of a number: the same for ever, whatever else is run."""
     generator = random.Random(f"{seed}/{number}")
-    kind = generator.choice(sorted(LINES))
+    kind = generator.choice(kinds())
     command = kind.split()[0]
     case = Case(number, [command, *LINES[kind], *([] if command in NOT_QUIET else ["--quiet"])])
     for _ in range(generator.choice((1, 1, 1, 2, 3))):

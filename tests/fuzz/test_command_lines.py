@@ -22,6 +22,13 @@ def test_three_hundred_generated_command_lines_end_as_they_should():
     assert done.stdout.startswith("0 failures")
 
 
+def test_every_command_is_among_the_lines():
+    from shapo.cli import COMMANDS
+    from tests.fuzz.lines import kinds
+
+    assert {kind.split()[0] for kind in kinds()} == set(COMMANDS)
+
+
 def test_a_case_is_made_of_the_seed_and_its_number_alone(tmp_path):
     from tests.fuzz.lines import make_case
 

@@ -19,7 +19,7 @@ from shapo.data import synthetic
 from shapo.demo import report
 from shapo.models.loading import save_model
 from shapo_kernels import Subspace
-from tests.fuzz.lines import LINES
+from tests.fuzz.lines import LINES, kinds
 from tests.support.clones import make_clones
 from tests.support.gguf_files import gguf_model, write_gguf
 from tests.support.llamas import llama
@@ -71,11 +71,11 @@ def make(folder: Path) -> None:
 
 def do_each_once(folder: Path) -> None:
     """Every command line as it should be, so that children by fork find all imported; each must end well."""
-    for kind, arguments in LINES.items():
+    for kind in kinds():
         with tempfile.TemporaryDirectory() as place:
             shutil.copytree(folder, Path(place) / "copy")
             os.chdir(place)
-            line = [part.replace("{w}", str(Path(place) / "copy")) for part in arguments]
+            line = [part.replace("{w}", str(Path(place) / "copy")) for part in LINES[kind]]
             _done([kind.split()[0], *line])
             os.chdir(folder)
 

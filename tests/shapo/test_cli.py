@@ -284,7 +284,7 @@ def test_a_recipe_that_would_be_changed_is_no_place_for_the_output(shapo, files,
     assert shapo("judge", "--config", "v.jsonl.recipe.yaml")[0] == 0
     assert (tmp_path / "v.jsonl.recipe.yaml").read_text() == before
     (tmp_path / "v.jsonl").unlink()
-    code, _, error = shapo("judge", "--config", "v.jsonl.recipe.yaml", "--raw")
+    code, _, error = shapo("judge", "--config", "v.jsonl.recipe.yaml", "--quiet")
     assert (code, "--output would change the recipe v.jsonl.recipe.yaml" in error) == (2, True)
     assert (tmp_path / "v.jsonl.recipe.yaml").read_text() == before
 

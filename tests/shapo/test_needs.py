@@ -83,6 +83,8 @@ def test_the_options_that_were_once_ignored_are_told(capsys):
         ("data check d --max-length 8", "--max-length has no effect without --model"),
         ("judge --answers a --judge refusal-substring --output o --threshold 0.3",
          "--threshold has no effect without --judge classifier or --judge probe or --judge judgezoo:NAME"),
+        ("judge --answers a --judge refusal-substring --output o --raw",
+         "--raw has no effect with the judge refusal-substring, which writes no text"),
         ("train --output o --model m --data d --subspace full", "--subspace has no effect without --rho"),
         ("train --output o --model m --data d --rho 1 --subspace full --per-micro-batch",
          "--per-micro-batch has no effect without --rho and --micro-batch-size or --rho and --accumulate"),

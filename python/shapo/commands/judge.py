@@ -19,6 +19,7 @@ from shapo.commands import common
 from shapo.options import Group, option, positive_int, read
 
 THRESHOLD_NEEDS = ("judge=classifier", "judge=probe", "judge=judgezoo:*")
+_WORDLESS = ("classifier", "probe", "refusal-substring")
 SUMMARY = "a judge's verdicts on answers: safe, unsafe or unreadable"
 
 
@@ -71,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not 0 < arguments.threshold < 1:
         raise UserError(f"the threshold is {arguments.threshold}, but a number between 0 and 1 is expected")
+    if arguments.raw and (arguments.judge in _WORDLESS or arguments.judge.startswith("judgezoo:")):
+        raise UserError(f"--raw has no effect with the judge {arguments.judge}, which writes no text")
     output = require_writable(arguments.output)
     if output.exists() and not arguments.overwrite:
         raise UserError(f"{output} exists; add --overwrite to replace it, or name another file")

@@ -81,13 +81,17 @@ def add_lora(model: Any, lora: Lora, *, seed: int) -> Any:
         seed: Of A; the global random state is left as it was.
 
     Raises:
-        UserError: peft is not installed, or no layer has one of the names.
+        UserError: peft is not installed, no layer has one of the names, or the rank is above every layer's.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError("--lora needs PEFT: pip install peft") from error
 
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    widest = max((min(module.in_features, module.out_features) for module in linear), default=lora.r)
+    if lora.r > widest:
+        raise UserError(f"--lora has r={lora.r}, but no layer of the model has a rank above {widest}; give a lower one")
     targets = lora.targets[0] if lora.targets == (_EVERYWHERE,) else list(lora.targets)
     source = Path(model.config._name_or_path)
     with torch.random.fork_rng(devices=[]):

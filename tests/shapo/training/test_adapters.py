@@ -47,6 +47,11 @@ def shapo(files, tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_a_rank_above_every_layers_is_refused(tiny_llama):
+    with pytest.raises(UserError, match="r=99999999, but no layer of the model has a rank above 32"):
+        add_lora(tiny_llama, Lora(r=99999999), seed=0)
+
+
 def tokens() -> torch.Tensor:
     return torch.arange(3, 19).reshape(2, 8)
 
@@ -117,7 +122,7 @@ def test_a_run_with_an_adapter_resumes_to_the_bit_and_with_another_one_is_refuse
         (["--lora", "r=2,r=3"], "--lora has r twice"),
         (["--lora", "down_proj"], "--lora has 'down_proj'"),
         (["--lora", "targets=nowhere"], "cannot put LoRA onto the model"),
-        (["--adapter", "apart"], "--adapter says how the adapter of --lora is saved"),
+        (["--adapter", "apart"], "--adapter has no effect without --lora"),
         (["--attn", "nonsense"], "the attention nonsense cannot be used"),
         (["--attn", "flash_attention_2"], "the attention flash_attention_2 cannot be used"),
         (["--subspace", "adapters", "--rho", "1"], "--subspace adapters needs an adapter"),
