@@ -81,7 +81,7 @@ class AscentPart:
         if self.pairs is not None:
             return min(self.pairs, pairs)
         # A share like 0.1 of 30 pairs is 3, whatever the last bit of the product says.
-        return min(pairs, math.ceil(self.fraction * pairs - 1e-9))
+        return min(pairs, max(1, math.ceil(self.fraction * pairs - 1e-9)))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
 @contextmanager
 def _alone(module: ModuleType, parsed: argparse.Namespace, ranks: Ranks) -> Iterator[None]:
     """Inside, no output of the command is one of its inputs, and nobody else writes where it does: rank 0 sees."""
-    from shapo.storage.outputs import check_outputs, locked, parts, sole_writer
+    from shapo.storage.outputs import check_filled, check_outputs, locked, parts, sole_writer
 
     if not ranks.is_main:
         ranks.on_main(lambda: None)
@@ -139,7 +139,9 @@ def _alone(module: ModuleType, parsed: argparse.Namespace, ranks: Ranks) -> Iter
     replaced = whole + [(name, part) for name, folder in filled for part in parts(folder, module.REPLACES)]
     remade = getattr(module, "REMADE", "")
     replaced = [(name, path) for name, path in replaced if not (remade and path.match(remade))]
-    check_outputs(replaced, options.named_files(groups, parsed, "reads"))
+    read = options.named_files(groups, parsed, "reads")
+    check_outputs(replaced, read)
+    check_filled(filled, read)
     with ExitStack() as stack:
         for _, folder in filled:
             stack.enter_context(locked(folder, shared=getattr(module, "SHARED", False)))

@@ -168,7 +168,7 @@ def _output(case: Case, generator: random.Random) -> None:
     choice, place = generator.random(), generator.choice(places)
     if "--resume" in case.arguments:
         case.arguments[place] = generator.choice((*NAMES[:6], "here/is/none"))
-    elif inputs and choice < 0.5 and case.command not in ("probe", "sharpness", "attack", "study"):
+    elif inputs and choice < 0.5:
         case.arguments[place] = generator.choice(inputs)
         case.must_fail = "an output is an input"
     elif case.command in ("sft", "train", "reward") and choice < 0.7:

@@ -226,3 +226,7 @@ def test_ascents_that_cannot_be_are_refused_before_anything_is_written(
 def test_impossible_parts_and_schedules_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_smallest_share_is_of_one_pair():
+    assert [len(drawn) for drawn in AscentPart(1e-300, None, 0).draw([4], 0)] == [1]

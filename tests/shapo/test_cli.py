@@ -251,12 +251,15 @@ def test_no_output_is_an_input(shapo, files, tmp_path):
         ["evaluate", "--model", model, "--data", data, "--output", data],
         ["evaluate", "--model", model, "--prompts", data, "--answers", data, "--output", "e.json"],
         ["evaluate", "--verdicts", data, "--output", data],
+        ["train", "--model", model, "--data", data, "--output", model, *TOKENS],
+        ["probe", "--model", model, "--data", data, "--output", model, *TOKENS],
+        ["study", "--model", model, "--pairs", "in", "--output", "in"],
         ["evaluate", "--model", model, "--data", data, "--output", f"{model}/config.json"],
         ["judge", "--answers", data, "--judge", "refusal-substring", "--output", data, "--overwrite"],
     ):
         code, _, error = shapo(*command)
         assert (code, error.count("\n")) == (2, 1), command
-        assert "would overwrite" in error, command
+        assert "would overwrite" in error or ", the folder that --" in error, command
     assert {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -89,6 +89,10 @@ def _objects(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[d
         for column in ("prompt", "answer"):
             if column in columns and not isinstance(row[column], str):
                 raise UserError(f"{path}, line {number}: {column} is no text")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no character") from error
         yield {**row, "id": str(row.get("id", number))}
 
 

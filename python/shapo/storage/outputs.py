@@ -43,6 +43,18 @@ def check_outputs(outputs: Sequence[tuple[str, Path]], inputs: Sequence[tuple[st
         require_replaceable(output)
 
 
+def check_filled(folders: Sequence[tuple[str, Path]], inputs: Sequence[tuple[str, Path]]) -> None:
+    """Refuses to add files to a folder that is read as a whole, a model's or a data set's.
+
+    Raises:
+        UserError: A folder that is filled is an input.
+    """
+    for option, folder in folders:
+        for other, read in inputs:
+            if read.is_dir() and is_same(folder, read):
+                raise UserError(f"{option} is {folder}, the folder that {other} reads; choose another output")
+
+
 def parts(folder: Path, names: Sequence[str]) -> list[Path]:
     """The paths of `names` in a folder; of a name with wildcards those that are there."""
     found: list[Path] = []

@@ -122,7 +122,8 @@ class PreferenceUpdate:
             # Tokens and rewards are numbers by now, so what is left is the model before and the updates after.
             if not self._was_finite:
                 raise UserError(
-                    f"the first loss is {loss}, before any update: look at the model's weights, they give it"
+                    f"the first loss is {loss}, before any update: look at the model's weights, and at the "
+                    "loss's options and rho"
                 )
             raise UserError(f"the loss is {loss}: training has diverged; lower the learning rate or rho")
         self._was_finite = True

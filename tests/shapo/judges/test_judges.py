@@ -332,3 +332,12 @@ def _classifier(tokenizer, labels):
     model = llama(LlamaForSequenceClassification, seed=1, **size, num_labels=2, pad_token_id=tokenizer.pad_token_id)
     model.config.id2label = labels
     return model.eval()
+
+
+def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path):
+    from shapo.judges.files import read_rows
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": "\\ud800"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: half of a surrogate pair"):
+        read_rows(path, ("prompt", "answer"))
