@@ -1,4 +1,4 @@
-"""The PNG plots: accuracy and memorised flips over training, sharpness curves, the probe.  Data in, file out; nothing
+"""The plots: accuracy and memorised flips over training, sharpness curves, the probe.  Data in, file out; nothing
 is computed here.
 """
 
@@ -156,6 +156,40 @@ def _value(point: Any) -> float:
     return 50 * (point["low"] + point["high"]) if isinstance(point, Mapping) else float(point)
 
 
+def plot_differences(
+    path: str | os.PathLike[str],
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    label: str,
+    title: str,
+) -> None:
+    """Differences with their intervals, a panel a test and a line a comparison; 0 is marked.
+
+    Args:
+        path: PNG or SVG to write.
+        panels: Title -> name of a comparison -> estimate, lower and upper limit. All panels have the same comparisons.
+        label: Of the horizontal axes.
+        title: Of the whole.
+    """
+    names = list(next(iter(panels.values())))
+    figure = _figure(3.2 * len(panels) + 2.6, 0.32 * len(names) + 1.5)
+    for axis, (panel, found) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True
+    ):
+        for row, name in enumerate(names):
+            value, low, high = found[name]
+            color = "0.45" if low <= 0 <= high else COLORS[0] if value < 0 else COLORS[1]
+            axis.plot([low, high], [row, row], color=color, linewidth=1.6)
+            axis.plot([value], [row], "o", color=color, markersize=4.5)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        _label(axis, label, "")
+        axis.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_title(panel, fontsize=10)
+    axis.invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     # Without pyplot there is no global state and no window system to look for.
     from matplotlib.figure import Figure
@@ -173,5 +207,9 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    """PNG, or SVG by the path's ending; an SVG of the same data is the same file."""
+    from matplotlib import rc_context
+
+    svg = os.fspath(path).endswith(".svg")
+    with atomic_file(path) as temporary, rc_context({"svg.hashsalt": "shapo", "svg.fonttype": "none"}):
+        figure.savefig(temporary, format="svg" if svg else "png", metadata={"Date": None} if svg else None)

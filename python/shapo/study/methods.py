@@ -12,9 +12,9 @@ from shapo.study.intervals import crossed
 from shapo.study.markdown import interval, markdown, percent
 from shapo.study.queue import Row
 
-__all__ = ["comparison_table", "comparisons_markdown", "method_table", "methods_markdown", "tuning_markdown"]
+__all__ = ["TITLES", "comparison_table", "comparisons_markdown", "method_table", "methods_markdown", "tuning_markdown"]
 
-_TITLES = {"test": "in domain", "test_unseen": "unseen categories", "test_attacks": "under attack"}
+TITLES = {"test": "in domain", "test_unseen": "unseen categories", "test_attacks": "under attack"}
 
 
 def method_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     if not table:
         return ""
     header = ["method", "noise", "seeds", "lr", "rho/‖W_S‖", "flips fitted %", "rise at the yardstick", "s/update"]
-    header += [f"{what} {_TITLES[split]}" for split in TESTS for what in ("accuracy %", "loss")]
+    header += [f"{what} {TITLES[split]}" for split in TESTS for what in ("accuracy %", "loss")]
     lines = [
         (
             e["method"],
@@ -158,7 +158,7 @@ def comparisons_markdown(table: Sequence[Mapping[str, Any]], what: str) -> str:
         (method, baseline, f"{noise:g}", str(seeds), *(found[split] for split in TESTS))
         for (method, baseline, noise, seeds), found in grouped.items()
     ]
-    return markdown(("method", "minus", "noise", "seeds", *_TITLES.values()), lines) if lines else ""
+    return markdown(("method", "minus", "noise", "seeds", *TITLES.values()), lines) if lines else ""
 
 
 def _with_spread(entry: Mapping[str, Any]) -> str:

@@ -15,9 +15,10 @@ from shapo.errors import UserError
 from shapo.reporting.collect import collect
 from shapo.reporting.page import render
 from shapo.storage.files import write_json, write_text
-from shapo.study.intervals import clustered
+from shapo.study.intervals import Interval, clustered
 from shapo.study.markdown import interval, markdown
 from shapo.study.methods import (
+    TITLES,
     comparison_table,
     comparisons_markdown,
     method_table,
@@ -49,6 +50,7 @@ def write_report(folder: Path) -> Path:
     }
     write_json(folder / "report.json", {"settings": settings, **tables})
     _plot(folder / "figure1.png", done)
+    plot_comparisons(folder / "comparisons.png", tables["comparisons"])
     write_text(folder / "report.md", f"# A study of the method on a real model\n\n{render_tables(plan, rows)}\n")
     if tables["methods"] or tables["figure1"]:  # a page needs something to draw
         write_text(folder / "report.html", render(collect([folder]), title="ShaPO on a real model"))
@@ -83,6 +85,22 @@ def _plot(path: Path, rows: Mapping[str, Row]) -> None:
     )
 
 
+def plot_comparisons(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """The differences of the clean loss of perturbed methods, where there are any."""
+    from shapo.plots import plot_differences
+
+    panels: dict[str, dict[str, Interval]] = {title: {} for title in TITLES.values()}
+    for entry in table:
+        if entry["method"].startswith("shapo-"):
+            name = f"{entry['method']} - {entry['baseline']}"
+            name += f", {len(entry['seeds'])} seeds, {100 * entry['noise']:g} % flipped"
+            panels[TITLES[entry["split"]]][name] = entry["loss"]
+    if all(panels.values()):
+        plot_differences(
+            path, panels, label="difference of the clean loss", title="Left of 0: the first method is better (95 %)"
+        )
+
+
 def figure_table(rows: Mapping[str, Row], family: str) -> list[dict[str, Any]]:
     """Each subspace's rise of the loss at each radius, and its shares of the rises in all parameters and neurons."""
     found = _of(rows, family)
@@ -114,8 +132,15 @@ def _of(rows: Mapping[str, Row], family: str) -> dict[str, Row]:
     }
 
 
-def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str:
-    """All tables in Markdown, with headings of a level, and what failed or was not run."""
+def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##", *, figure: bool = True) -> str:
+    """All tables in Markdown, with headings of a level, and what failed or was not run.
+
+    Args:
+        plan: Whose jobs should have been run.
+        rows: Those there are.
+        level: Of the headings.
+        figure: Also what is known of the initial model: Figure 1 and the gradients.
+    """
     done = {name: row for name, row in rows.items() if "error" not in row}
     wanted = [job.name for job in study_jobs(plan)]
     missing = [name for name in wanted if name not in done]
@@ -123,7 +148,7 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
     processor = sum(row["cpu_seconds"] for row in rows.values())
     failed = "\n".join(f"* `{name}`: {row['error']}" for name, row in rows.items() if "error" in row)
     compared = comparison_table(done, plan.beta)
-    sections = (
+    of_the_model = (
         (
             "Rise of the preference loss at a distance rho along its gradient inside a subspace (Figure 1)",
             _figure_markdown(figure_table(done, "figure1")),
@@ -135,6 +160,8 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
         ("Several ascent steps", _steps_markdown(done)),
         ("Neurons with the largest gradient", _largest_markdown(done)),
         ("Shares of the squared gradient, and overlaps", _shares_markdown(done)),
+    )
+    sections = (
         ("Radii at matched loss increase", _match_markdown(done)),
         ("Learning rates on the selection split", tuning_markdown(done)),
         ("Methods", methods_markdown(method_table(done, plan.beta))),
@@ -151,7 +178,9 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##") -> str
         f"({seconds / 60:.0f} by the clock). Intervals are 95 % bootstrap intervals that draw prompts; those of a "
         "comparison of methods draw seeds as well. ± is the standard deviation over seeds."
     )
-    parts = [f"{level} {title}\n\n{body}" for title, body in sections if body]
+    parts = [
+        f"{level} {title}\n\n{body}" for title, body in ((*of_the_model, *sections) if figure else sections) if body
+    ]
     return "\n\n".join([start, *parts])
 
 
