@@ -1,6 +1,6 @@
-"""The tables of docs/evidence.md are those of the recorded rows.
+"""The tables and the plot of docs/evidence.md are those of the recorded rows.
 
-python tests/test_evidence.py     # writes the tables anew
+python tests/test_evidence.py     # writes them anew
 """
 
 import json
@@ -8,30 +8,62 @@ import re
 import sys
 from pathlib import Path
 
-from shapo.study.plan import Plan
+import pytest
+
+from shapo.study.methods import comparison_table
+from shapo.study.plan import PLAIN_CHATML, Plan
 from shapo.study.queue import read_rows
-from shapo.study.report import figure_table, render_tables
+from shapo.study.report import figure_table, plot_comparisons, render_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
-STUDY = ROOT / "benchmarks" / "results" / "study"
-MARKERS = "<!-- study -->\n", "<!-- /study -->"
+PLOT = ROOT / "docs" / "comparisons.svg"
+RESULTS = ROOT / "benchmarks" / "results"
+STUDY, SMALL = RESULTS / "study", RESULTS / "study-cpu"
+FOLDERS = {"study": STUDY, "study-cpu": SMALL}
 
 
-def tables():
-    plan = Plan.from_dict(json.loads((STUDY / "settings.json").read_text())["plan"])
-    return render_tables(plan, read_rows(STUDY), "####")
+def plan(folder):
+    return Plan.from_dict(json.loads((folder / "settings.json").read_text())["plan"])
 
 
-def test_the_tables_are_those_of_the_recorded_rows():
+def tables(folder):
+    # What is known of the initial model stands in the first study's tables.
+    return render_tables(plan(folder), read_rows(folder), "####", figure=folder == STUDY)
+
+
+def between(page, name):
+    """Where the tables of a study begin and end."""
+    begin = f"<!-- {name} -->\n"
+    return page.index(begin) + len(begin), page.index(f"<!-- /{name} -->")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_tables_are_those_of_the_recorded_rows(name):
     page = PAGE.read_text()
-    begin, end = (page.index(marker) for marker in MARKERS)
-    assert page[begin + len(MARKERS[0]) : end].strip() == tables().strip(), "run `python tests/test_evidence.py`"
+    begin, end = between(page, name)
+    assert page[begin:end].strip() == tables(FOLDERS[name]).strip(), "run `python tests/test_evidence.py`"
+
+
+def test_the_plot_names_every_comparison_of_a_perturbed_method():
+    plot = PLOT.read_text()
+    table = comparison_table(read_rows(SMALL), plan(SMALL).beta)
+    compared = {f"{e['method']} - {e['baseline']}" for e in table if e["method"].startswith("shapo-")}
+    assert compared
+    assert compared == set(re.findall(r">(shapo-\S+ - \S+?),", plot)), "run `python tests/test_evidence.py`"
+
+
+def strings_of(value):
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in strings_of(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in strings_of(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def test_rows_hold_numbers_and_names_but_no_texts():
-    for path in STUDY.rglob("*.json"):
-        strings = re.findall(r'"((?:[^"\\]|\\.)*)"', path.read_text())
+    for path in [path for folder in FOLDERS.values() for path in folder.rglob("*.json")]:
+        strings = [text for text in strings_of(json.loads(path.read_text())) if text != PLAIN_CHATML]
         assert [text for text in strings if len(text.split()) > 8 or "/" in text] == [], path
 
 
@@ -47,7 +79,10 @@ def test_shares_of_the_rise_are_ratios_of_means():
 
 
 if __name__ == "__main__":
-    page = PAGE.read_text()
-    begin, end = (page.index(marker) for marker in MARKERS)
-    PAGE.write_text(page[: begin + len(MARKERS[0])] + tables() + "\n" + page[end:])
+    text = PAGE.read_text()
+    for key, path in FOLDERS.items():
+        first, last = between(text, key)
+        text = f"{text[:first]}{tables(path)}\n{text[last:]}"
+    PAGE.write_text(text)
+    plot_comparisons(PLOT, comparison_table(read_rows(SMALL), plan(SMALL).beta))
     sys.exit(0)
