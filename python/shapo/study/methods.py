@@ -80,16 +80,18 @@ def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any
 
 
 def _baselines(methods: Sequence[str], method: str) -> list[str]:
-    perturbed = [name for name in methods if name.startswith("shapo-")]
-    controls = [name for name in perturbed if name == "shapo-all" or name.startswith(("shapo-like", "shapo-random"))]
-    if method in ("shapo-all", "dpo"):
-        controls = []
-    plain = [name for name in methods if name not in perturbed]
-    if method in plain:
-        plain, controls = [name for name in plain if name == "dpo"], []
-    elif method in controls:
-        controls = [name for name in controls if name == "shapo-all"]
-    return [name for name in [*plain, *controls] if name != method]
+    """Plain DPO for the plain methods; for a perturbed one all plain ones and the controls at the same rise."""
+    if not method.startswith("shapo-"):
+        return [name for name in methods if name == "dpo" != method]
+    plain = [name for name in methods if not name.startswith("shapo-")]
+    same = [
+        name for name in methods if name.startswith("shapo-") and name.endswith("-wide") == method.endswith("-wide")
+    ]
+    uniform = [name for name in same if name.startswith("shapo-all")]
+    random = [name for name in same if name.startswith(("shapo-like", "shapo-random"))]
+    if method in uniform:
+        return plain
+    return [*plain, *uniform] if method in random else [*plain, *uniform, *random]
 
 
 def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:
@@ -110,9 +112,12 @@ def tuning_markdown(rows: Mapping[str, Row]) -> str:
     for row in rows.values():
         for seen in row.get("watched", ()):
             if seen["update"]:
+                settings = row["settings"]
                 lines.append(
                     (
-                        str(row["settings"]["seed"]),
+                        "dpo" if settings["method"] == "plain" else f"shapo-{settings['method']}",
+                        f"{settings['target']:g}" if "target" in settings else "-",
+                        str(settings["seed"]),
                         f"{row['lr']:g}",
                         str(seen["update"]),
                         f"{seen['loss']:.4f}",
@@ -120,7 +125,7 @@ def tuning_markdown(rows: Mapping[str, Row]) -> str:
                         percent(seen["flips_fitted"]),
                     )
                 )
-    header = ("seed", "lr", "updates", "clean selection loss", "accuracy %", "flips fitted %")
+    header = ("method", "rise", "seed", "lr", "updates", "clean selection loss", "accuracy %", "flips fitted %")
     return markdown(header, lines) if lines else ""
 
 

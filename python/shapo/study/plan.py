@@ -53,6 +53,7 @@ class Plan:
         yardstick: Radius in all parameters for the final models; 0 leaves it out.
         tuning_seeds: Draws of training pairs that the learning rate is chosen on, and nothing else; with them
             the plan is the small one of `_small`.
+        wider: Larger loss increases, of which the selection split chooses one for a second round, as "NAME-wide".
     """
 
     max_length: int = 80
@@ -81,6 +82,7 @@ class Plan:
     short: bool = False
     template: str | None = None
     tuning_seeds: tuple[int, ...] = ()
+    wider: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -108,6 +110,7 @@ PLANS = {
         seeds=4,
         yardstick=0.0,
         tuning_seeds=(100,),
+        wider=(0.8, 2.0),
     ),
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
 }
@@ -186,7 +189,31 @@ def _small(plan: Plan) -> list[Job]:
             jobs += [_shapo(plan, noise, seed, space, space, keep=seed == 0) for space in main]
         jobs += [_plain(noise, seed, early=True) for seed in seeds]
         jobs += [_shapo(plan, noise, seed, control, f"{control}-{seed}", keep=seed == 0) for seed in seeds]
+        if plan.wider and 0 in seeds:
+            jobs += _wider(plan, noise, seeds, [*main, control])
         jobs += [job for seed in seeds for job in _losses(noise, seed)]
+    return jobs
+
+
+def _wider(plan: Plan, noise: float, seeds: Sequence[int], spaces: Sequence[str]) -> list[Job]:
+    """A larger rise, chosen for the gradient's neurons on the tuning draws, and the methods at it."""
+    tuned, seed = spaces[0], plan.tuning_seeds[0]
+    tuning = []
+    for target in (plan.targets[0], *plan.wider):
+        matched = f"match-{target:g}-{tuned}"
+        settings = {"method": tuned, "match": matched, "target": target, "noise": noise, "seed": seed}
+        needs = ("choice", matched, *_scored(tuned))
+        tuning.append(Job(f"tune-shapo-{tuned}-rise{target:g}-seed{seed}", "tune", settings, needs))
+    jobs = [*_match(plan, plan.wider, (tuned,)), *tuning, Job("wider", "wider", {}, tuple(job.name for job in tuning))]
+    for run in seeds:
+        for name in spaces:
+            space = f"{name}-{run}" if name.startswith("like") else name
+            matched = f"match-wide-{space}"
+            if matched not in [job.name for job in jobs]:
+                jobs.append(Job(matched, "match", {"space": space, "target": None}, ("wider", *_scored(space))))
+            settings = {"method": space, "match": matched, "noise": noise, "seed": run}
+            needs = ("choice", matched, *_scored(space))
+            jobs.append(Job(f"shapo-{name}-wide-{_end(noise, run)}", "train", settings, needs))
     return jobs
 
 

@@ -163,7 +163,7 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##", *, fig
     )
     sections = (
         ("Radii at matched loss increase", _match_markdown(done)),
-        ("Learning rates on the selection split", tuning_markdown(done)),
+        ("Learning rates and rises on the selection split", tuning_markdown(done)),
         ("Methods", methods_markdown(method_table(done, plan.beta))),
         (
             "Clean test loss minus a baseline's, pair by pair [seeds in which it is lower]",
@@ -269,7 +269,7 @@ def _match_markdown(rows: Mapping[str, Row]) -> str:
     lines = [
         (
             row["settings"]["space"],
-            f"{row['settings']['target']:g}",
+            f"{row['settings']['target'] or row['target']:g}",
             f"{row['rise']:.3f}",
             f"{row['rho']:.4g}",
             f"{row['ratio']:.3g}",

@@ -84,6 +84,7 @@ class Trial:
             "tune": self._tune,
             "train": self._train,
             "choice": self._choice,
+            "wider": self._wider,
         }
         return kinds[job.kind](job.settings, needs)
 
@@ -194,11 +195,11 @@ class Trial:
             with evaluating(self.model), moved(self.model, space, gradient, rho):
                 return loss.per_item().mean().item() - start
 
-        target = settings["target"]
+        target = settings["target"] or needs["wider"]["target"]
         described = self._described(space, gradient)
         rho, reached, tried = match_radius(rise, target, start=target / described["gradient_norm"])
         ratio = rho / described["weight_norm"]
-        return {"rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
+        return {"target": target, "rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
 
     def _described(self, space: Subspace, gradient: Mapping[str, Tensor]) -> Row:
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -323,6 +324,12 @@ class Trial:
             "end": {"lr": end[0], "loss": means[end]},
             "early": {"lr": early[0], "updates": early[1], "loss": means[early]},
         }
+
+    def _wider(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """Of the rises above the smallest, the one with the lowest clean selection loss at the end."""
+        tried = sorted((row["settings"]["target"], row["watched"][-1]["loss"]) for row in needs.values())
+        target, loss = min(tried[1:], key=lambda found: found[1])
+        return {"target": target, "loss": loss}
 
     def _keep(self, name: str) -> None:
         save_model(self.folder / "models" / name, self.model, self._tokenizer)
