@@ -261,13 +261,14 @@ class Probe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Probe:
-        """Read what `save` wrote.
+        """Read what `save` wrote: the file, or the folder of `shapo probe` that it lies in.
 
         Raises:
             UserError: a missing or damaged file, or one of another kind.
         """
         from safetensors import SafetensorError, safe_open
 
+        path = Path(path) / "probe.safetensors" if Path(path).is_dir() else path
         try:
             with safe_open(os.fspath(path), "pt") as file:
                 header = file.metadata() or {}

@@ -236,6 +236,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
     features, unsafe, groups, _ = separable(80)
     probe = train_probe(features, unsafe, groups, epochs=3, metadata={"data": "generated"})
     probe.save(tmp_path / "probe.safetensors")
+    assert torch.equal(Probe.load(tmp_path).weight, probe.weight)  # the folder of `shapo probe`
     loaded = Probe.load(tmp_path / "probe.safetensors")
     assert torch.equal(loaded.weight, probe.weight)
     assert torch.equal(loaded.bias, probe.bias)

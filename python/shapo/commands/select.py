@@ -50,7 +50,9 @@ class SelectOptions:
         of=("probe", "gradient", "random", "neurons"),
         metavar="SHARE",
     )
-    probe: str | None = option("what `shapo probe` wrote", None, of=("probe",), metavar="FILE", reads=True)
+    probe: str | None = option(
+        "what `shapo probe` wrote: its folder or the file", None, of=("probe",), metavar="PATH", reads=True
+    )
     match: str = option("drawn over all layers, or layer by layer", "total", of=("random",), choices=("total", "layer"))
     like: str | None = option(
         "a subspace whose number of neurons in each layer is taken", None, of=("random",), metavar="FILE", reads=True
@@ -88,14 +90,16 @@ OPTIONS = (
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from shapo.probe import Probe
     from shapo.storage.files import atomic_file, require_writable
     from shapo.tables import counted, table
 
     _check(arguments)
     require_writable(arguments.output)
     pairs = common.load_data(arguments) if arguments.method == "gradient" else None
+    probe = Probe.load(arguments.probe) if arguments.method == "probe" else None
     model = common.load_model(arguments.model, arguments, slow=arguments.method == "gradient")
-    subspace = _select(arguments, model, pairs)
+    subspace = _select(arguments, model, pairs, probe)
     if not Ranks.here().is_main:
         return
     with atomic_file(arguments.output) as temporary:
@@ -131,16 +135,14 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--method {arguments.method} needs --{needed}")
 
 
-def _select(arguments: argparse.Namespace, model: Any, pairs: Any) -> Subspace:
+def _select(arguments: argparse.Namespace, model: Any, pairs: Any, probe: Any) -> Subspace:
     from shapo import selection
     from shapo.config import LossConfig
     from shapo.models.loading import load_tokenizer
-    from shapo.probe import Probe
     from shapo_kernels import Subspace
 
     made_from = {"model": arguments.model}
     if arguments.method == "probe":
-        probe = Probe.load(arguments.probe)
         return selection.select_by_probe(
             model,
             probe.direction,
