@@ -199,14 +199,14 @@ def _wider(plan: Plan, noise: float, seeds: Sequence[int], spaces: Sequence[str]
     """A larger rise, chosen for the gradient's neurons on the tuning draws, and the methods at it."""
     tuned, seed = spaces[0], plan.tuning_seeds[0]
     tuning = []
-    for target in (plan.targets[0], *plan.wider):
+    for target in plan.wider:
         matched = f"match-{target:g}-{tuned}"
         settings = {"method": tuned, "match": matched, "target": target, "noise": noise, "seed": seed}
         needs = ("choice", matched, *_scored(tuned))
         tuning.append(Job(f"tune-shapo-{tuned}-rise{target:g}-seed{seed}", "tune", settings, needs))
     jobs = [*_match(plan, plan.wider, (tuned,)), *tuning, Job("wider", "wider", {}, tuple(job.name for job in tuning))]
-    for run in seeds:
-        for name in spaces:
+    for name in spaces:
+        for run in seeds:
             space = f"{name}-{run}" if name.startswith("like") else name
             matched = f"match-wide-{space}"
             if matched not in [job.name for job in jobs]:

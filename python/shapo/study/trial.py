@@ -326,9 +326,9 @@ class Trial:
         }
 
     def _wider(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """Of the rises above the smallest, the one with the lowest clean selection loss at the end."""
-        tried = sorted((row["settings"]["target"], row["watched"][-1]["loss"]) for row in needs.values())
-        target, loss = min(tried[1:], key=lambda found: found[1])
+        """The rise with the lowest clean selection loss at the end."""
+        tried = [(row["settings"]["target"], row["watched"][-1]["loss"]) for row in needs.values()]
+        target, loss = min(tried, key=lambda found: found[1])
         return {"target": target, "loss": loss}
 
     def _keep(self, name: str) -> None:
