@@ -158,6 +158,10 @@ def _check(arguments: argparse.Namespace) -> None:
         from shapo.answers.vllm import require_vllm
 
         require_vllm()
+    if arguments.lm_eval:
+        from shapo.harnesses.lm_eval import require_lm_eval
+
+        require_lm_eval()
     if arguments.temperature != 0 and not 1e-3 <= arguments.temperature < math.inf:
         raise UserError(
             f"the temperature is {arguments.temperature}, but 0 (greedy) or a number from 0.001 on is expected"
@@ -263,7 +267,10 @@ def _verdicts(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"over-refusal: {refused if isinstance(refused, str) else _bounds(refused)}")
     if "agreement" in summary:
         a = summary["agreement"]
-        print(f"Cohen's kappa {a['kappa']:.3f} (95 %: {a['low']:.2f} to {a['high']:.2f}), {a['n']} answers")
+        if math.isnan(a["kappa"]):
+            print(f"Cohen's kappa is not defined: of {a['n']} answers read by both, each judge says the same of all")
+        else:
+            print(f"Cohen's kappa {a['kappa']:.3f} (95 %: {a['low']:.2f} to {a['high']:.2f}), {a['n']} answers")
     if "difference" in summary:
         d = summary["difference"]
         print(
@@ -278,13 +285,17 @@ def _comparisons(path: str) -> dict[str, Any]:
     from shapo.statistics import win_rate
 
     wins = win_rate([(row["first"], row["second"]) for row in read_rows(path, ("first", "second"))])
-    print(f"win rate of A {_percent(wins)}, {wins['n']} comparisons")
+    print(
+        f"win rate of A {_percent(wins)}, {wins['n']} comparisons; both orders agree in {wins['orders_agree']}, "
+        f"{wins['unparsed']} unreadable ones are left out"
+    )
     return {"win_rate": wins}
 
 
 def _bounds(share: dict[str, Any]) -> str:
+    low, high = (f"{100 * share[name]:.1f}" for name in ("low", "high"))
     return (
-        f"{100 * share['low']:.1f} to {100 * share['high']:.1f} % ({share['unreadable']} of {share['n']} unreadable; "
+        f"{low if low == high else f'{low} to {high}'} % ({share['unreadable']} of {share['n']} unreadable; "
         f"95 %: {100 * share['interval_low']:.1f} to {100 * share['interval_high']:.1f})"
     )
 

@@ -13,6 +13,14 @@ from typing import Any
 from shapo.errors import UserError
 
 
+def require_lm_eval() -> None:
+    """Raises UserError where lm-eval is not installed: to be asked before anything takes long."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("--lm-eval needs the package lm-eval; `pip install shapo-kernels[harness]`") from error
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -36,12 +44,11 @@ def run_tasks(
     Raises:
         UserError: lm-eval is not installed, or a task is unknown or cannot be run.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("--lm-eval needs the package lm-eval; `pip install shapo-kernels[harness]`") from error
+    require_lm_eval()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=os.fspath(folder) if folder else None)
     known = set(manager.all_tasks)
     if unknown := [name for name in tasks if name not in known]:

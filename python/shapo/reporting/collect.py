@@ -89,6 +89,10 @@ def _identify(path: Path) -> Found:
     if not path.exists():
         raise UserError("there is no such file or folder")
     if path.is_file():
+        if path.suffix == ".jsonl":
+            raise UserError(
+                "lines of answers or verdicts; `shapo evaluate --verdicts` counts verdicts into a JSON file"
+            )
         values = _load(path)
         if not {"attack_success", "preferences", "win_rate", "lm_eval"} & set(values):
             raise UserError("it holds no numbers: neither preferences, verdicts, comparisons nor lm-eval")

@@ -88,3 +88,10 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch, tiny_lla
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install shapo-kernels\[harness\]"):
         run_tasks(tiny_llama, tiny_tokenizer, ["any"])
+
+
+def test_the_command_says_so_before_it_loads_a_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    arguments = ["--model", str(tmp_path / "nowhere"), "--lm-eval", "any", "--output", str(tmp_path / "o.json")]
+    assert main(["evaluate", *arguments]) == 2
+    assert "pip install shapo-kernels[harness]" in capsys.readouterr().err

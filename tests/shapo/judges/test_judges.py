@@ -294,6 +294,29 @@ def test_judgezoo_is_asked_for_chats_and_its_harm_is_the_score(monkeypatch):
         load_judge("judgezoo:other")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"p_harmful": [0.5, 1.5, math.nan]}, [("unsafe", None), ("unreadable", None), ("unreadable", None)]),
+        (
+            {"category": ["direct_answer", "indirect_refusal", None]},
+            [("unreadable", False), ("unreadable", True), ("unreadable", None)],
+        ),
+        ({"category": ["violence"] * 3}, None),
+        ({"rating": [3] * 3}, None),
+    ],
+)
+def test_what_judgezoo_says_is_harm_or_a_kind_of_refusal_or_no_verdict(given, expected, monkeypatch):
+    zoo = types.SimpleNamespace(from_name=lambda name: lambda chats: given)
+    monkeypatch.setitem(sys.modules, "judgezoo", types.SimpleNamespace(Judge=zoo))
+    judge = load_judge("judgezoo:any")
+    if expected is None:
+        with pytest.raises(UserError, match="neither p_harmful nor a kind of refusal"):
+            judge([PROMPT] * 3, ["a"] * 3)
+    else:
+        assert [(v.label, v.refusal) for v in judge([PROMPT] * 3, ["a"] * 3)] == expected
+
+
 def test_without_judgezoo_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "judgezoo", None)
     with pytest.raises(UserError, match="pip install judgezoo"):

@@ -188,8 +188,10 @@ def test_what_cannot_be_shown_is_named_with_its_reason(tmp_path):
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "probe.json").write_text("{}")
     given = [whole, half, tmp_path / "none", damaged, tmp_path / "odd.json", tmp_path / "nowhere"]
-    given += [tmp_path / "answers.json", tmp_path / "probe"]
+    (tmp_path / "verdicts.jsonl").write_text('{"verdict": "safe"}\n{"verdict": "safe"}\n')
+    given += [tmp_path / "answers.json", tmp_path / "probe", tmp_path / "verdicts.jsonl"]
     reasons = dict(collect(given).left_out)
+    assert "counts verdicts into a JSON file" in reasons[str(tmp_path / "verdicts.jsonl")]
     assert "holds no numbers" in reasons[str(tmp_path / "answers.json")]
     assert "measures no method" in reasons[str(tmp_path / "probe")]
     assert "unfinished run" in reasons[str(half)]

@@ -1,0 +1,168 @@
+"""Attacks on aligned models side by side, and how often their judge is right: rows for docs/evaluation.md.
+
+    python -m benchmarks.attacks start=runs/attacks/start dpo=runs/attacks/dpo shapo=runs/attacks/shapo \\
+        --model SMOLLM2 --probe runs/judge/probe.safetensors --answers test.jsonl test_unseen.jsonl
+
+The folders are those of `shapo attack` with one judge, the same data and the same prompts; models are compared with
+the second one prompt by prompt. `--answers` are pairs with safety labels, of prompts that the probe was not trained on:
+the judge's verdicts on their answers are held against the labels. Writes `benchmarks/results/attacks.json`: numbers,
+names of files and no text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+
+SETTINGS = ("steps", "examples", "lora", "lr", "batch_size", "max_new_tokens", "seeds")
+Row = Mapping[str, Any]
+
+
+def points(name: str, attack: Row) -> list[dict[str, Any]]:
+    """A row for each seed and measured step."""
+    return [
+        {"kind": "point", "model": name, "seed": seed["seed"], **point}
+        for seed in attack["seeds"]
+        for point in seed["curve"]
+    ]
+
+
+def differences(names: Sequence[str], folders: Sequence[Path], attacks: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each model but the second against the second, at each step of each seed, by `shapo evaluate`'s own functions."""
+    from shapo.judges.files import read_rows
+    from shapo.safety import safety_summary
+    from shapo.statistics import paired_difference
+
+    found = []
+    base, base_folder = names[1], folders[1]
+    for name, folder, attack in zip(names, folders, attacks, strict=True):
+        for seed in attack["seeds"] if name != base else ():
+            for point in seed["curve"]:
+                mine, theirs = (
+                    f / f"seed-{seed['seed']}" / f"verdicts-{point['step']}.jsonl" for f in (folder, base_folder)
+                )
+                where = {
+                    "kind": "difference",
+                    "model": name,
+                    "against": base,
+                    "seed": seed["seed"],
+                    "step": point["step"],
+                }
+                found.append(
+                    {**where, "what": "attack_success", **safety_summary([mine], against=theirs)["difference"]}
+                )
+                benign = [
+                    read_rows(path.with_name(f"benign-{point['step']}.jsonl"), ("refusal",)) for path in (theirs, mine)
+                ]
+                refusals = [[row["refusal"] for row in part] for part in benign]
+                found.append({**where, "what": "over_refusal", **asdict(paired_difference(*refusals))})
+    return found
+
+
+def judged(model: str, probe: str, source: str) -> dict[str, Any]:
+    """The judge's verdicts on distinct answers against their labels."""
+    from shapo.data.formats import load_pairs
+    from shapo.judges import load_judge
+    from shapo.judges.refusal import RefusalJudge
+    from shapo.probe import probe_examples
+    from shapo.statistics import wilson
+
+    examples = list(dict.fromkeys(probe_examples(load_pairs(source))))
+    prompts, answers = [example.prompt for example in examples], [example.response for example in examples]
+    judge = load_judge("probe", model, probe=probe, encoder={"chat_template": True})
+    unsafe = [example.unsafe for example in examples]
+    share = sum(unsafe) / len(unsafe)
+    right = [
+        v.label == ("unsafe" if label else "safe") for v, label in zip(judge(prompts, answers), unsafe, strict=True)
+    ]
+    plain = [
+        v.label == ("unsafe" if label else "safe")
+        for v, label in zip(RefusalJudge()(prompts, answers), unsafe, strict=True)
+    ]
+    return {
+        "kind": "judge", "answers": Path(source).name.split(".")[0], "n": len(examples),
+        "majority": max(share, 1 - share),
+        "right": wilson(sum(right), len(right)).as_dict(),
+        "unsafe_found": _mean([r for r, label in zip(right, unsafe, strict=True) if label]),
+        "safe_passed": _mean([r for r, label in zip(right, unsafe, strict=True) if not label]),
+        "substring_right": _mean(plain),
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def tables(recorded: Sequence[Row]) -> str:
+    """The rows as docs/evaluation.md shows them."""
+    of = {
+        kind: [row for row in recorded if row["kind"] == kind] for kind in ("point", "difference", "judge", "settings")
+    }
+    lines = ["| model | step | attack success % (95 %) | refusals % | over-refusal % (95 %) | harmful loss |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in of["point"]:
+        shares = [
+            _share(row[name], interval=name != "refusal") for name in ("attack_success", "refusal", "over_refusal")
+        ]
+        lines.append(f"| {row['model']} | {row['step']} | {' | '.join(shares)} | {row['loss']:.2f} |")
+    lines += [
+        "",
+        "| model, its counterpart | step | what | difference, points (95 %) | only one of the two | McNemar's p |",
+    ]
+    lines.append("|---|---:|---|---:|---:|---:|")
+    for row in of["difference"]:
+        value, low, high = (f"{100 * row[name]:+.0f}" for name in ("difference", "low", "high"))
+        only = f"{row['only_second']} and {row['only_first']} of {row['n']}"
+        what = row["what"].replace("attack_success", "attack success").replace("over_refusal", "over-refusal")
+        compared = f"{row['model']}, {row['against']}"
+        lines.append(
+            f"| {compared} | {row['step']} | {what} | {value} ({low} to {high}) | {only} | {row['p_value']:.2g} |"
+        )
+    lines += ["", "| the judge on answers of | n | more frequent class | right (95 %) | unsafe found | safe passed |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in of["judge"]:
+        right = row["right"]
+        shown = f"{100 * right['value']:.1f} % ({100 * right['low']:.1f} to {100 * right['high']:.1f})"
+        shares = [f"{100 * row[name]:.1f} %" for name in ("unsafe_found", "safe_passed")]
+        lines.append(
+            f"| `{row['answers']}` | {row['n']} | {100 * row['majority']:.1f} % | {shown} | {' | '.join(shares)} |"
+        )
+    return "\n".join(lines)
+
+
+def _share(share: Row, *, interval: bool) -> str:
+    low, high = (f"{100 * share[name]:.0f}" for name in ("low", "high"))
+    value = low if low == high else f"{low} to {high}"
+    return f"{value} ({100 * share['interval_low']:.0f} to {100 * share['interval_high']:.0f})" if interval else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("attacks", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--model", required=True, help="that the probe was trained on")
+    parser.add_argument("--probe", required=True)
+    parser.add_argument("--answers", nargs="+", default=[])
+    arguments = parser.parse_args()
+    named = [entry.partition("=") for entry in arguments.attacks]
+    names, folders = [name for name, _, _ in named], [Path(folder) for _, _, folder in named]
+    attacks = [json.loads((folder / "attack.json").read_text()) for folder in folders]
+    for key in ("judge_digest", "data", "prompts", "benign"):
+        if len({attack[key] for attack in attacks}) > 1:
+            parser.error(f"the attacks differ in {key}")
+    given = {name: attacks[0]["arguments"][name] for name in SETTINGS}
+    found: list[dict[str, Any]] = [{"kind": "settings", "judge": attacks[0]["judge"], **given}]
+    found += [row for name, attack in zip(names, attacks, strict=True) for row in points(name, attack)]
+    found += differences(names, folders, attacks)
+    found += [judged(arguments.model, arguments.probe, source) for source in arguments.answers]
+    rows.write("attacks", found)
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()
