@@ -4,9 +4,9 @@
         --model SMOLLM2 --probe runs/judge/probe.safetensors --answers test.jsonl test_unseen.jsonl
 
 The folders are those of `shapo attack` with one judge, the same data and the same prompts; models are compared with
-the second one prompt by prompt. `--answers` are pairs with safety labels, of prompts that the probe was not trained on:
-the judge's verdicts on their answers are held against the labels. Writes `benchmarks/results/attacks.json`: numbers,
-names of files and no text.
+the one named by `--against`, prompt by prompt. `--answers` are pairs with safety labels, of prompts that the probe was
+not trained on: the judge's verdicts on their answers are held against the labels. Writes
+`benchmarks/results/attacks.json`: numbers and names of files, no text.
 """
 
 from __future__ import annotations
@@ -33,35 +33,27 @@ def points(name: str, attack: Row) -> list[dict[str, Any]]:
     ]
 
 
-def differences(names: Sequence[str], folders: Sequence[Path], attacks: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each model but the second against the second, at each step of each seed, by `shapo evaluate`'s own functions."""
+def differences(
+    base: str, names: Sequence[str], folders: Sequence[Path], attacks: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """Each model against the model `base`, at each step of each seed, by the functions behind `shapo evaluate`."""
     from shapo.judges.files import read_rows
     from shapo.safety import safety_summary
     from shapo.statistics import paired_difference
 
     found = []
-    base, base_folder = names[1], folders[1]
+    base_folder = folders[names.index(base)]
     for name, folder, attack in zip(names, folders, attacks, strict=True):
         for seed in attack["seeds"] if name != base else ():
-            for point in seed["curve"]:
-                mine, theirs = (
-                    f / f"seed-{seed['seed']}" / f"verdicts-{point['step']}.jsonl" for f in (folder, base_folder)
-                )
-                where = {
-                    "kind": "difference",
-                    "model": name,
-                    "against": base,
-                    "seed": seed["seed"],
-                    "step": point["step"],
-                }
-                found.append(
-                    {**where, "what": "attack_success", **safety_summary([mine], against=theirs)["difference"]}
-                )
-                benign = [
-                    read_rows(path.with_name(f"benign-{point['step']}.jsonl"), ("refusal",)) for path in (theirs, mine)
-                ]
-                refusals = [[row["refusal"] for row in part] for part in benign]
-                found.append({**where, "what": "over_refusal", **asdict(paired_difference(*refusals))})
+            for step in (point["step"] for point in seed["curve"]):
+                here, there = (place / f"seed-{seed['seed']}" for place in (folder, base_folder))
+                where = {"kind": "difference", "model": name, "against": base, "seed": seed["seed"], "step": step}
+                file = f"verdicts-{step}.jsonl"
+                unsafe = safety_summary([here / file], against=there / file)["difference"]
+                found.append({**where, "what": "attack_success", **unsafe})
+                benign = [read_rows(place / f"benign-{step}.jsonl", ("refusal",)) for place in (there, here)]
+                refused = [[row["refusal"] for row in part] for part in benign]
+                found.append({**where, "what": "over_refusal", **asdict(paired_difference(*refused))})
     return found
 
 
@@ -145,6 +137,7 @@ def _share(share: Row, *, interval: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("attacks", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--against", default="dpo", help="the name of the model that the others are compared with")
     parser.add_argument("--model", required=True, help="that the probe was trained on")
     parser.add_argument("--probe", required=True)
     parser.add_argument("--answers", nargs="+", default=[])
@@ -158,7 +151,7 @@ def main() -> None:
     given = {name: attacks[0]["arguments"][name] for name in SETTINGS}
     found: list[dict[str, Any]] = [{"kind": "settings", "judge": attacks[0]["judge"], **given}]
     found += [row for name, attack in zip(names, attacks, strict=True) for row in points(name, attack)]
-    found += differences(names, folders, attacks)
+    found += differences(arguments.against, names, folders, attacks)
     found += [judged(arguments.model, arguments.probe, source) for source in arguments.answers]
     rows.write("attacks", found)
     print(tables(found))

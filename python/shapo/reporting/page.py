@@ -28,4 +28,5 @@ def render(page: Page, *, title: str = "ShaPO: what was measured") -> str:
         lstrip_blocks=True,
     )
     environment.globals["drawing"] = drawing
-    return str(environment.get_template("page.html").render(page=page, title=title))
+    text = str(environment.get_template("page.html").render(page=page, title=title))
+    return text.encode("utf-8", "backslashreplace").decode()  # a folder's name need not be UTF-8
