@@ -78,7 +78,8 @@ class Work:
             low, high = (max(moved / COPY, self.operations / PRODUCT) for moved in self.moved)
             return low, high
         times = [sum(max(part.moved[n] / COPY, part.issue_seconds()) for part in self.parts) for n in (0, 1)]
-        return times[0], times[1]
+        products = self.operations / PRODUCT
+        return times[0] + products, times[1] + products
 
 
 def _up(value: int, step: int) -> int:
@@ -139,7 +140,7 @@ def _sectors(columns: int, selected: int, sector: int, itemsize: int) -> float:
 
 
 def works() -> list[Work]:
-    return [*_subspace(), *_neurons(), *_logps()]
+    return [*_subspace(), *_neurons(), *_logps(), *_head()]
 
 
 def _subspace() -> list[Work]:
@@ -206,6 +207,31 @@ def _logps() -> list[Work]:
     ]
 
 
+def _head() -> list[Work]:
+    """Products of the library into float32 tiles; between them a kernel reads a tile, and another makes it factors."""
+    suite, width, vocabulary, tokens = "gpu_linear_sequence_logps", 2048, 128256, 8 * 384  # a quarter is prompt
+    name = lambda frozen: f"8 x 512 x {vocabulary}, width {width}{frozen}, bfloat16"  # noqa: E731
+    logits = tokens * vocabulary
+    product = 2 * logits * width
+
+    def parts(again: float) -> list[Part]:
+        """`again`: the share of the logits that the backward pass computes a second time."""
+        slopes = round(logits * (1 + again))
+        return [
+            Part(_triton("normalize_kernel[fp32]"), logits, 4, 16, (4 * logits,) * 2),
+            Part(_triton("slope_kernel[fp32 into bf16]"), slopes, 4, 16, ((4 + 2) * slopes,) * 2),
+        ]
+
+    tiles = -(-logits // (2**27 // 4))  # half of 256 MiB each; the last is kept
+    again, trained = 1 - 1 / tiles, name("")
+    pairs = "shapo_kernels, by pairs"
+    return [
+        Work("the head", suite, trained, "shapo_kernels", parts(again), operations=round((3 + again) * product)),
+        Work("the head, by pairs", suite, trained, pairs, parts(0), operations=3 * product),
+        Work("the head, frozen", suite, name(", head frozen"), "shapo_kernels", parts(0), operations=2 * product),
+    ]
+
+
 # -- the table
 
 
@@ -224,6 +250,8 @@ def table() -> str:
                 f"{_gb(part.moved)} | {1e3 * part.moved[0] / COPY:.3f} | {1e3 * part.issue_seconds():.3f} | | |"
             )
         name = "together" if work.parts else "passes over memory"
+        if work.parts and work.operations:
+            name = f"together, and {work.operations / 1e12:.1f} TFLOP of products"
         low, high = (1e3 * seconds for seconds in work.predicted())
         said = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} ({high:.3f})"
         lines.append(f"| {work.title} | {name} | | | | {_gb(work.bytes())} | | | {said} | {measured(work)} |")

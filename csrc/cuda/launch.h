@@ -19,9 +19,13 @@ namespace shapo::cuda {
 using torch::stable::Tensor;
 
 // Makes a tensor's device the current one while it lives, and names the stream to launch on.
+//
+// The CUDA runtime is linked statically: the name of the shared one has its major version, and PyTorch loads only its own
+// (pytorch/pytorch#187320). A second copy may keep a current device of its own, so both are set.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);

@@ -50,9 +50,9 @@ def token_logps_gradient(
     shift: int,
     first: int,
 ) -> Tensor:
-    result = torch.empty_like(logits)
-    _write_gradient(logits, result, labels, logps, normalizers, grad, ignore_index, shift, first)
-    return result
+    slopes = torch.empty_like(logits)
+    token_logps_gradient_into(logits, slopes, labels, logps, normalizers, grad, ignore_index, shift, first)
+    return slopes
 
 
 def token_logps_gradient_(
@@ -65,7 +65,7 @@ def token_logps_gradient_(
     shift: int,
     first: int,
 ) -> None:
-    _write_gradient(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
+    token_logps_gradient_into(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
 
 
 def token_logps_gradient_into(
@@ -79,21 +79,7 @@ def token_logps_gradient_into(
     shift: int,
     first: int,
 ) -> None:
-    """The gradient in another dtype than the logits'."""
-    _write_gradient(logits, to, labels, logps, normalizers, grad, ignore_index, shift, first)
-
-
-def _write_gradient(
-    logits: Tensor,
-    to: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    normalizers: Tensor,
-    grad: Tensor,
-    ignore_index: int,
-    shift: int,
-    first: int,
-) -> None:
+    """`to` may be the logits themselves, or of another dtype."""
     targets = _targets(labels, ignore_index, shift)
     for part in _parts(logits):
         counted, local, held = _locate(targets[part], ignore_index, first, logits.shape[2])

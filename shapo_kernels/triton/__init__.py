@@ -1,6 +1,6 @@
 """Operators in Triton: compiled for the GPU at hand when first launched; interpreted on the CPU, for tests.
 
-The functions carry the names and positional arguments of the schemas in ``ops/_schemas.py``; what they compute is
+The functions carry the names and positional arguments of the schemas in `ops/_schemas.py`; what they compute is
 documented once, at the public functions of :mod:`shapo_kernels.ops`. Configurations are chosen from shapes and dtypes
 in plain Python and never by timing, so that a result does not depend on what was measured. What is missing here the
 reference serves.

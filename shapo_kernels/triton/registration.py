@@ -14,7 +14,7 @@ _LIBRARY = torch.library.Library("shapo_triton", "DEF")
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.ops.shapo_triton.<name>``, run by ``function``; schema and fake are those of the operator of its name."""
+    """`torch.ops.shapo_triton.<name>`, run by `function`; schema and fake are those of the operator of its name."""
     operator = OPERATORS[function.__name__]
     _LIBRARY.define(operator.name + operator.signature)
     device = "CPU" if os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available() else "CUDA"

@@ -58,7 +58,7 @@ def _fold(highest, WIDE: tl.constexpr):
 
 @triton.jit
 def _fall(before, a, c, WIDE: tl.constexpr):
-    """The exponent by which sums below the maximum ``before`` shrink below that of (a, c)."""
+    """The exponent by which sums below the maximum `before` shrink below that of (a, c)."""
     a_before, c_before = _fold(before, WIDE)
     nothing = before == -float("inf")
     if not WIDE:
@@ -68,7 +68,7 @@ def _fall(before, a, c, WIDE: tl.constexpr):
 
 @triton.jit
 def _exponent(x, a, c, WIDE: tl.constexpr, EMULATE: tl.constexpr):
-    """``EMULATE``: for the interpreter, which rounds a product before it adds."""
+    """`EMULATE`: for the interpreter, which rounds a product before it adds."""
     if WIDE:
         return x - c
     elif EMULATE:
@@ -79,7 +79,7 @@ def _exponent(x, a, c, WIDE: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _power(exponent, WIDE: tl.constexpr, PTX: tl.constexpr):
-    """``PTX``: one instruction, without the handling of results below 1e-38, which become 0."""
+    """`PTX`: one instruction, without the handling of results below 1e-38, which become 0."""
     if WIDE:
         return tl.exp(exponent)
     elif PTX:
@@ -128,7 +128,7 @@ def normalize_kernel(
 ):
     """logps, (m, S) and entropy of one token; 0, (0, 1) and 0 where it has no label.
 
-    ``TOGETHER``: neighbours that one thread takes at once; they share a maximum and a sum.
+    `TOGETHER`: neighbours that one thread takes at once; they share a maximum and a sum.
     """
     COMPUTE: tl.constexpr = tl.float64 if WIDE else tl.float32
     GROUPS: tl.constexpr = LANES // TOGETHER
@@ -264,49 +264,17 @@ def token_logps(
     return logps, normalizers, entropies
 
 
-def token_logps_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    normalizers: Tensor,
-    grad: Tensor,
-    ignore_index: int,
-    shift: int,
-    first: int,
-) -> Tensor:
+def token_logps_gradient(logits: Tensor, *arguments: Any) -> Tensor:
     slopes = torch.empty_like(logits)
-    _write_gradient(logits, slopes, labels, logps, normalizers, grad, ignore_index, shift, first)
+    token_logps_gradient_into(logits, slopes, *arguments)
     return slopes
 
 
-def token_logps_gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    normalizers: Tensor,
-    grad: Tensor,
-    ignore_index: int,
-    shift: int,
-    first: int,
-) -> None:
-    _write_gradient(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
+def token_logps_gradient_(logits: Tensor, *arguments: Any) -> None:
+    token_logps_gradient_into(logits, logits, *arguments)
 
 
 def token_logps_gradient_into(
-    logits: Tensor,
-    to: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    normalizers: Tensor,
-    grad: Tensor,
-    ignore_index: int,
-    shift: int,
-    first: int,
-) -> None:
-    _write_gradient(logits, to, labels, logps, normalizers, grad, ignore_index, shift, first)
-
-
-def _write_gradient(
     logits: Tensor,
     slopes: Tensor,
     labels: Tensor,
@@ -317,6 +285,7 @@ def _write_gradient(
     shift: int,
     first: int,
 ) -> None:
+    """`slopes` may be the logits themselves, or of another dtype."""
     if not logits.numel():
         return
     rows, length, held = logits.shape

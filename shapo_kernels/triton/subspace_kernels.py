@@ -1,6 +1,6 @@
 """Triton kernels of the subspace update; subspace_update.py launches them.
 
-A program works on ``BLOCK`` consecutive elements of one layer's compact form, or on a part of one row; tables.py tells
+A program works on `BLOCK` consecutive elements of one layer's compact form, or on a part of one row; tables.py tells
 it which. What it sums is written out under its number, and a second kernel adds those numbers in their order: atomics
 would make a norm, and through it every weight, differ from run to run.
 
@@ -284,7 +284,7 @@ def scale_kernel(
     relative,
     CHUNK: tl.constexpr,
 ):
-    """scales[layer] from the squared norms of all layers. ``norm`` is 0 global, 1 layer, 2 none."""
+    """scales[layer] from the squared norms of all layers. `norm` is 0 global, 1 layer, 2 none."""
     layer = tl.program_id(0)
     zero = tl.zeros([], tl.int64)
     everything = _add(squares, zero, zero + layers, CHUNK)

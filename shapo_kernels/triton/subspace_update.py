@@ -1,7 +1,7 @@
 """The subspace update in Triton: launchers of subspace_kernels.py; see :mod:`shapo_kernels.ops.subspace_update`.
 
 Every function takes all layers in one or two launches, whatever their number and dtypes, and waits for nothing. A whole
-perturbation (``squared_norms`` 2, ``perturbation_scale`` 1, ``perturb_`` 2, ``restore_`` 1) is six.
+perturbation (`squared_norms` 2, `perturbation_scale` 1, `perturb_` 2, `restore_` 1) is six.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ _ARENA_WORDS = 2**19
 
 @dataclass(frozen=True)
 class LayerTable:
-    """What a launch over all layers needs. ``dtype`` and ``path`` choose the kernel's specialisation."""
+    """What a launch over all layers needs. `dtype` and `path` choose the kernel's specialisation."""
 
     fields: Tensor  # int64 [layers, FIELDS], then [layers + 1] first blocks
     layers: int

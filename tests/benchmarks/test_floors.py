@@ -82,6 +82,13 @@ def test_every_prediction_belongs_to_a_case_that_the_gpu_runner_times():
         for tokens, hidden, width, count, _ in neurons.CASES
         for name in ("update", "gradient")
     }
+    cases |= {
+        (
+            "gpu_linear_sequence_logps",
+            f"{rows} x {tokens} x {vocabulary}, width {width}{', head frozen' if frozen else ''}, bfloat16",
+        )
+        for rows, tokens, vocabulary, width, frozen in logps.HEADS
+    }
     for work in floors.works():
         assert (work.suite, work.case) in cases
         assert work.parts or work.moved
