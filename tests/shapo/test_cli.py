@@ -264,6 +264,16 @@ def test_no_output_is_an_input(shapo, files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_subspace_without_a_neuron_is_one_line(shapo, files, tmp_path):
+    Subspace({}).save(tmp_path / "none.safetensors")
+    perturbed = ["--rho", 0.1, "--subspace", tmp_path / "none.safetensors"]
+    pairs = ["--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet"]
+    for command in (train_arguments(files, *perturbed), ["sharpness", *pairs, *perturbed[2:], "--output", "out"]):
+        code, _, error = shapo(*command)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "selects no neuron" in error
+
+
 def test_two_at_once_may_not_write_the_same(shapo, files, tmp_path):
     from shapo.storage.outputs import locked, sole_writer
 

@@ -145,6 +145,8 @@ def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace)
         raise UserError("an adapter is measured merged into the weights; --subspace adapters is for `shapo train`")
     found = {name: Subspace.head(model) if path == "head" else Subspace.load(path) for name, path in files.items()}
     for name, subspace in found.items():
+        if not subspace.count:
+            raise UserError(f"{files[name]} selects no neuron, so there is nothing to move; select some")
         try:
             subspace.validate(model)
         except ValueError as error:
