@@ -17,7 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..interop.quantised import is_linear_by_features
-from ..interop.torch_private import base_of, forward_hooks, global_forward_hooks, in_functorch, is_dtensor
+from ..interop.torch_private import (
+    base_of,
+    forward_hooks,
+    global_forward_hooks,
+    in_backward,
+    in_functorch,
+    is_dtensor,
+)
 from .descent_guard import DescentGuard, drop_copies
 
 
@@ -87,7 +94,8 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
         self.compute_dtype, self.ran = output.dtype, True
-        if not torch.compiler.is_compiling() and self.calls is not None:
+        # A checkpoint's recomputation, in a backward pass, is no call of the loss's: its graph would keep what it holds.
+        if not torch.compiler.is_compiling() and self.calls is not None and not in_backward():
             taken = args[0] if args else next(iter(kwargs.values()))
             self.calls.append(None if _transformed() else (output.grad_fn, taken.grad_fn))
         if self._direction is not None:

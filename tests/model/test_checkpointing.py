@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import shapo_kernels as sk
+from benchmarks.measure import peak_extra_bytes
 from tests.support.updates import COMBINATIONS, update
 
 
@@ -162,3 +163,32 @@ def test_transformers_gradient_checkpointing_changes_nothing(perturbation, reent
             opt.zero_grad()
         models.append(model)
     assert_same(*models)
+
+
+def test_the_first_ascent_through_checkpoints_needs_no_more_memory_than_a_later_one():
+    def peak(updates):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32)) for _ in range(8))
+        model = nn.ModuleDict({"blocks": blocks})
+        subspace = sk.Subspace({f"blocks.{i}.2.weight": [0, 5] for i in range(8)})
+        opt = sk.ShaPOOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, subspace, rho=0.1)
+
+        def loss():
+            x = torch.ones(256, 32)
+            for block in blocks:
+                x = x + checkpoint(block, x, use_reentrant=False)
+            return x.square().mean()
+
+        def ascend():
+            with opt.ascent():
+                opt.ascend(loss())
+
+        for _ in range(updates):
+            ascend()
+            with opt.perturbed():
+                loss().backward()
+            opt.step()
+            opt.zero_grad()
+        return peak_extra_bytes(ascend)
+
+    assert peak(0) < 1.2 * peak(1)
