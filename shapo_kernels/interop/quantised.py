@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .torch_private import is_dtensor
+from .torch_private import is_dtensor, is_fake
 
 
 def is_quantised(parameter: Tensor) -> bool:
     """Whether a weight's elements are something else than plain floating-point numbers of 16 bits or more.
 
-    8-bit floats count as quantised: they are stored with a scale.
+    8-bit floats count as quantised: they are stored with a scale. A fake tensor is a plain one without its contents.
     """
     if is_dtensor(parameter):
         return False
     numbers = parameter.is_floating_point() and parameter.element_size() > 1
-    return not numbers or type(parameter) not in (nn.Parameter, Tensor)
+    return not numbers or not (type(parameter) in (nn.Parameter, Tensor) or is_fake(parameter))
 
 
 def acting_shape(parameter: Tensor, modules: Sequence[tuple[nn.Module, str]]) -> tuple[int, ...] | None:

@@ -28,6 +28,16 @@ def is_dtensor(value: object) -> bool:
     return tensor is not None and isinstance(value, tensor.DTensor)
 
 
+def is_fake(value: object) -> bool:
+    """Whether a value is a tensor of torch's `FakeTensorMode`: a shape on a device, and no contents.
+
+    Assumes `torch._subclasses.fake_tensor.FakeTensor`, which is imported where there is one. Where that has gone,
+    fake tensors are taken for quantised ones.
+    """
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(value, fake.FakeTensor)
+
+
 # -- hooks
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interop.torch_private import assert_on_device
+from ..interop.torch_private import assert_on_device, is_fake
 from ._memory import remembered
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,7 +72,8 @@ def check_index(name: str, index: Tensor, neurons: int, *, distinct: bool = Fals
         raise TypeError(f"{name} is {index.dtype}: expected torch.int64")
     if index.dim() != 1:
         raise ValueError(f"{name} has shape {list(index.shape)}: expected [neurons]")
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+    readable = index.device.type == "cpu" and not is_fake(index) and not torch.compiler.is_compiling()
+    if readable and index.numel():
         low, high, twice = remembered(index, "contents", lambda: _contents(index))
         if low < 0 or high >= neurons:
             raise IndexError(f"{name} holds {low if low < 0 else high}: expected neurons in [0, {neurons})")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..interop.torch_private import is_fake
 from ._checks import (
     check_all_floating,
     check_all_on_one_device,
@@ -309,7 +310,7 @@ def _check_writable(name: str, weights: Sequence[Tensor]) -> None:
     for position, weight in enumerate(weights):
         if not weight.is_contiguous():
             check_written(f"{name}[{position}]", weight)
-        if weight.numel() and weight.device.type != "meta":
+        if weight.numel() and weight.device.type != "meta" and not is_fake(weight):
             first = places.setdefault((weight.data_ptr(), weight.stride()), position)
             if first != position:
                 raise ValueError(f"{name}[{position}] is {name}[{first}] again: pass it once, with all its neurons")

@@ -30,6 +30,15 @@ def test_is_dtensor_knows_one_and_imports_nothing_for_the_question(group):
         sys.modules["torch.distributed.tensor"] = modules
 
 
+def test_is_fake_knows_a_tensor_without_contents():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert private.is_fake(torch.ones(2))
+        assert private.is_fake(nn.Parameter(torch.ones(2)))
+    assert not private.is_fake(torch.ones(2))
+
+
 def test_forward_hooks_lists_a_modules_own_in_their_order():
     layer, calls = nn.Linear(2, 2), []
     late = layer.register_forward_hook(lambda *_: calls.append("late"))
