@@ -25,6 +25,7 @@ COMMANDS = (
     "probe",
     "reward",
     "select",
+    "plan",
     "train",
     "sharpness",
     "evaluate",

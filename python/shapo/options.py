@@ -71,6 +71,13 @@ def option(help: str, default: Any = MISSING, *, kw_only: bool = False, **more: 
     return dataclasses.field(**given, kw_only=kw_only, metadata={_KEY: Option(help, **more)})
 
 
+def same(table: type, name: str, **changes: Any) -> Any:
+    """The option `name` of another table, for a command that takes some of its options; `changes`: see `option`."""
+    field = next(field for field in dataclasses.fields(table) if field.name == name)
+    told = vars(field.metadata[_KEY])
+    return option(**{"default": field.default, **told, **changes})
+
+
 @dataclass(frozen=True)
 class Group:
     """The options of one dataclass on a command line.

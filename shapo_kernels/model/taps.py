@@ -94,7 +94,7 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
         self.compute_dtype, self.ran = output.dtype, True
-        # A checkpoint's recomputation, in a backward pass, is no call of the loss's: its graph would keep what it holds.
+        # A checkpoint's recomputation, in a backward pass, is no call of the loss's; noted, its graph would stay.
         if not torch.compiler.is_compiling() and self.calls is not None and not in_backward():
             taken = args[0] if args else next(iter(kwargs.values()))
             self.calls.append(None if _transformed() else (output.grad_fn, taken.grad_fn))
