@@ -5,11 +5,17 @@ Counts alone; nothing is changed or left out. Lengths are tokens where there is 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shapo.data.pairs import PairSet, PreferencePair
+from shapo.errors import UserError
 
 if TYPE_CHECKING:
     from shapo.data.tokens import Encoded, PairEncoder
@@ -71,23 +77,69 @@ def check_pairs(
     return report
 
 
+class _Measure(NamedTuple):
+    """Of a pair before any cut: tokens of prompt, chosen and rejected; and what is cut."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+    prompts_cut: int
+    responses_cut: int
+    equal: bool
+
+
 def _measured(pairs: PairSet, encoder: PairEncoder | None) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Lengths of every prompt and response before any cut, and what is cut."""
+    names = ("prompt", "chosen", "rejected")
     if encoder is None:
-        return {name: [len(getattr(pair, name)) for pair in pairs] for name in ("prompt", "chosen", "rejected")}, {}
-    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
-    cut = {"max_length": encoder.max_length, "pairs": 0, "prompts": 0, "responses": 0, "equal_after_the_cut": 0}
-    texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
-    for both in encoder.each_pair(texts):
-        lengths["prompt"].append(both[0].prompt_length + both[0].prompt_cut)
-        for name, one in zip(("chosen", "rejected"), both, strict=True):
-            lengths[name].append(len(one) - one.prompt_length + one.response_cut)
-        responses = sum(one.response_cut > 0 for one in both)
-        cut["prompts"] += both[0].prompt_cut > 0
-        cut["responses"] += responses
-        cut["pairs"] += both[0].prompt_cut > 0 or responses > 0
-        cut["equal_after_the_cut"] += both[0].input_ids == both[1].input_ids
-    return lengths, cut
+        return {name: [len(getattr(pair, name)) for pair in pairs] for name in names}, {}
+    found = _measures([(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], encoder)
+    cut = {
+        "max_length": encoder.max_length,
+        "pairs": sum(one.prompts_cut > 0 or one.responses_cut > 0 for one in found),
+        "prompts": sum(one.prompts_cut for one in found),
+        "responses": sum(one.responses_cut for one in found),
+        "equal_after_the_cut": sum(one.equal for one in found),
+    }
+    return {name: [getattr(one, name) for one in found] for name in names}, cut
+
+
+# The first pairs are read here, so that what a template warns of is said once; many more are divided over processes.
+_FIRST, _MANY = 512, 4096
+
+
+def _measures(texts: list[tuple[str, str, str]], encoder: PairEncoder) -> list[_Measure]:
+    workers = min(os.cpu_count() or 1, 8)
+    if len(texts) < _MANY or workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        return _measures_of(texts, encoder)
+    found, rest = _measures_of(texts[:_FIRST], encoder), texts[_FIRST:]
+    each = -(-len(rest) // workers)
+    parts = [rest[start : start + each] for start in range(0, len(rest), each)]
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
+            for part in pool.map(_measures_of, parts, [encoder] * len(parts)):
+                found += part
+    except (UserError, BrokenProcessPool, OSError):
+        # One after the other: an error then names the pair by its place among all of them.
+        return _measures_of(texts, encoder)
+    return found
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a tokenizer do not outlive a fork
+
+
+def _measures_of(texts: Sequence[tuple[str, str, str]], encoder: PairEncoder) -> list[_Measure]:
+    found = []
+    for chosen, rejected in encoder.each_pair(texts):
+        lengths = (len(one) - one.prompt_length + one.response_cut for one in (chosen, rejected))
+        responses = sum(one.response_cut > 0 for one in (chosen, rejected))
+        equal = chosen.input_ids == rejected.input_ids
+        prompt = chosen.prompt_length + chosen.prompt_cut
+        found.append(_Measure(prompt, *lengths, int(chosen.prompt_cut > 0), responses, equal))
+    return found
 
 
 def _duplicates(pairs: Sequence[PreferencePair]) -> dict[str, int]:
