@@ -134,11 +134,11 @@ def _begin_worker() -> None:
 def _measures_of(texts: Sequence[tuple[str, str, str]], encoder: PairEncoder) -> list[_Measure]:
     found = []
     for chosen, rejected in encoder.each_pair(texts):
-        lengths = (len(one) - one.prompt_length + one.response_cut for one in (chosen, rejected))
+        first, second = (len(one) - one.prompt_length + one.response_cut for one in (chosen, rejected))
         responses = sum(one.response_cut > 0 for one in (chosen, rejected))
         equal = chosen.input_ids == rejected.input_ids
         prompt = chosen.prompt_length + chosen.prompt_cut
-        found.append(_Measure(prompt, *lengths, int(chosen.prompt_cut > 0), responses, equal))
+        found.append(_Measure(prompt, first, second, int(chosen.prompt_cut > 0), responses, equal))
     return found
 
 
