@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 from shapo import options, recipe
 from shapo.console import lasting_streams, lost_output
 from shapo.errors import UserError, explained
-from shapo.launched import LOST, Launch
+from shapo.launched import INTERRUPTED, LOST, Launch
 from shapo.needs import check_needs
 from shapo.ranks import Ranks
 
@@ -84,7 +84,7 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
     except KeyboardInterrupt as interrupt:
         if launch.speaks():
             print(f"shapo: interrupted{': ' if str(interrupt) else ''}{interrupt}", file=launch.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         return _failed(error, launch)
     return 0

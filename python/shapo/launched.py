@@ -21,6 +21,8 @@ from shapo.ranks import Ranks, launched
 
 COMMANDS = ("sft", "train", "probe", "select", "evaluate")
 
+INTERRUPTED = 130
+
 LOST = "another rank was lost, or ended from outside; what was saved is whole, and --resume of sft and train goes on"
 
 # Rank 0 scores and writes while the others wait; whoever dies meanwhile is missed by the launcher, not by a time limit.
@@ -83,11 +85,21 @@ class Launch:
     def end(self, code: int) -> int:
         """The exit code. A rank leaves here: the interpreter's end would wait for connections that are gone."""
         if self.count > 1:
+            if code == INTERRUPTED and self._store is not None:
+                self._after_rank_0()
             for stream in (sys.stdout, sys.stderr, self.stderr):
                 with suppress(OSError, ValueError):
                     stream.flush()
             os._exit(code)
         return code
+
+    def _after_rank_0(self) -> None:
+        """The launcher ends all ranks when one has left, and rank 0 may have trackers to finish."""
+        with suppress(RuntimeError):
+            if self._is_main:
+                self._store.set("left", "yes")
+            else:
+                self._store.wait(["left"], timedelta(seconds=_WAIT))
 
     def _end_at_once_on_sigterm(self) -> None:
         """A rank in a collective runs no Python, so a handler would come too late: a thread hears of the signal."""

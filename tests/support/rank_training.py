@@ -4,6 +4,7 @@ The engines are those of the shipped configuration files, read by Accelerate's l
 process, which is what the ranks are compared with.
 """
 
+import importlib.util
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,11 @@ from shapo_kernels import Subspace
 from tests.support.accelerate_state import accelerate_anew
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
+
+if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed"):
+    # The slow part of its first engine, here once for all ranks, which are forked.
+    importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    importlib.import_module("deepspeed.runtime.zero.stage3")
 
 PAIRS = 11
 # Of 11 pairs in batches of 4 the last has 3, and of two ranks' micro-batches one has a pair on one of them only.
@@ -55,7 +61,8 @@ def prepared(case):
     tokenizer = synthetic.train_tokenizer((a + b for a, b in synthetic.sft_examples(rows["sft"], seed=0)), 300)
     encoder = PairEncoder(tokenizer, max_length=64, max_prompt_length=40)
     size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 1}
-    model = llama(**size, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=case.get("tied", False))
+    size |= {"tie_word_embeddings": case.get("tied", False), "attention_dropout": case.get("dropout", 0.0)}
+    model = llama(**size, pad_token_id=tokenizer.pad_token_id)
     # ZeRO steps float32 copies of whatever it is given.
     model = model.to(getattr(torch, case.get("dtype", "float64")))
     return model, encoder, rows
@@ -114,13 +121,17 @@ def lines(folder):
 
 
 def on_ranks(case):
-    with accelerate_anew():
-        os.environ.update(environment_of(case["engine"]))
-        join(cpu=True, timeout=timedelta(seconds=100))
-        try:
-            return train(case, case["folder"])
-        except Exception as error:
-            raise RuntimeError(str(case)) from error
+    """What `train` returns; with `again` once more, of a run that goes on from the first one's last checkpoint."""
+    results = []
+    for again in range(1 + case.get("again", False)):
+        with accelerate_anew():
+            os.environ.update(environment_of(case["engine"]))
+            join(cpu=True, timeout=timedelta(seconds=100))
+            try:
+                results.append(train(case, case["folder"], resume=again or case.get("resume", False)))
+            except Exception as error:
+                raise RuntimeError(str(case)) from error
+    return results
 
 
 if __name__ == "__main__":

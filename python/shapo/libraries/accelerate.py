@@ -9,6 +9,7 @@ from typing import Any
 
 OPTIMIZER = {"optimizer": "of an AcceleratedOptimizer: the optimizer inside"}
 ACCELERATOR = {"scaler": "the GradScaler of fp16 training, else None"}
+STATE = {"_shared_state": "of PartialState: a dict; every later state takes its distributed_type from it"}
 
 
 def beneath(optimizer: Any) -> Any:
@@ -76,6 +77,11 @@ def make_accelerator(*, micro_batch_size: int, clip: float, bf16_weights: bool) 
         # The ranks have the same buffers, and run as many passes under no_grad as suits them.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def wanted_precision() -> str:
+    """The `mixed_precision` that the launcher's environment asks for."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def shards_weights() -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from shapo.config import LoopConfig
 from shapo.errors import UserError
-from shapo.libraries.accelerate import beneath, make_accelerator
+from shapo.libraries.accelerate import beneath, make_accelerator, wanted_precision
+from shapo.notes import note
 from shapo.ranks import Ranks
 from shapo.training.checkpoint import Stateful
 from shapo.training.optimizers import largest_norm, require_finite
@@ -56,6 +57,8 @@ class Engine:
             micro_batch_size=each, clip=config.clip, bf16_weights=dtype == torch.bfloat16
         )
         self.kind = self._kind()
+        if self.ranks.count > 1 and wanted_precision() != "no" and not config.bf16:
+            note(f"mixed_precision: {wanted_precision()} of the Accelerate config is not used; --bf16 computes in bf16")
         if self.kind in ("fsdp2", "zero") and config.optimizer not in _ELEMENTWISE:
             raise UserError(
                 f"{config.optimizer} cannot step a part of a weight, which is what a rank has under FSDP2 and ZeRO: "
@@ -136,7 +139,7 @@ class Engine:
     def states(self, optimizer: Any) -> tuple[Stateful, Stateful]:
         """Model and optimizer with the states that one process has; asking for one is a collective."""
         if self.kind == "fsdp2":
-            return _WholeModel(self.model), _WholeOptimizer(optimizer)
+            return _WholeModel(self.model, self.ranks), _WholeOptimizer(optimizer, self.ranks)
         if self.kind == "zero":
             return _Kept(None), _Kept(optimizer)
         return self._unwrapped(), optimizer
@@ -173,7 +176,7 @@ class Engine:
 
     def _gathered_weights(self) -> dict[str, Tensor]:
         if self.kind == "fsdp2":
-            return _WholeModel(self.model).state_dict()
+            return _WholeModel(self.model, self.ranks).state_dict()
         import deepspeed  # type: ignore[import-untyped]
 
         weights = {}
@@ -195,13 +198,13 @@ class Engine:
 
 
 class _WholeModel:
-    """A sharded model with the state of one process."""
+    """A sharded model with the state of one process; rank 0 alone is given its tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._model, self._ranks = model, ranks
 
     def state_dict(self) -> dict[str, Any]:
-        return _gathered(self._model.state_dict())
+        return _gathered(self._model.state_dict(), self._ranks)
 
     def load_state_dict(self, state: dict[str, Any], /) -> object:
         own = self._model.state_dict()
@@ -209,13 +212,13 @@ class _WholeModel:
 
 
 class _WholeOptimizer:
-    """An optimizer of sharded weights with the state of one process."""
+    """An optimizer of sharded weights with the state of one process; rank 0 alone is given its tensors."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, ranks: Ranks) -> None:
+        self._optimizer, self._ranks = optimizer, ranks
 
     def state_dict(self) -> dict[str, Any]:
-        return _gathered(self._optimizer.state_dict())
+        return _gathered(self._optimizer.state_dict(), self._ranks)
 
     def load_state_dict(self, state: dict[str, Any], /) -> object:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -242,13 +245,16 @@ class _Kept:
         return None
 
 
-def _gathered(value: Any) -> Any:
-    """A state with whole tensors on the CPU in the place of sharded ones (a collective)."""
+def _gathered(value: Any, ranks: Ranks) -> Any:
+    """A state with whole tensors on the CPU in the place of sharded ones, on other ranks than 0 None (a collective)."""
     if isinstance(value, dict):
-        return {name: _gathered(item) for name, item in value.items()}
+        return {name: _gathered(item, ranks) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_gathered(item) for item in value)
-    return value.full_tensor().cpu() if is_dtensor(value) else value
+        return type(value)(_gathered(item, ranks) for item in value)
+    if not is_dtensor(value):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if ranks.is_main else None
 
 
 def _like(value: Any, sharded: Any) -> Any:

@@ -29,6 +29,27 @@ def test_the_accelerator_has(name):
     assert hasattr(Accelerator(cpu=True), name)
 
 
+@pytest.mark.parametrize("name", accelerate.STATE)
+def test_the_state_of_a_process_has(name):
+    from accelerate import PartialState
+
+    PartialState()
+    assert "distributed_type" in getattr(PartialState, name)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), True),
+        (torch.distributed.DistBackendError("NCCL error: unhandled system error"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("gloo"), False),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors(error, lost):
+    assert ours.lost_a_rank(error) is lost
+
+
 def test_pefts_models_have_what_is_read_of_them(tiny_llama):
     library = pytest.importorskip("peft")
 

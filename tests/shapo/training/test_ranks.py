@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -47,10 +48,19 @@ ZERO = [
     {"kind": "sft"},
     {"shapo": {**SHAPO, "interval": 2, "relative": True}, "loss": {"aggregation": "drdpo", "nll": 0.3}},
     {"shapo": {**SHAPO, "per_micro_batch": True}, "loss": {"name": "reward_level"}},
+    {"shapo": SHAPO, "lora": True, "tied": True},
 ]
 CASES = [{"engine": "ddp", **case} for case in DDP] + [{"engine": "fsdp2", **case} for case in FSDP2]
 if importlib.util.find_spec("deepspeed"):
     CASES += [{"engine": engine, "dtype": "float32", **case} for engine in ("zero2", "zero3") for case in ZERO]
+LASTING = {
+    "shapo": {"rho": (0.2, 0.5), "norm": "none", "interval": 2},
+    "loop": {"optimizer": "adamw", "lr": 1e-2, "save_every": 3},
+}
+DROPOUT = {**LASTING, "loop": {**LASTING["loop"], "dropout": True}, "dropout": 0.2, "again": True}
+RESUMED = [{**DROPOUT, "engine": engine} for engine in sorted({case["engine"] for case in CASES})]
+RESUMED.append({**DROPOUT, "engine": "fsdp2", "kind": "sft"})
+MOVED = {**LASTING, "engine": "fsdp2"}
 FOUR = [case for case in CASES if case["engine"] != "zero2"][2::3]
 
 
@@ -70,12 +80,12 @@ def close(mine, other, **near):
 def alone(tmp_path_factory):
     from tests.support.rank_training import train
 
-    folder, found = tmp_path_factory.mktemp("alone"), {}
+    home, found = tmp_path_factory.mktemp("alone"), {}
 
-    def trained(case):
-        key = json.dumps({name: value for name, value in case.items() if name not in ("engine", "folder")})
+    def trained(case, folder=None):
+        key = json.dumps([{name: value for name, value in case.items() if name != "engine"}, str(folder)])
         if key not in found:
-            found[key] = train(case, folder / str(len(found)))
+            found[key] = train(case, folder or home / str(len(found)), resume=folder is not None)
         return found[key]
 
     return trained
@@ -83,12 +93,19 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    results = {}
-    for world, cases in ((2, CASES), (4, FOUR)):
-        folder = tmp_path_factory.mktemp(f"ranks{world}")
-        given = [{**case, "folder": str(folder / str(number))} for number, case in enumerate(cases)]
-        results[world] = run_ranks(folder, world, given, "rank_training.py")
-    return results
+    """Number of ranks and case -> what each rank's runs saved and logged; and the folder of `MOVED` on two ranks."""
+    folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (2, 4)}
+    two = [*CASES, *RESUMED, MOVED]
+    given = [{**case, "folder": str(folders[2] / str(number))} for number, case in enumerate(two)]
+    results = run_ranks(folders[2], 2, given, "rank_training.py")
+    left = folders[2] / str(len(two) - 1)
+    shutil.copytree(left, folders[4] / "moved")
+    given = [{**case, "folder": str(folders[4] / str(number))} for number, case in enumerate(FOUR)]
+    given.append({**MOVED, "folder": str(folders[4] / "moved"), "resume": True})
+    more = run_ranks(folders[4], 4, given, "rank_training.py")
+    named = [((2, repr(case)), runs) for case, runs in zip(two, results, strict=True)]
+    named += [((4, repr(case)), runs) for case, runs in zip([*FOUR, MOVED], more, strict=True)]
+    return dict(named), left
 
 
 def named(value):
@@ -97,8 +114,7 @@ def named(value):
 
 @pytest.mark.parametrize(("world", "case"), [(2, case) for case in CASES] + [(4, case) for case in FOUR], ids=named)
 def test_ranks_train_as_one_process(world, case, alone, ranks):
-    cases = CASES if world == 2 else FOUR
-    (weights, lines), *others = ranks[world][cases.index(case)]
+    ((weights, lines),), *others = ranks[0][world, repr(case)]
     expected, expected_lines = alone(case)
     near = {"rtol": 1e-5, "atol": 1e-6} if case.get("dtype") else {"rtol": 1e-9, "atol": 1e-11}
     assert weights.keys() == expected.keys()
@@ -107,4 +123,22 @@ def test_ranks_train_as_one_process(world, case, alone, ranks):
     assert len(lines) == len(expected_lines)
     for line, other in zip(lines, expected_lines, strict=True):
         close(line, other, rel=1e-4, abs=1e-5)
-    assert all(saved == {} for saved, _ in others), "rank 0 alone saves"
+    assert all(saved == {} for ((saved, _),) in others), "rank 0 alone saves"
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=named)
+def test_ranks_go_on_to_the_bit(case, ranks):
+    (whole, again), *_ = ranks[0][2, repr(case)]
+    assert whole[0].keys() == again[0].keys()
+    assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
+    assert whole[1] == again[1]
+
+
+def test_a_checkpoint_of_fsdp2_goes_on_with_another_number_of_ranks(alone, ranks, tmp_path):
+    results, left = ranks
+    expected = alone(MOVED)[0]
+    shutil.copytree(left, tmp_path / "moved")
+    for weights in (results[4, repr(MOVED)][0][0][0], alone(MOVED, tmp_path / "moved")[0]):
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-11)
