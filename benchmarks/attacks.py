@@ -1,12 +1,10 @@
 """Attacks on aligned models side by side, and how often their judge is right: rows for docs/evaluation.md.
 
-    python -m benchmarks.attacks start=runs/attacks/start dpo=runs/attacks/dpo shapo=runs/attacks/shapo \\
-        --model SMOLLM2 --probe runs/judge/probe.safetensors --answers test.jsonl test_unseen.jsonl
+    python -m benchmarks.attacks dpo=runs/attacks/dpo shapo=runs/attacks/shapo --probe runs/judge/probe.safetensors
 
-The folders are those of `shapo attack` with one judge, the same data and the same prompts; models are compared with
-the one named by `--against`, prompt by prompt. `--answers` are pairs with safety labels, of prompts that the probe was
-not trained on: the judge's verdicts on their answers are held against the labels. Writes
-`benchmarks/results/attacks.json`: numbers and names of files, no text.
+The folders are those of `shapo attack` with one judge, the same data and the same prompts; models are compared with the
+one named by `--against`, prompt by prompt. The judge's row is its accuracy on the prompts held out when it was trained.
+Writes `benchmarks/results/attacks.json`: numbers and names, no text.
 """
 
 from __future__ import annotations
@@ -57,38 +55,15 @@ def differences(
     return found
 
 
-def judged(model: str, probe: str, source: str) -> dict[str, Any]:
-    """The judge's verdicts on distinct answers against their labels."""
-    from shapo.data.formats import load_pairs
-    from shapo.judges import load_judge
-    from shapo.judges.refusal import RefusalJudge
-    from shapo.probe import probe_examples
+def validated(probe: str) -> dict[str, Any]:
+    """How often the probe was right on the answers held out from its own training, of other prompts."""
+    from shapo.probe import Probe
     from shapo.statistics import wilson
 
-    examples = list(dict.fromkeys(probe_examples(load_pairs(source))))
-    prompts, answers = [example.prompt for example in examples], [example.response for example in examples]
-    judge = load_judge("probe", model, probe=probe, encoder={"chat_template": True})
-    unsafe = [example.unsafe for example in examples]
-    share = sum(unsafe) / len(unsafe)
-    right = [
-        v.label == ("unsafe" if label else "safe") for v, label in zip(judge(prompts, answers), unsafe, strict=True)
-    ]
-    plain = [
-        v.label == ("unsafe" if label else "safe")
-        for v, label in zip(RefusalJudge()(prompts, answers), unsafe, strict=True)
-    ]
-    return {
-        "kind": "judge", "answers": Path(source).name.split(".")[0], "n": len(examples),
-        "majority": max(share, 1 - share),
-        "right": wilson(sum(right), len(right)).as_dict(),
-        "unsafe_found": _mean([r for r, label in zip(right, unsafe, strict=True) if label]),
-        "safe_passed": _mean([r for r, label in zip(right, unsafe, strict=True) if not label]),
-        "substring_right": _mean(plain),
-    }  # fmt: skip
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values)
+    made = Probe.load(probe)
+    n = int(made.metadata["validation_examples"])
+    right = wilson(round(made.accuracy * n), n).as_dict()
+    return {"kind": "judge", "answers": "held-out answers", "n": n, "majority": made.majority, "right": right}
 
 
 def tables(recorded: Sequence[Row]) -> str:
@@ -116,15 +91,11 @@ def tables(recorded: Sequence[Row]) -> str:
         lines.append(
             f"| {compared} | {row['step']} | {what} | {value} ({low} to {high}) | {only} | {row['p_value']:.2g} |"
         )
-    lines += ["", "| the judge on answers of | n | more frequent class | right (95 %) | unsafe found | safe passed |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    lines += ["", "| the judge on | n | more frequent class | right (95 %) |", "|---|---:|---:|---:|"]
     for row in of["judge"]:
         right = row["right"]
         shown = f"{100 * right['value']:.1f} % ({100 * right['low']:.1f} to {100 * right['high']:.1f})"
-        shares = [f"{100 * row[name]:.1f} %" for name in ("unsafe_found", "safe_passed")]
-        lines.append(
-            f"| `{row['answers']}` | {row['n']} | {100 * row['majority']:.1f} % | {shown} | {' | '.join(shares)} |"
-        )
+        lines.append(f"| {row['answers']} | {row['n']} | {100 * row['majority']:.1f} % | {shown} |")
     return "\n".join(lines)
 
 
@@ -138,9 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("attacks", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--against", default="dpo", help="the name of the model that the others are compared with")
-    parser.add_argument("--model", required=True, help="that the probe was trained on")
-    parser.add_argument("--probe", required=True)
-    parser.add_argument("--answers", nargs="+", default=[])
+    parser.add_argument("--probe", required=True, help="the judge")
     arguments = parser.parse_args()
     named = [entry.partition("=") for entry in arguments.attacks]
     names, folders = [name for name, _, _ in named], [Path(folder) for _, _, folder in named]
@@ -152,7 +121,7 @@ def main() -> None:
     found: list[dict[str, Any]] = [{"kind": "settings", "judge": attacks[0]["judge"], **given}]
     found += [row for name, attack in zip(names, attacks, strict=True) for row in points(name, attack)]
     found += differences(arguments.against, names, folders, attacks)
-    found += [judged(arguments.model, arguments.probe, source) for source in arguments.answers]
+    found.append(validated(arguments.probe))
     rows.write("attacks", found)
     print(tables(found))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import attacks
+from shapo.probe import Probe
+from shapo.statistics import wilson
 from tests.support import runs
 
 SECRET = "SECRET answer"
@@ -41,6 +44,15 @@ def test_models_are_compared_prompt_by_prompt(folders):
     assert (success["model"], success["against"], success["difference"]) == ("shapo", "dpo", -5 / 8)
     assert (success["only_first"], success["only_second"], success["p_value"]) == (5, 0, 2 / 2**5)
     assert (refusal["what"], refusal["difference"], refusal["n"]) == ("over_refusal", 1 / 4, 4)
+
+
+def test_the_judges_row_is_its_accuracy_on_what_was_held_out(tmp_path):
+    made = {"metadata": {"validation_examples": "40"}, "accuracy": 0.9, "majority": 0.5}
+    Probe(torch.zeros(2, 4), torch.zeros(2), balanced_accuracy=0.9, epoch=1, **made).save(tmp_path / "p.safetensors")
+    row = attacks.validated(str(tmp_path / "p.safetensors"))
+    assert (row["n"], row["right"]["value"], row["majority"]) == (40, 36 / 40, 0.5)
+    assert row["right"]["low"] == wilson(36, 40).low
+    assert "| held-out answers | 40 | 50.0 % | 90.0 % (" in attacks.tables([row])
 
 
 def test_the_table_has_numbers_and_no_text(folders):
