@@ -39,7 +39,11 @@ def train_run(folder: Path, *, seed: int = 0, accuracy: tuple[float, ...] = (0.5
         for n, value in enumerate(accuracy)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    final = {"accuracy": accuracy[-1], "loss": 1 - accuracy[-1], "margin": 0.125, "flips_fitted": 0.25}
+    final = (
+        {}
+        if not accuracy
+        else {"accuracy": accuracy[-1], "loss": 1 - accuracy[-1], "margin": 0.125, "flips_fitted": 0.25}
+    )
     ratio = 0.5 if given["rho"] else None
     values = {"arguments": given, "versions": {"shapo_kernels": "1"}, "updates": 10, "seconds_per_update": 0.25,
               "rho_over_weight_norm": ratio, "flipped": 3, "final": final}  # fmt: skip

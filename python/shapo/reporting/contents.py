@@ -29,6 +29,12 @@ class Table:
         """Of each column whether it holds words, which are set from the left; numbers are set from the right."""
         return [any(isinstance(row[n].order, str) for row in self.rows) for n in range(len(self.columns))]
 
+    def without_empty(self) -> Table:
+        """Without the columns in which no row has a value."""
+        kept = [n for n in range(len(self.columns)) if any(row[n].order is not None for row in self.rows)]
+        rows = tuple(tuple(row[n] for n in kept) for row in self.rows)
+        return Table(self.caption, tuple(self.columns[n] for n in kept), rows)
+
 
 @dataclass(frozen=True)
 class Point:

@@ -176,7 +176,7 @@ def _study_methods(values: Mapping[str, Any]) -> Table:
         )
         for row in values.get("methods") or []
     )
-    return Table("Methods (mean over seeds)", columns, rows)
+    return Table("Methods (mean over seeds)", columns, rows).without_empty()
 
 
 def _study_differences(values: Mapping[str, Any]) -> Table:

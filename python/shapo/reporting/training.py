@@ -27,6 +27,9 @@ _NOT_THE_METHOD = {
 _DATA = ("model", "data", "split", "limit", "format", "preference", "noise", "eval_data", "eval_split", "eval_limit")
 _NAMED = {"loss", "rho", "relative_rho", "subspace"}
 
+BATCH_LOSS = "batch loss"
+MOST_POINTS = 50
+
 LIMITS = (
     "Intervals are over pairs, not over seeds: with fewer than five seeds a difference within them says nothing.",
     "The same rho is a strong perturbation in few neurons and a weak one in all weights: look at rho/‖W_S‖ too.",
@@ -200,7 +203,7 @@ def _table(methods: Mapping[str, list[Run]]) -> Table:
                 number(_mean(times), ".0f"),
             )
         )
-    return Table("Methods at the end of training (mean over seeds)", columns, tuple(rows))
+    return Table("Methods at the end of training (mean over seeds)", columns, tuple(rows)).without_empty()
 
 
 def _accuracy(runs: list[Run]) -> Cell:
@@ -220,7 +223,8 @@ def _charts(methods: Mapping[str, list[Run]]) -> list[Chart]:
     kinds = (
         ("accuracy", "Preference accuracy over training", "accuracy on held-out pairs (%)", True),
         ("flips_fitted", "Flipped labels fitted over training", "flipped training labels fitted (%)", True),
-        ("loss", "Clean loss over training", "DPO's loss on held-out pairs", False),
+        ("loss", "Clean loss over training", "DPO's loss on held-out pairs (nats a pair)", False),
+        (BATCH_LOSS, "Training loss", "loss of the batches, before the perturbation of ShaPO", False),
     )
     for key, title, y, share in kinds:
         series = []
@@ -236,9 +240,22 @@ def _charts(methods: Mapping[str, list[Run]]) -> list[Chart]:
 
 
 def _curve(folder: Path, key: str) -> list[tuple[float, float]]:
+    if key == BATCH_LOSS:
+        return _batch_losses(folder)
     found = [(row["update"], row.get(key)) for row in _evaluations(folder)]
     values = [(x, v["value"] if isinstance(v, Mapping) else v) for x, v in found]
     return [(float(x), float(v)) for x, v in values if isinstance(v, (int, float))]
+
+
+def _batch_losses(folder: Path) -> list[tuple[float, float]]:
+    """The loss at the weights themselves, as means of neighbouring updates: at most about `MOST_POINTS` points."""
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path, "update") if path.is_file() else []
+    found = [(row["update"], row.get("ascent_loss", row.get("loss"))) for row in rows]
+    values = [(float(x), float(v)) for x, v in found if isinstance(v, (int, float))]
+    size = -(-len(values) // MOST_POINTS)
+    parts = [values[start : start + size] for start in range(0, len(values), max(size, 1))]
+    return [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:

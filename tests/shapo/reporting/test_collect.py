@@ -110,6 +110,21 @@ def test_a_page_of_unfinished_runs_alone_has_curves_and_no_table(tmp_path):
     assert "Not finished" in render(collect([half]))
 
 
+def test_without_held_out_pairs_the_loss_of_the_batches_is_drawn(tmp_path):
+    path = runs.train_run(tmp_path / "a", accuracy=())
+    losses = [1 / n for n in range(1, 121)]
+    rows = [{"kind": "update", "update": n, "loss": 9.0, "ascent_loss": loss} for n, loss in enumerate(losses, 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = json.loads((path / "run.json").read_text())
+    runs.write(path / "run.json", values | {"final": {}})
+    (section,) = collect([path]).sections
+    assert section.tables[0].columns == ("method", "seeds", "ms an update")
+    (chart,) = section.charts
+    # 120 updates are means of three; under ShaPO the loss before the perturbation.
+    assert [point.x for point in chart.series[0].points] == list(range(3, 121, 3))
+    assert chart.series[0].points[0].y == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
 def test_a_finished_run_goes_before_an_unfinished_one_of_the_same_settings(tmp_path):
     half, whole = (runs.train_run(tmp_path / name) for name in ("half", "whole"))
     (half / "run.json").unlink()
