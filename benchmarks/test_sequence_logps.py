@@ -58,8 +58,9 @@ HEADS = [
     Case("8x64x128256, width 512 fp32", 8, 64, 128256, width=512),
     Case("2x64x128256, width 2048 fp32", 2, 64, 128256, width=2048),
 ]
-# Of a preference step: eager alone is held against ours, for a round takes minutes.
+# Of a preference step: fewer others are held against ours, for a round takes minutes.
 STEPS = [
+    Case("8x512x32000, width 512 fp32", 8, 512, 32000, width=512),
     Case("8x512x128256, width 256 fp32", 8, 512, 128256, width=256),
     Case("8x512x128256, width 256 fp32, half ignored", 8, 512, 128256, width=256, kept=0.5),
 ]
@@ -198,14 +199,19 @@ def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
     hidden, labels = make(case, case.width)
     weight = torch.randn(case.vocabulary, case.width, generator=torch.Generator().manual_seed(1)) * case.width**-0.5
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    upstream = torch.linspace(-1, 1, case.rows)
+
+    def whole(sums: Tensor) -> Tensor:
+        return (sums * upstream).sum()
+
     variants = {
-        "eager": lambda: (eager(hidden @ weight.t(), labels) * upstream).sum(),
-        OURS: lambda: (losses.linear_sequence_logps(hidden, weight, labels)[0] * upstream).sum(),
+        "eager": lambda: whole(eager(hidden @ weight.t(), labels)),
+        OURS: lambda: whole(losses.linear_sequence_logps(hidden, weight, labels)[0]),
         f"{OURS}, by pairs": lambda: losses.linear_preference_loss(
             hidden, weight, labels, lambda sums, _, prompts: (sums * upstream.view(2, -1)[:, prompts].flatten()).sum()
         )[0],
+        **{name: run for name, run in peers(hidden, weight, labels, whole).items() if name.startswith("torch")},
     }
-    upstream = torch.linspace(-1, 1, case.rows)
     found: dict[str, tuple[Tensor, ...]] = {}
 
     def runner(name: str) -> Callable[[], None]:
@@ -232,7 +238,7 @@ def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
             **memory_columns(memory, name, inputs),
         }
         _step_rows.append(row("linear_sequence_logps_step", case.name, name, times, **columns))
-    write("linear_sequence_logps_step", _step_rows)
+    add("linear_sequence_logps_step", _step_rows)
     benchmark.group = case.name
     benchmark.extra_info.update({"times_ours": ratios(seconds, OURS)})
     benchmark.pedantic(lambda: None, rounds=1)
