@@ -2,7 +2,8 @@
 //
 //     cosine_i = <W_i, v> / (||W_i|| ||v||),   0 where a norm is zero
 //
-// Dot products and squared norms are formed together, in float64. Neurons that lie next to one another in memory
+// Dot products and squared norms are formed together, in float64, in which no square of a float32 number overflows; a
+// float64 weight is the reference's. Neurons that lie next to one another in memory
 // (columns of a contiguous weight) share a walk down the rows, eight rows at a time; neurons that are contiguous
 // themselves are walked one by one; any other stride is first packed row by row. The walk down rows asks for nothing
 // ahead: with rows a multiple of a page apart, lines of later rows would evict those of the rows at hand.
@@ -111,27 +112,28 @@ struct Weight {
   int64_t neuron_stride, component_stride;  // in elements
 };
 
-// Where cosines go: float64 for a float64 weight, else float32.
 struct Cosines {
-  void* data;
-  ScalarType dtype;
+  float* data;
   double direction_norm;
 
   void write(int64_t neuron, double dot, double square) const {
     const double norms = std::sqrt(square) * direction_norm;
-    const double cosine = norms == 0.0 ? 0.0 : dot / norms;
-    if (dtype == ScalarType::Double)
-      static_cast<double*>(data)[neuron] = cosine;
-    else
-      static_cast<float*>(data)[neuron] = static_cast<float>(cosine);
+    data[neuron] = norms == 0.0 ? 0.0f : static_cast<float>(dot / norms);
   }
 };
+
+// Calls use(T{}) with the C++ type of a dtype of at most 32 bits.
+template <class F>
+auto with_narrow_type(ScalarType dtype, const F& use) {
+  if (dtype == ScalarType::BFloat16) return use(BFloat16{});
+  return dtype == ScalarType::Half ? use(Half{}) : use(float{});
+}
 
 // Neurons that are not contiguous: parts of the components and panels of neurons are shared among threads, the parts'
 // sums are added in order.
 void walk_rows(const Weight& weight, const std::vector<double>& v, const Cosines& cosines) {
   const AddRows add =
-      with_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
+      with_narrow_type(weight.dtype, [](auto value) -> AddRows { return add_rows_for_cpu<decltype(value)>(); });
   const int64_t parts = std::clamp<int64_t>(ceil_div(weight.components, ROWS_IN_PART), 1, MAX_PARTS);
   const int64_t panels = ceil_div(weight.neurons, PANEL), padded = panels * PANEL;
   const int64_t rows_in_part = ceil_div(weight.components, parts);
@@ -169,7 +171,7 @@ void walk_rows(const Weight& weight, const std::vector<double>& v, const Cosines
 
 void walk_neurons(const Weight& weight, const std::vector<double>& v, const Cosines& cosines) {
   const AddNeuron add =
-      with_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
+      with_narrow_type(weight.dtype, [](auto value) -> AddNeuron { return add_neuron_for_cpu<decltype(value)>(); });
   share(ceil_div(weight.neurons, NEURONS_IN_BLOCK), weight.neurons * weight.components, [&](int64_t block) {
     const int64_t end = std::min((block + 1) * NEURONS_IN_BLOCK, weight.neurons);
     for (int64_t i = block * NEURONS_IN_BLOCK; i < end; ++i) {
@@ -182,8 +184,9 @@ void walk_neurons(const Weight& weight, const std::vector<double>& v, const Cosi
 
 Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
   STD_TORCH_CHECK(axis == 0 || axis == 1, "axis is ", axis, ": expected 0 (neurons are rows) or 1 (columns)");
-  STD_TORCH_CHECK(weight.dim() == 2 && is_floating(weight.scalar_type()), "weight is ", weight.scalar_type(), " ",
-                  describe_shape(weight), ": expected two dimensions of a floating-point dtype");
+  STD_TORCH_CHECK(weight.dim() == 2 && is_floating(weight.scalar_type()) && weight.scalar_type() != ScalarType::Double,
+                  "weight is ", weight.scalar_type(), " ", describe_shape(weight),
+                  ": expected two dimensions of float32, bfloat16 or float16");
   const Weight w{static_cast<const char*>(weight.data_ptr()),
                  weight.scalar_type(),
                  bytes_of(weight.scalar_type()),
@@ -191,27 +194,18 @@ Tensor column_cosine(Tensor weight, Tensor direction, int64_t axis) {
                  weight.size(1 - axis),
                  weight.stride(axis),
                  weight.stride(1 - axis)};
-  STD_TORCH_CHECK(direction.dim() == 1 && direction.size(0) == w.components && is_floating(direction.scalar_type()),
-                  "direction is ", direction.scalar_type(), " ", describe_shape(direction),
-                  ": expected a floating-point [", w.components, "]");
+  STD_TORCH_CHECK(
+      direction.dim() == 1 && direction.size(0) == w.components && direction.scalar_type() == ScalarType::Float,
+      "direction is ", direction.scalar_type(), " ", describe_shape(direction), ": expected float32 [", w.components,
+      "]");
   check_same_device("direction", 0, direction, weight);
 
   std::vector<double> v(w.components);
-  with_type(direction.scalar_type(), [&](auto value) {
-    using T = decltype(value);
-    const T* from = static_cast<const T*>(direction.data_ptr());
-    const int64_t stride = direction.stride(0);
-    T together[LANES] = {};
-    for (int64_t r = 0; r < w.components; r += LANES) {
-      const int64_t count = std::min(LANES, w.components - r);
-      for (int64_t k = 0; k < count; ++k) together[k] = from[(r + k) * stride];
-      const Double8 x = to_double(Numeric<T>::load(together));
-      for (int64_t k = 0; k < count; ++k) v[r + k] = x[k];
-    }
-  });
-  const ScalarType dtype = compute_dtype_of(w.dtype);
-  Tensor result = torch::stable::new_empty(weight, {w.neurons}, dtype);
-  const Cosines cosines{result.data_ptr(), dtype, std::sqrt(std::inner_product(v.begin(), v.end(), v.begin(), 0.0))};
+  const float* from = static_cast<const float*>(direction.data_ptr());
+  for (int64_t r = 0; r < w.components; ++r) v[r] = from[r * direction.stride(0)];
+  Tensor result = torch::stable::new_empty(weight, {w.neurons}, ScalarType::Float);
+  const Cosines cosines{static_cast<float*>(result.data_ptr()),
+                        std::sqrt(std::inner_product(v.begin(), v.end(), v.begin(), 0.0))};
   if (w.component_stride == 1 && w.neuron_stride != 1)
     walk_neurons(w, v, cosines);
   else

@@ -20,8 +20,8 @@ using torch::stable::Tensor;
 
 // Makes a tensor's device the current one while it lives, and names the stream to launch on.
 //
-// The CUDA runtime is linked statically: the name of the shared one has its major version, and PyTorch loads only its own
-// (pytorch/pytorch#187320). A second copy may keep a current device of its own, so both are set.
+// The CUDA runtime is linked statically: the name of the shared one has its major version, and PyTorch loads only its
+// own (pytorch/pytorch#187320). A second copy may keep a current device of its own, so both are set.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {

@@ -11,8 +11,7 @@ pytestmark = pytest.mark.skipif(
     not native.has_cpu, reason=f"the CPU library is not loaded: {native.problems.get('cpu')}"
 )
 
-F64 = torch.float64
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 column_cosine = torch.ops.shapo_kernels.column_cosine
 
 
@@ -37,31 +36,29 @@ def layouts(x):
 @given(
     st.integers(0, 2**31),
     st.sampled_from(DTYPES),
-    st.sampled_from(DTYPES),
     st.sampled_from([0, 1, 2, 9, 130, 300]),
     st.sampled_from([0, 1, 3, 8, 61, 2049]),
     st.sampled_from(["contiguous", "rows apart", "transposed", "columns apart"]),
     st.integers(0, 1),
 )
-def test_cosines_equal_the_truth_in_every_layout(seed, dtype, direction_dtype, rows, columns, layout, axis):
+def test_cosines_equal_the_truth_in_every_layout(seed, dtype, rows, columns, layout, axis):
     generator = torch.Generator().manual_seed(seed)
     weight = layouts(torch.randn(rows, columns, generator=generator).to(dtype))[layout]
-    direction = torch.randn(2 * weight.shape[1 - axis], generator=generator).to(direction_dtype)[::2]
+    direction = torch.randn(2 * weight.shape[1 - axis], generator=generator)[::2]
     cosine = column_cosine(weight, direction, axis)
     expected = truth(weight, direction, axis)
-    assert cosine.dtype == (F64 if dtype == F64 else torch.float32)
-    tolerance = 1e-13 if dtype == F64 else 6e-8
-    torch.testing.assert_close(cosine.double(), expected, rtol=tolerance, atol=1e-14)
+    assert cosine.dtype == torch.float32
+    torch.testing.assert_close(cosine.double(), expected, rtol=6e-8, atol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_is_not_above_that_of_eager(axis, dtype):
     torch.manual_seed(0)
     weight, direction = torch.randn(512, 384).to(dtype), torch.randn(512 if axis == 1 else 384).to(dtype)
     eager = (direction @ weight if axis == 1 else weight @ direction) / (weight.norm(dim=1 - axis) * direction.norm())
     expected = truth(weight, direction, axis)
-    error = (column_cosine(weight, direction, axis).double() - expected).abs().max()
+    error = (column_cosine(weight, direction.float(), axis).double() - expected).abs().max()
     assert error <= (eager.double() - expected).abs().max()
 
 
@@ -94,14 +91,21 @@ def test_the_number_of_threads_changes_no_bit(axis):
 
 def test_opcheck():
     torch.library.opcheck(column_cosine.default, (torch.randn(6, 9), torch.randn(6), 1))
-    torch.library.opcheck(column_cosine.default, (torch.randn(6, 9, dtype=F64), torch.randn(9), 0))
+    torch.library.opcheck(column_cosine.default, (torch.randn(6, 9).bfloat16(), torch.randn(9), 0))
 
 
 @pytest.mark.parametrize(
     ("weight", "direction", "axis", "message"),
     [
         (torch.zeros(3, 4), torch.zeros(3), 2, "axis is 2: expected 0"),
-        (torch.zeros(3, 4), torch.zeros(4), 1, r"direction is Float \[4\]: expected a floating-point \[3\]"),
+        (torch.zeros(3, 4), torch.zeros(4), 1, r"direction is Float \[4\]: expected float32 \[3\]"),
+        (torch.zeros(3, 4), torch.zeros(3).double(), 1, r"direction is Double \[3\]: expected float32 \[3\]"),
+        (
+            torch.zeros(3, 4).double(),
+            torch.zeros(3),
+            1,
+            r"weight is Double \[3, 4\]: expected two dimensions of float32",
+        ),
         (torch.zeros(3), torch.zeros(3), 0, r"weight is Float \[3\]: expected two dimensions"),
         (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3), 1, "weight is Long"),
     ],
