@@ -121,8 +121,7 @@ class Tap:
     def _may_write(self, module: nn.Module, output: Tensor) -> bool:
         """Whether nobody else has seen the output: `nn.Linear` saves none of its own, and this hook is the first.
 
-        With a bias the output is a view: autograd would copy the whole gradient once more than a new output costs
-        (9 % of the layer's forward and backward at 512 tokens of 2048 x 768 on a CPU).
+        With a bias the output is a view: autograd copies the whole gradient of one that was written to.
         """
         if type(module) is not nn.Linear or "forward" in module.__dict__ or global_forward_hooks():
             return False
