@@ -94,6 +94,13 @@ def test_a_launched_run_saves_the_model_of_one_process(name, report, folder):
     assert names[0] == names[1]
 
 
+def test_a_launcher_of_one_rank_starts_one_process(report, folder):
+    assert report["one rank"]["codes"] == [0]
+    assert "one process trains without FSDP" in report["one rank"]["err"][0]
+    alone, rank = (load_file(folder / name / "model" / "model.safetensors") for name in ("train-alone", "one rank"))
+    assert all(torch.equal(value, rank[name]) for name, value in alone.items())
+
+
 def test_a_launched_probe_selection_and_evaluation_are_those_of_one_process(report, folder):
     features = [load_file(folder / f"probe-{kind}" / "features.safetensors")["features"] for kind in ("alone", "ranks")]
     torch.testing.assert_close(features[1], features[0], rtol=1e-5, atol=1e-6)
@@ -120,9 +127,9 @@ def test_an_interrupt_of_one_rank_saves_and_ends_all(name, report, folder):
 
 def test_an_interrupted_launch_goes_on_to_the_bits_of_one_that_was_not(report, folder):
     assert report["resumed"]["codes"] == [0, 0]
-    whole, parts = (load_file(folder / name / "model" / "model.safetensors") for name in ("train-ranks", "interrupted"))
+    whole, parts = (load_file(folder / name / "model" / "model.safetensors") for name in ("train-ranks", "resumed"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    updates = [row["update"] for row in read_metrics(folder / "interrupted" / "metrics.jsonl", "update")]
+    updates = [row["update"] for row in read_metrics(folder / "resumed" / "metrics.jsonl", "update")]
     assert updates == [1, 2, 3, 4, 5]
 
 

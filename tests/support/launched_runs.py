@@ -7,8 +7,10 @@ here holds the store, and ends the other ranks by SIGTERM when one has failed.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -81,10 +83,12 @@ def launch(folder, name, arguments, event=None, world=2):
     holder, port = store_process()
     pids = []
     for rank in range(world):
+        for stream in ("out", "err"):
+            (folder / f"{name}.{stream}.{rank}").touch()
         pid = os.fork()
         if pid == 0:
             for number, stream in ((1, "out"), (2, "err")):
-                os.dup2(os.open(folder / f"{name}.{stream}.{rank}", os.O_WRONLY | os.O_CREAT), number)
+                os.dup2(os.open(folder / f"{name}.{stream}.{rank}", os.O_WRONLY), number)
             os.environ |= {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -98,8 +102,8 @@ def launch(folder, name, arguments, event=None, world=2):
             }
             signal.signal(signal.SIGINT, signal.default_int_handler)
             happens(event, rank)
-            cli.main(arguments)
-            os._exit(99)  # a rank leaves in main
+            code = cli.main(arguments)
+            os._exit(code if world == 1 else 99)  # one of several ranks leaves in main
         pids.append(pid)
     codes, first = {}, None
     while len(codes) < world:
@@ -125,6 +129,8 @@ def main(folder):
     named = files(folder)
     train = ["train", *named, "--rho", "0.5", "--subspace", str(folder / "subspace.safetensors"), "--interval", "1"]
     train += ["--updates", "5", "--batch-size", "5", "--accumulate", "2", "--lr", "0.05", "--optimizer", "sgd"]
+    if importlib.util.find_spec("tensorboard"):
+        train += ["--report-to", "tensorboard"]
     train += ["--warmup", "0", "--save-every", "1", "--eval-data", str(folder / "test.jsonl"), "--quiet"]
 
     def output(name):
@@ -159,7 +165,11 @@ def main(folder):
         "mistaken": {**one, "what": "mistake"},
     }.items():
         report[name] = launch(folder, name, [*train, *output(name)], event)
-    report["resumed"] = launch(folder, "resumed", [*train, *output("interrupted"), "--resume"])
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    report["one rank"] = launch(folder, "one rank", [*train, *output("one rank")], world=1)
+    del os.environ["ACCELERATE_USE_FSDP"]
+    shutil.copytree(folder / "interrupted", folder / "resumed")
+    report["resumed"] = launch(folder, "resumed", [*train, *output("resumed"), "--resume"])
     report["no such file"] = launch(folder, "missing", [*train, *output("missing"), "--eval-data", "nowhere.jsonl"])
     report["there already"] = launch(folder, "there", [*train, *output("train-ranks")])
     report["misspelt"] = launch(folder, "misspelt", ["train", "--modle", "x"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from datetime import timedelta
 from typing import Any
+
+from shapo.errors import UserError
 
 OPTIMIZER = {"optimizer": "of an AcceleratedOptimizer: the optimizer inside"}
 ACCELERATOR = {"scaler": "the GradScaler of fp16 training, else None"}
@@ -34,11 +37,16 @@ def join(*, cpu: bool, timeout: timedelta) -> None:
 
     Accelerate takes DeepSpeed and FSDP for devices other than the CPU only. Told that the CPU is one, all of its own
     code runs over gloo.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    by_deepspeed = _wanted("ACCELERATE_USE_DEEPSPEED")
+    by_deepspeed = wanted_engine() == "DeepSpeed"
+    if by_deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("the Accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed")
     if cpu and by_deepspeed:
         _use_deepspeed_on_a_cpu()
         PartialState(backend="gloo", timeout=timeout)
@@ -77,6 +85,13 @@ def make_accelerator(*, micro_batch_size: int, clip: float, bf16_weights: bool) 
         # The ranks have the same buffers, and run as many passes under no_grad as suits them.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def wanted_engine() -> str | None:
+    """What the launcher's environment asks for beside DDP: "DeepSpeed", "FSDP" or None."""
+    if _wanted("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    return "FSDP" if _wanted("ACCELERATE_USE_FSDP") else None
 
 
 def wanted_precision() -> str:

@@ -1,8 +1,8 @@
-"""A model and its optimizer as Accelerate prepares them: one process, DDP, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3.
+"""A model and its optimizer as Accelerate prepares them: DDP, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3, or one process.
 
-Accelerate's configuration, or torchrun alone, says which; one process takes the same path. What follows is the same for
-all: gradients are averaged over the ranks, `Engine.step` clips and steps, states and the finished model are those of
-one process.
+Accelerate's configuration, or torchrun alone, says which; one process has nothing to prepare. The loops see no
+difference: gradients are averaged over the ranks, `Engine.step` clips and steps, states and the finished model are
+those of one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shapo.config import LoopConfig
 from shapo.errors import UserError
-from shapo.libraries.accelerate import beneath, make_accelerator, wanted_precision
+from shapo.libraries.accelerate import beneath, make_accelerator, wanted_engine, wanted_precision
 from shapo.notes import note
 from shapo.ranks import Ranks
 from shapo.training.checkpoint import Stateful
@@ -44,7 +44,7 @@ class Engine:
         model: The model, whole, on this rank's device.
         optimizer: Over its parameters.
         config: The loop's.
-        pairs_each: Examples of a micro-batch on a rank.
+        each: Examples of a micro-batch on a rank.
 
     Raises:
         UserError: An engine that the loop cannot use, or an optimizer that cannot step parts of weights.
@@ -52,12 +52,19 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, each: int) -> None:
         self.ranks, self._clip = Ranks.here(), config.clip
+        self.model: Any = model
+        self.base: Any = optimizer
+        self.kind, self._skeleton = "one", None
+        if self.ranks.count == 1:
+            if wanted_engine():
+                note(f"one process trains without {wanted_engine()}, whatever the Accelerate config says")
+            return
         dtype = next(model.parameters()).dtype
         self._accelerator = make_accelerator(
             micro_batch_size=each, clip=config.clip, bf16_weights=dtype == torch.bfloat16
         )
         self.kind = self._kind()
-        if self.ranks.count > 1 and wanted_precision() != "no" and not config.bf16:
+        if wanted_precision() != "no" and not config.bf16:
             note(f"mixed_precision: {wanted_precision()} of the Accelerate config is not used; --bf16 computes in bf16")
         if self.kind in ("fsdp2", "zero") and config.optimizer not in _ELEMENTWISE:
             raise UserError(
@@ -65,15 +72,13 @@ class Engine:
                 f"take one of {', '.join(_ELEMENTWISE)}, or DDP"
             )
         # What is sharded is gathered into it when it is saved.
-        self._skeleton = _skeleton(model) if self._is_sharded else None
-        self.model: Any
+        if self.kind == "fsdp2" or (self.kind == "zero" and self._stage == 3):
+            self._skeleton = _skeleton(model)
         self.model, prepared = self._accelerator.prepare(model, optimizer)
-        self.base: Any = prepared if self.kind == "zero" else beneath(prepared)
+        self.base = prepared if self.kind == "zero" else beneath(prepared)
 
     def _kind(self) -> str:
         accelerator = self._accelerator
-        if self.ranks.count == 1:
-            return "one"
         kind = accelerator.distributed_type.value
         if kind == "DEEPSPEED":
             self._stage = int(accelerator.state.deepspeed_plugin.zero_stage)
@@ -91,10 +96,6 @@ class Engine:
         return EngineStep(self.model, self.base) if self.kind == "zero" else self.base
 
     @property
-    def _is_sharded(self) -> bool:
-        return self.kind == "fsdp2" or (self.kind == "zero" and self._stage == 3)
-
-    @property
     def only(self) -> str | None:
         """What alone can go on with a checkpoint; None where one process, DDP and FSDP2 can, on any number of ranks."""
         return f"ZeRO-{self._stage} on {self.ranks.count} ranks" if self.kind == "zero" else None
@@ -106,7 +107,8 @@ class Engine:
         if self.kind == "zero":
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             return nullcontext()
-        context: AbstractContextManager[Any] = nullcontext() if last else self._accelerator.no_sync(self.model)
+        alone = last or self.kind == "one"
+        context: AbstractContextManager[Any] = nullcontext() if alone else self._accelerator.no_sync(self.model)
         return context
 
     def backward(self, loss: Tensor) -> None:
@@ -124,10 +126,11 @@ class Engine:
         """
         if self.kind == "zero":
             moved = rounding.step(optimizer)
-            norm = torch.as_tensor(self.model.get_global_grad_norm())
+            norm: Any = torch.as_tensor(self.model.get_global_grad_norm())
             require_finite(norm)
         else:
-            norm = self._accelerator.clip_grad_norm_(self.model.parameters(), largest_norm(self._clip))
+            clip = nn.utils.clip_grad_norm_ if self.kind == "one" else self._accelerator.clip_grad_norm_
+            norm = clip(self.model.parameters(), largest_norm(self._clip))
             norm = norm.full_tensor() if is_dtensor(norm) else norm
             require_finite(norm)
             moved = rounding.step(optimizer)

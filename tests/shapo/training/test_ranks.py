@@ -60,6 +60,14 @@ LASTING = {
 DROPOUT = {**LASTING, "loop": {**LASTING["loop"], "dropout": True}, "dropout": 0.2, "again": True}
 RESUMED = [{**DROPOUT, "engine": engine} for engine in sorted({case["engine"] for case in CASES})]
 RESUMED.append({**DROPOUT, "engine": "fsdp2", "kind": "sft"})
+FAILING = [
+    {"engine": "fsdp2", "fails": "adafactor cannot step a part of a weight", "loop": {"optimizer": "adafactor"}},
+    {
+        "engine": "fsdp2",
+        "fails": "SubspaceError: the selected weights are sharded",
+        "shapo": {**SHAPO, "ascent": "grad"},
+    },
+]
 MOVED = {**LASTING, "engine": "fsdp2"}
 FOUR = [case for case in CASES if case["engine"] != "zero2"][2::3]
 
@@ -95,7 +103,7 @@ def alone(tmp_path_factory):
 def ranks(tmp_path_factory):
     """Number of ranks and case -> what each rank's runs saved and logged; and the folder of `MOVED` on two ranks."""
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (2, 4)}
-    two = [*CASES, *RESUMED, MOVED]
+    two = [*CASES, *RESUMED, *FAILING, MOVED]
     given = [{**case, "folder": str(folders[2] / str(number))} for number, case in enumerate(two)]
     results = run_ranks(folders[2], 2, given, "rank_training.py")
     left = folders[2] / str(len(two) - 1)
@@ -132,6 +140,12 @@ def test_ranks_go_on_to_the_bit(case, ranks):
     assert whole[0].keys() == again[0].keys()
     assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
     assert whole[1] == again[1]
+
+
+@pytest.mark.parametrize("case", FAILING, ids=named)
+def test_what_an_engine_cannot_do_is_said_before_the_first_update(case, ranks):
+    for said in ranks[0][2, repr(case)]:
+        assert case["fails"] in said
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_with_another_number_of_ranks(alone, ranks, tmp_path):
