@@ -185,7 +185,7 @@ def _bytes(case: Case, generator: random.Random) -> None:
 
 def _weights(case: Case, generator: random.Random) -> None:
     models = [part for part in case.arguments if part in ("{w}/model", "{w}/reward")]
-    if models and case.command != "data":  # which reads the tokenizer alone
+    if models and case.command not in ("data", "plan"):  # which read no weight
         how = generator.choice(("missing", "renamed", "shape", "nan"))
         case.damage.append(f"weights {generator.choice(models)[4:]}/model.safetensors {how}")
         # At once, and not where the study's time is up before a job begins.
