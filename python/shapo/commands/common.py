@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +99,21 @@ class AdaptOptions:
         None,
         metavar="SPEC",
         absent="all weights; targets: all linear layers",
+        alone="adapted",
+    )
+    qlora: str | None = option(
+        "the same over a base model held in 4 bits (bitsandbytes, NF4); see --lora",
+        None,
+        metavar="SPEC",
+        absent="no",
+        alone="adapted",
     )
     adapter: str | None = option(
-        "--lora: save the model with the adapter merged into it, or the adapter apart",
+        "--lora, --qlora: save the model with the adapter merged into it, or the adapter apart",
         None,
         choices=("merged", "apart"),
         absent="merged",
-        needs=("lora",),
+        needs=("lora", "qlora"),
     )
     gradient_checkpointing: bool = option("keep each block's input alone, and compute the rest again", False)
     attn: str | None = option(
@@ -175,15 +184,19 @@ def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True, t
     from shapo.models import loading
 
     # A model that is going to be sharded may be too large for one GPU.
-    device = "cpu" if trained and Ranks.here().count > 1 and shards_weights() else arguments.device
-    model = loading.load_model(name, dtype=arguments.dtype, device=device)
+    sharded = trained and Ranks.here().count > 1 and shards_weights()
+    four_bit = trained and arguments.qlora is not None
+    if sharded and four_bit:
+        raise UserError("--qlora holds the base in 4 bits, which FSDP2 and ZeRO-3 do not divide: use DDP, or --lora")
+    device = "cpu" if sharded else arguments.device
+    model = loading.load_model(name, dtype=arguments.dtype, device=device, four_bit=four_bit)
     if slow and not getattr(arguments, "bf16", True):
         loading.hint_at_bf16(model)
     return model
 
 
 def adapted(model: Any, arguments: argparse.Namespace) -> Any:
-    """The model as --attn, --lora and --gradient-checkpointing want it trained.
+    """The model as --attn, --lora or --qlora, and --gradient-checkpointing want it trained.
 
     Raises:
         UserError: transformers cannot give it, or see `add_lora`.
@@ -192,8 +205,8 @@ def adapted(model: Any, arguments: argparse.Namespace) -> Any:
 
     if arguments.attn:
         blocks.set_attention(model, arguments.attn)
-    if arguments.lora:
-        model = adapters.add_lora(model, adapters.Lora.parse(arguments.lora), seed=arguments.seed)
+    if spec := arguments.lora or arguments.qlora:
+        model = adapters.add_lora(model, adapters.Lora.parse(spec), seed=arguments.seed)
     if arguments.gradient_checkpointing:
         blocks.checkpoint_blocks(model)
     return model
@@ -205,6 +218,12 @@ def save_adapted(folder: Path, model: Any, tokenizer: Any, arguments: argparse.N
 
     if arguments.adapter == "apart":
         loading.save_model(folder, model, tokenizer)
+    elif arguments.qlora:
+        # Added to the weights as they were before they were rounded to 4 bits, which would round it away too.
+        with tempfile.TemporaryDirectory() as apart:
+            loading.save_model(Path(apart) / "adapter", model, tokenizer)
+            whole = loading.merged_adapter(Path(apart) / "adapter", dtype=arguments.dtype)
+        loading.save_model(folder, whole, tokenizer)
     else:
         with adapters.merged(model) as (whole, weights):
             loading.save_model(folder, whole, tokenizer, weights)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shapo.errors import UserError, first_line
+from shapo.libraries.bitsandbytes import keep_differentiable
 from shapo.models.memory import keep_freed_memory
 from shapo.notes import note
 from shapo.storage.files import atomic_folder
@@ -39,6 +40,7 @@ def load_model(
     device: str = "auto",
     kind: str = "AutoModelForCausalLM",
     what: str = "model",
+    four_bit: bool = False,
 ) -> Any:
     """A model from a local folder or a hub name, on the device, in eval mode. An adapter is merged into its base model.
 
@@ -48,6 +50,7 @@ def load_model(
         device: See `device_of`.
         kind: One of transformers' auto classes.
         what: How errors call it.
+        four_bit: Hold the linear layers' weights in 4 bits (NF4, arXiv:2305.14314), and compute in `dtype`.
 
     Raises:
         UserError: It cannot be loaded; a tensor is missing, has another shape or is not finite; a size in its
@@ -59,7 +62,12 @@ def load_model(
         keep_freed_memory()
     _require_model_folder(name, what)
     adapter = (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
-    model = _merged(name, dtype, kind, what) if adapter else _complete(name, dtype, kind, what)
+    if four_bit and adapter:
+        raise UserError(f"--qlora: {name} is an adapter; take its base model, or --lora")
+    quantised = {"quantization_config": _four_bits(dtype), "device_map": {"": where}} if four_bit else {}
+    model = _merged(name, dtype, kind, what) if adapter else _complete(name, dtype, kind, what, **quantised)
+    if four_bit:
+        keep_differentiable(model)
     _require_sizes(model.config, f"the {what} {name}")
     for tensor, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -67,6 +75,30 @@ def load_model(
                 f"the {what} {name} is damaged or has diverged: {tensor} has values that are NaN or infinite"
             )
     return model.to(where).eval()
+
+
+def merged_adapter(folder: Path, *, dtype: str) -> Any:
+    """An adapter's base model with the adapter added, on the CPU, without a remark.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _merged(str(folder), dtype, "AutoModelForCausalLM", "model", told=False).eval()
+
+
+def _four_bits(dtype: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("--qlora needs bitsandbytes: pip install bitsandbytes") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def _require_sizes(config: Any, what: str) -> None:
@@ -139,12 +171,12 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _complete(name: str, dtype: str, kind: str, what: str) -> Any:
+def _complete(name: str, dtype: str, kind: str, what: str, **quantised: Any) -> Any:
     import transformers
 
     try:
         model, report = getattr(transformers, kind).from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+            name, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **quantised
         )
     except Exception as error:  # the hub, safetensors and configuration classes each raise their own kinds
         raise UserError(f"cannot load the {what} {name}: {first_line(error)}") from error
@@ -163,7 +195,7 @@ def _complete(name: str, dtype: str, kind: str, what: str) -> Any:
     return model
 
 
-def _merged(name: str, dtype: str, kind: str, what: str) -> Any:
+def _merged(name: str, dtype: str, kind: str, what: str, *, told: bool = True) -> Any:
     """The base model with the adapter's weights added: what is trained and saved is then one whole model."""
     base_name = _base_of(name, what)
     try:
@@ -186,7 +218,8 @@ def _merged(name: str, dtype: str, kind: str, what: str) -> Any:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False  # a head of the adapter's own: saved, it would be lost
-    note(f"{name} is an adapter and was merged into its base model {base_name}")
+    if told:
+        note(f"{name} is an adapter and was merged into its base model {base_name}")
     return model
 
 

@@ -26,6 +26,7 @@ from shapo.training.checkpoint import Stateful
 from shapo.training.optimizers import largest_norm, require_finite
 from shapo.training.rounding import StepRounding
 from shapo_kernels.interop.deepspeed import EngineStep
+from shapo_kernels.interop.quantised import is_quantised
 from shapo_kernels.interop.torch_private import is_dtensor
 
 # Their update of an element depends on that element alone, so a part of a weight is updated as the whole one is.
@@ -145,7 +146,9 @@ class Engine:
             return _WholeModel(self.model, self.ranks), _WholeOptimizer(optimizer, self.ranks)
         if self.kind == "zero":
             return _Kept(None), _Kept(optimizer)
-        return self._unwrapped(), optimizer
+        whole = self._unwrapped()
+        packed = any(is_quantised(parameter) for parameter in whole.parameters())
+        return _Trained(whole) if packed else whole, optimizer
 
     def save_parts(self, folder: Path) -> None:
         """What each rank keeps by itself, under ZeRO alone (a collective); before the checkpoint is written."""
@@ -230,6 +233,24 @@ class _WholeOptimizer:
             for number, values in state["state"].items()
         }
         return self._optimizer.load_state_dict({**state, "state": sharded})
+
+
+class _Trained:
+    """Of a model over a base in 4 bits: what is trained. The base is loaded as it was, and takes no state back."""
+
+    def __init__(self, model: Any) -> None:
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: weight.detach() for name, weight in self._weights.items()}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        if state.keys() != self._weights.keys():
+            raise RuntimeError(f"the checkpoint has {len(state)} trained weights and the model {len(self._weights)}")
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(state[name])
+        return None
 
 
 class _Kept:

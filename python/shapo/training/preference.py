@@ -224,6 +224,7 @@ def _digest_subspace(subspace: Subspace) -> str:
 def _summary(path: Path, flipped: int) -> dict[str, Any]:
     updates, evaluations = read_metrics(path, "update"), read_metrics(path, "evaluation")
     radii = [row["shapo"]["relative_radius"] for row in updates if "shapo" in row]
+    radii = [radius for radius in radii if radius is not None]  # a quantised weight has no norm
     final = {
         key: value["value"] if isinstance(value, dict) else value
         for key, value in (evaluations[-1] if evaluations else {}).items()
