@@ -184,10 +184,10 @@ def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True, t
     from shapo.models import loading
 
     # A model that is going to be sharded may be too large for one GPU.
-    sharded = trained and Ranks.here().count > 1 and shards_weights()
-    four_bit = trained and arguments.qlora is not None
-    if sharded and four_bit:
-        raise UserError("--qlora holds the base in 4 bits, which FSDP2 and ZeRO-3 do not divide: use DDP, or --lora")
+    several = trained and Ranks.here().count > 1
+    sharded, four_bit = several and shards_weights(), trained and arguments.qlora is not None
+    if several and four_bit:
+        raise UserError("--qlora runs in one process; on several ranks use --lora")
     device = "cpu" if sharded else arguments.device
     model = loading.load_model(name, dtype=arguments.dtype, device=device, four_bit=four_bit)
     if slow and not getattr(arguments, "bf16", True):

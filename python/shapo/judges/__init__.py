@@ -83,7 +83,7 @@ def load_judge(
         raise UserError("--judge probe and --probe FILE go together")
     from shapo.models import loading
 
-    where = {"dtype": dtype, "device": device}
+    where: dict[str, Any] = {"dtype": dtype, "device": device}
     if name == "classifier":
         from shapo.judges.classifiers import ClassifierJudge
 
