@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import answers
+from benchmarks import answers, attacks
 from benchmarks.rows import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
@@ -22,7 +22,10 @@ def recorded(name):
 def parts():
     """The text between `<!-- NAME -->` and `<!-- /NAME -->`, by name."""
     said = textwrap.fill(answers.sentence(recorded("answers")["rows"]), 140)
-    return {"answers": textwrap.indent(f"{said}\nMade by `python -m benchmarks.answers`.", "  ")}
+    return {
+        "answers": textwrap.indent(f"{said}\nMade by `python -m benchmarks.answers`.", "  "),
+        "attacks": attacks.tables(recorded("attacks")["rows"]),
+    }
 
 
 def places(page, name):
@@ -36,6 +39,11 @@ def test_what_the_page_says_is_what_was_recorded(name):
     page = PAGE.read_text()
     begin, end = places(page, name)
     assert page[begin:end].rstrip("\n") == parts()[name], "run `python tests/test_evaluation_page.py`"
+
+
+def test_recorded_attacks_hold_no_texts():
+    for row in recorded("attacks")["rows"]:
+        assert not [value for value in row.values() if isinstance(value, str) and len(value.split()) > 3]
 
 
 def test_a_batch_gives_four_times_as_many_answers_a_minute_and_the_same_ones():
