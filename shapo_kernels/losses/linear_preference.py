@@ -95,11 +95,14 @@ class _Loss(torch.autograd.Function):
         room = tiling.limit(weight, head) // max(1, len(weight))
         tokens = counts.view(responses, -1).sum(0).tolist()
         parts = list(_parts(tokens, room))
-        # What is added to once needs no more digits than it has.
-        dtype = weight.dtype if sum(tokens) <= room else torch.promote_types(weight.dtype, sum_dtype)
+        # What is added to once needs no more digits than it has. The scale of a GradScaler comes in the backward pass,
+        # so float16 could neither hold these gradients, which are without it, nor the scale.
+        once = sum(tokens) <= room and weight.dtype != torch.float16
+        dtype = weight.dtype if once else torch.promote_types(weight.dtype, sum_dtype)
         to_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         to_bias = torch.zeros_like(weight[:, 0], dtype=sum_dtype) if wants_bias else None
-        to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
+        by_hidden = sum_dtype if hidden.dtype == torch.float16 else hidden.dtype
+        to_hidden = hidden.new_empty(hidden.shape, dtype=by_hidden) if wants_hidden else None
         first_rows = torch.arange(responses, device=hidden.device)[:, None] * (len(hidden) // responses)
 
         def walk(part: slice) -> None:
@@ -112,7 +115,7 @@ class _Loss(torch.autograd.Function):
             )
             found = logps.sum(1, dtype=torch.float64).to(sum_dtype)
             sums[rows] = found
-            with torch.enable_grad():
+            with torch.set_grad_enabled(recording):
                 value = share(found.requires_grad_(recording), counts[rows], prompts)
             if value.dim():
                 raise ValueError(f"share returned the shape {list(value.shape)}: expected a scalar")
@@ -121,18 +124,18 @@ class _Loss(torch.autograd.Function):
                 if to_hidden is not None:
                     to_hidden[rows] = 0
                 return
-            (upstream,) = torch.autograd.grad(value, found)
+            (upstream,) = torch.autograd.grad(value, found, materialize_grads=True)
             g = upstream.to(sum_dtype)[index // max(1, hidden.shape[1])]
             if to_hidden is not None:
-                own = hidden.new_zeros((len(rows) * hidden.shape[1], hidden.shape[2]))
-                own[index] = (directions * g[:, None]).to(hidden.dtype)
+                own = to_hidden.new_zeros((len(rows) * hidden.shape[1], hidden.shape[2]))
+                own[index] = (directions * g[:, None]).to(own.dtype)
                 to_hidden[rows] = own.view(len(rows), *hidden.shape[1:])
             put_weight_gradient_((to_weight, to_bias), g, inputs, index, per_token, slopes, plan, head, add=True)
 
         for part in parts:
             walk(part)
         ctx.grads = to_hidden, to_weight, to_bias
-        ctx.dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         ctx.mark_non_differentiable(sums, counts)
         return loss.to(sum_dtype), sums, counts
 
@@ -143,9 +146,9 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("linear_preference_loss: a second backward pass; its gradients are handed out once")
         to_hidden, to_weight, to_bias = ctx.grads
         ctx.grads = None
-        scaled = [None if each is None else each.mul_(grad.to(each.dtype)) for each in (to_hidden, to_weight, to_bias)]
-        hidden, *rest = scaled
-        return hidden, *(None if each is None else each.to(ctx.dtype) for each in rest), None, None, None, None, None
+        scaled = (None if each is None else each.mul_(grad.to(each.dtype)) for each in (to_hidden, to_weight, to_bias))
+        grads = (None if each is None else each.to(d) for each, d in zip(scaled, ctx.dtypes, strict=True))
+        return *grads, None, None, None, None, None
 
 
 def _parts(tokens: list[int], room: int) -> Iterator[slice]:

@@ -204,6 +204,37 @@ def test_only_what_is_trained_gets_a_gradient_and_without_recording_there_is_non
     assert not sums.requires_grad
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+def test_a_grad_scalers_scale_beyond_float16_gives_the_gradients_of_the_two_step_form(chunk_bytes):
+    tensors, labels = make()
+    ours, theirs = leaves(tensors, torch.float16), leaves(tensors, torch.float16)
+    small = 2.0**-12  # below it a float16 loses digits, and 2**16 is more than it can say
+    loss, _, _ = losses.linear_preference_loss(
+        **ours, labels=labels, share=lambda *given: small * dpo(*given), chunk_bytes=chunk_bytes
+    )
+    sums, counts = losses.linear_sequence_logps(**theirs, labels=labels)
+    (2.0**16 * loss).backward()
+    (2.0**16 * small * dpo(sums, counts, torch.arange(B))).backward()
+    for name in tensors:
+        assert ours[name].grad.isfinite().all()
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=2e-3, atol=1e-4)
+
+
+def test_a_share_with_a_trainable_number_of_its_own_runs_without_recording_and_without_the_sums():
+    tensors, labels = make()
+    ours, factor = leaves(tensors), torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        loss, sums, _ = losses.linear_preference_loss(
+            **ours, labels=labels, share=lambda sums, *_: factor * sums.sum(), responses=1
+        )
+    torch.testing.assert_close(loss, sums.sum(), rtol=1e-12, atol=0)
+    loss, _, _ = losses.linear_preference_loss(
+        **ours, labels=labels, share=lambda sums, *_: factor * sums.detach().sum(), responses=1
+    )
+    loss.backward()
+    assert not any(tensor.grad.any() for tensor in ours.values())
+
+
 def test_gradients_are_handed_out_once_and_cannot_be_differentiated():
     tensors, labels = make()
     ours = leaves(tensors)
