@@ -12,6 +12,7 @@ from shapo.cli import main
 from shapo.data.check import check_pairs, render_pair, report_lines
 from shapo.data.formats import load_pairs
 from shapo.data.tokens import PairEncoder
+from shapo.errors import UserError
 from tests.support.chat_templates import chat_tokenizer
 
 if TYPE_CHECKING:
@@ -138,3 +139,25 @@ def test_a_check_that_cannot_be_made_is_one_line(
     options = [part.replace("{model}", files["model"]) for part in options]
     assert main(["data", "check", files["a.jsonl"], *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_many_pairs_are_divided_over_processes_and_counted_as_by_one(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "p " * i, "chosen": " a" * (i % 7 + 1), "rejected": " b" * (i % 5 + 1)} for i in range(1, 31)]
+    pairs = load_pairs(rows, format="trl")
+    encoder = PairEncoder(tiny_tokenizer, max_length=24, max_prompt_length=12)
+    by_one = check_pairs(pairs, encoder=encoder)
+    monkeypatch.setattr("shapo.data.check._FIRST", 4)
+    monkeypatch.setattr("shapo.data.check._MANY", 10)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert check_pairs(pairs, encoder=encoder) == by_one
+    assert by_one["cut"]["pairs"] > 0
+    narrow = PairEncoder(tiny_tokenizer, max_length=24, max_prompt_length=12, positions=20)
+    told = []
+    for many in (10**9, 10):
+        monkeypatch.setattr("shapo.data.check._MANY", many)
+        with pytest.raises(UserError, match=r"^pair \d+: a text of") as error:
+            check_pairs(pairs, encoder=narrow)
+        told.append(str(error.value))
+    assert told[0] == told[1]
