@@ -137,8 +137,6 @@ class Update:
 
 
 def measured(case):
-    if case.get("large") and case["engine"] == "ddp":  # whose buckets are made with it
-        return {"peak": peak_extra_bytes(lambda: updates(case))}
     update = updates(case)
     if case.get("large"):
         return {"peak": update.held() + peak_extra_bytes(update)}

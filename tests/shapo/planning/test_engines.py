@@ -23,7 +23,6 @@ CASES = [
     {"engine": "zero2", "way": "delta", "pairs": 2},
     {"engine": "zero3", "way": "plain", "pairs": 2},
     {"engine": "zero3", "way": "delta", "pairs": 2},
-    {"engine": "ddp", "way": "plain", "pairs": 1, "large": True},
     {"engine": "fsdp2", "way": "plain", "pairs": 1, "large": True},
     {"engine": "fsdp2", "way": "delta", "pairs": 1, "large": True},
 ]
