@@ -12,7 +12,7 @@ An option or its group declares conditions, of which one must be met:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING
 from fnmatch import fnmatchcase
 
@@ -24,6 +24,8 @@ def check_needs(
     groups: Sequence[Group], parsed: argparse.Namespace, line: Sequence[str], recipe: Sequence[str]
 ) -> None:
     """Refuses options that have no effect.
+
+    A sweep may pass through 0: `--noise 0 --noise-seed 1` is no mistake, and nor is `--eval-every 0`.
 
     Args:
         groups: The command's options.
@@ -38,22 +40,26 @@ def check_needs(
     for group in groups:
         for name, (field, _) in declared(group.table).items():
             default = group.defaults.get(field.name, None if field.default is MISSING else field.default)
-            changed = name in anywhere and getattr(parsed, name, None) != default
-            if (name in on_line or changed) and (missing := unmet(group, name, parsed)):
+            value = getattr(parsed, name, None)
+            asked = (name in on_line and (value or value != default)) or (name in anywhere and value != default)
+            if asked and (missing := unmet(group, name, parsed, anywhere)):
                 raise UserError(f"{typed(name)} has no effect {_told(missing)}")
 
 
-def unmet(group: Group, name: str, parsed: argparse.Namespace) -> tuple[str, ...]:
-    """The conditions of an option of `group` of which none is met; nothing where it acts."""
+def unmet(group: Group, name: str, parsed: argparse.Namespace, named: Collection[str] = ()) -> tuple[str, ...]:
+    """The conditions of an option of `group` of which none is met; nothing where it acts.
+
+    An option in `named` passes for given, be it 0.
+    """
     field, told = declared(group.table)[name]
     for conditions in (told.needs, group.needs.get(field.name, ())):
-        if conditions and not any(_met(condition, parsed) for condition in conditions):
+        if conditions and not any(_met(condition, parsed, named) for condition in conditions):
             return conditions
     return ()
 
 
-def _met(condition: str, parsed: argparse.Namespace) -> bool:
-    return all(_holds(part, parsed) for part in condition.split("+"))
+def _met(condition: str, parsed: argparse.Namespace, named: Collection[str]) -> bool:
+    return all(part in named or _holds(part, parsed) for part in condition.split("+"))
 
 
 def _holds(part: str, parsed: argparse.Namespace) -> bool:

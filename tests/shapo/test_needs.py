@@ -14,8 +14,8 @@ from shapo.options import Group, declared, typed
 
 # Free text that is no file. What is not in this list must be marked as read, written or filled.
 PLAIN = {
-    "adapter", "attn", "device", "eval_split", "judge", "lm_eval", "lora", "prompts_format", "push_to_hub", "split",
-    "title", "unsafe_label",
+    "adapter", "attn", "device", "eval_split", "judge", "lm_eval", "lora", "prompts_format", "push_to_hub", "qlora",
+    "split", "title", "unsafe_label",
 }  # fmt: skip
 
 # What each command must be given, so that only the option in question is wrong.
@@ -108,6 +108,12 @@ def test_a_recipe_may_repeat_a_default_that_has_no_effect():
     check_needs([group], parsed, [], ["--beta=0.1"])
     with pytest.raises(Exception, match="--batch-size has no effect"):
         check_needs([group], parsed, [], ["--batch-size=4"])
+
+
+@pytest.mark.parametrize("more", ["--noise 0 --noise-seed 1", "--eval-every 0", "--noise 0 --eval-every 5"])
+def test_a_sweep_may_pass_through_zero(more):
+    line = ["train", *LINES["train"], *more.split()]
+    check_needs(cli._groups("train"), cli.build_parser().parse_args(line), line, line)
 
 
 def test_data_without_its_verb_says_what_to_type(capsys):
