@@ -522,7 +522,7 @@ def test_an_unknown_model_type_is_refused_naming_the_known_ones(shapo, files, tm
         (["--verdicts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["--verdicts", "{files}/columns.jsonl"], "line 1: expected a JSON object with verdict"),
         (["--verdicts", "{files}/empty.jsonl"], "is empty"),
-        (["--verdicts", "{files}/verdicts.jsonl", "--output", "."], "it is a folder"),
+        (["--verdicts", "{files}/verdicts.jsonl", "--output", "."], "cannot be replaced whole; give it a name"),
     ],
 )
 def test_bad_input_of_evaluate_is_one_line(arguments, message, shapo, files, tmp_path):
