@@ -141,8 +141,8 @@ class PreferenceUpdate:
         return values
 
     def check(self) -> float:
-        """The loss of one micro-batch at the weights as they are."""
-        size = min(self.loop.micro_batch_size or self.loop.batch_size, len(self.data))
+        """The loss of as many pairs as a rank has in a micro-batch, the same ones on all ranks."""
+        size = min(-(-self.loop.micro_batch(self._ranks.count) // self._ranks.count), len(self.data))
         with evaluating(self._model), torch.no_grad():
             return self._forward(range(size), None)[1].per_pair.mean().item()
 
