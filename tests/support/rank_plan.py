@@ -121,9 +121,7 @@ class Update:
 
     def _backward(self):
         times = self.case.get("micro_batches", 1)
-        for number in range(times):
-            if self.case["engine"] == "fsdp2":
-                self.model.set_requires_gradient_sync(number == times - 1)
+        for _ in range(times):
             (self.model if self.case["engine"].startswith("zero") else self).backward(self.loss())
 
     def backward(self, loss):

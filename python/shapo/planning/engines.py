@@ -54,15 +54,12 @@ def ways_under(engine: str) -> tuple[str, ...]:
     return tuple(way for way in WAYS if way not in _IMPOSSIBLE.get(engine, ()))
 
 
-def shares(engine: str, ranks: int, micro_batches: int) -> dict[str, float]:
+def shares(engine: str, ranks: int) -> dict[str, float]:
     """What a rank holds of each part that is divided over ranks."""
     part = 1 / ranks
-    if engine == "fsdp2":
-        # Gradients that are not yet averaged, of all micro-batches but the last, are whole.
-        return {WEIGHTS: part, STATES: part, GRADIENTS: part if micro_batches == 1 else 1.0}
     if engine == "zero2":
         return {STATES: part, GRADIENTS: part}
-    return {WEIGHTS: part, STATES: part, GRADIENTS: part} if engine == "zero3" else {}
+    return {WEIGHTS: part, STATES: part, GRADIENTS: part} if engine in ("fsdp2", "zero3") else {}
 
 
 def buffers(engine: str, ranks: int, update: Update, *, bucket: int = BUCKET) -> float:
@@ -118,7 +115,7 @@ def sent(engine: str, ranks: int, update: Update) -> Sent:
     if update.way == "reuse":
         gathers -= sum(_blocks(units, part)[: update.lowest])  # called once
     scattered = size * ranks * sum(_rows(shape, ranks) for unit in units for shape in unit.trained)
-    return Sent(direction, times * gathers, scattered)
+    return Sent(direction, times * gathers, times * scattered)
 
 
 _ROLES = ("embedding", "block", "tail", "rest")

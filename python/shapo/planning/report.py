@@ -135,10 +135,9 @@ def _load(arguments: argparse.Namespace) -> Load:
         raise UserError(f"--prompt-length is {prompt} and --length {arguments.length}; expected prompt < whole")
     if pairs * arguments.length > 2**30:
         raise UserError(f"{pairs} pairs of {arguments.length} tokens at once are over a billion tokens; lower them")
-    micro_batches = math.ceil(each / pairs)
     return Load(
         pairs=pairs,
-        micro_batches=micro_batches,
+        micro_batches=math.ceil(each / pairs),
         length=arguments.length,
         prompt=prompt,
         dtype=arguments.dtype,
@@ -149,7 +148,7 @@ def _load(arguments: argparse.Namespace) -> Load:
         percent=arguments.percent,
         depth=arguments.depth,
         foreach=arguments.device == "cuda",
-        shares=engines.shares(arguments.engine, arguments.ranks, micro_batches),
+        shares=engines.shares(arguments.engine, arguments.ranks),
     )
 
 

@@ -104,12 +104,15 @@ class Engine:
     # -- an update
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around the passes of a micro-batch: only in the `last` one of an update are gradients averaged over ranks."""
+        """Around the passes of a micro-batch. Gradients are averaged over the ranks in the `last` one of an update, under
+        FSDP2 in each: whole gradients that wait for it would take as much memory as a whole model.
+        """
         if self.kind == "zero":
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             return nullcontext()
-        alone = last or self.kind == "one"
-        context: AbstractContextManager[Any] = nullcontext() if alone else self._accelerator.no_sync(self.model)
+        if last or self.kind != "ddp":
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(self.model)
         return context
 
     def backward(self, loss: Tensor) -> None:

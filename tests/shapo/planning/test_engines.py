@@ -38,10 +38,9 @@ def found(tmp_path_factory):
 
 
 def planned(case):
-    micro_batches = case.get("micro_batches", 1)
     load = Load(
         pairs=case["pairs"],
-        micro_batches=micro_batches,
+        micro_batches=case.get("micro_batches", 1),
         length=LENGTH,
         prompt=PROMPT,
         dtype="float32",
@@ -49,7 +48,7 @@ def planned(case):
         percent=5.0,
         depth=0.5,
         foreach=False,
-        shares=engines.shares(case["engine"], RANKS, micro_batches),
+        shares=engines.shares(case["engine"], RANKS),
     )
     config = LlamaConfig(**(LARGE if case.get("large") else SHAPE), tie_word_embeddings=case.get("tied", False))
     return trace_update(config, case["way"], load)
