@@ -19,7 +19,8 @@ def test_three_hundred_generated_command_lines_end_as_they_should():
         [sys.executable, str(RUN), "--cases", "300"], capture_output=True, text=True, check=False, timeout=580
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.stdout.startswith("0 failures")
+    # Libraries may have printed before.
+    assert done.stdout.splitlines()[-1].startswith("0 failures")
 
 
 def test_every_command_is_among_the_lines():

@@ -179,7 +179,9 @@ def test_aggregations_whole_and_in_parts(data):
         cut = data.draw(st.integers(0, len(per_pair)))
         whole = losses.whole_batch([per_pair[:cut], per_pair[cut:]], **extra)
         shares = [call(part, whole=whole, **extra) for part in (per_pair[:cut], per_pair[cut:])]
-        assert_near(shares[0] + shares[1], expected, got.dtype, size_of(per_pair.double()))
+        # beta' times a logarithm, rounded in float64, whatever the dtype of the losses.
+        rounding = beta_prime * torch.finfo(F64).eps / torch.finfo(got.dtype).eps if extra else 0.0
+        assert_near(shares[0] + shares[1], expected, got.dtype, max(size_of(per_pair.double()), rounding))
 
 
 @fuzzed
