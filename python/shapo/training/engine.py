@@ -104,8 +104,9 @@ class Engine:
     # -- an update
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around the passes of a micro-batch. Gradients are averaged over the ranks in the `last` one of an update, under
-        FSDP2 in each: whole gradients that wait for it would take as much memory as a whole model.
+        """Around the passes of a micro-batch. Gradients are averaged over the ranks in the `last` one of an update.
+
+        Under FSDP2 they are in each: whole gradients that wait for the last would take the memory of a whole model.
         """
         if self.kind == "zero":
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
