@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 F64, INF, IGNORE = torch.float64, math.inf, -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
 REFUSED = (TypeError, ValueError, IndexError)
-fuzzed = settings(max_examples=100, deadline=None)
+# The same draws in every run: a change that breaks one breaks it for everybody.
+fuzzed = settings(max_examples=100, deadline=None, derandomize=True)
 sizes = st.sampled_from([0, 1, 2, 3, 5])
 
 
