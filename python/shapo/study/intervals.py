@@ -31,12 +31,8 @@ def clustered(
         seed: Of the draws.
     """
     values = np.asarray(columns, dtype=np.float64)
-    names, position = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.zeros((len(values), len(names)))
-    for column, row in enumerate(values):
-        np.add.at(sums[column], position, row)
-    sizes = np.bincount(position).astype(np.float64)
-    weights = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=_DRAWS)
+    sums, sizes = _by_group(values, groups)
+    weights = _draws(np.random.default_rng(seed), len(sizes))
     means = (weights @ sums.T) / (weights @ sizes)[:, None]
     drawn = statistic(*means.T)
     low, high = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5)) if np.isfinite(drawn).any() else (np.nan, np.nan)
@@ -55,14 +51,21 @@ def crossed(values: Sequence[Sequence[float]], groups: Sequence[int], *, seed: i
         seed: Of the draws.
     """
     table = np.asarray(values, dtype=np.float64)
-    names, position = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.zeros((len(table), len(names)))
-    for number, row in enumerate(table):
-        np.add.at(sums[number], position, row)
-    sizes = np.bincount(position).astype(np.float64)
-    draw = np.random.default_rng(seed)
-    of_runs = draw.multinomial(len(table), [1 / len(table)] * len(table), size=_DRAWS) / len(table)
-    of_groups = draw.multinomial(len(names), [1 / len(names)] * len(names), size=_DRAWS)
+    sums, sizes = _by_group(table, groups)
+    generator = np.random.default_rng(seed)
+    of_runs, of_groups = _draws(generator, len(table)) / len(table), _draws(generator, len(sizes))
     means = ((of_runs @ sums) * of_groups).sum(axis=1) / (of_groups @ sizes)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(table.mean()), float(low), float(high)
+
+
+def _by_group(rows: NDArray[np.float64], groups: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums over each group's cases, `[rows][groups]`, and how many cases each has."""
+    _, position = np.unique(np.asarray(groups), return_inverse=True)
+    sizes = np.bincount(position).astype(np.float64)
+    return np.stack([np.bincount(position, weights=row, minlength=len(sizes)) for row in rows]), sizes
+
+
+def _draws(generator: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """How often each of `count` things comes up where as many are drawn with replacement, `[draws][count]`."""
+    return generator.multinomial(count, [1 / count] * count, size=_DRAWS)
