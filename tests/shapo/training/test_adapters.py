@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from shapo.storage.fingerprint import digest_model
 from shapo.training.metrics import read_metrics
 from shapo.training.optimizers import make_optimizer
 from shapo_kernels import Subspace
+from tests.support.folders import write_training_folder
 
 peft = pytest.importorskip("peft")
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -26,9 +26,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, _tiny_llama, tiny_tokenizer, synthetic_rows):
     folder = tmp_path_factory.mktemp("adapters")
-    _tiny_llama.save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic_rows["train"]))
+    write_training_folder(folder, _tiny_llama, tiny_tokenizer, synthetic_rows["train"])
     Subspace({DOWN: [1, 2, 30]}).save(folder / "subspace.safetensors")
     return folder
 

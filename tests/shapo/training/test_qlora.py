@@ -14,6 +14,7 @@ from shapo.models.adapters import Lora, add_lora
 from shapo.models.loading import load_model
 from shapo.training.metrics import read_metrics
 from shapo_kernels import Subspace
+from tests.support.folders import write_training_folder
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -34,9 +35,7 @@ def files(tmp_path_factory, tiny_tokenizer, synthetic_rows):
         num_attention_heads=4,
         pad_token_id=tiny_tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic_rows["train"]))
+    write_training_folder(folder, LlamaForCausalLM(config), tiny_tokenizer, synthetic_rows["train"])
     Subspace({DOWN: [1, 2, 30]}).save(folder / "subspace.safetensors")
     return folder
 

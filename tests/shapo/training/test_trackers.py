@@ -18,15 +18,14 @@ from shapo.models.loading import load_model
 from shapo.training.loop import _shown
 from shapo.training.metrics import read_metrics
 from shapo.training.trackers import Trackers
+from tests.support.folders import write_training_folder
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, _tiny_llama, tiny_tokenizer, synthetic_rows):
-    folder = tmp_path_factory.mktemp("trackers")
-    _tiny_llama.save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic_rows["train"]))
-    return folder
+    return write_training_folder(
+        tmp_path_factory.mktemp("trackers"), _tiny_llama, tiny_tokenizer, synthetic_rows["train"]
+    )
 
 
 @pytest.fixture
