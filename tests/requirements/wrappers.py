@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 
 import torch
 from pytorch_optimizer import SAM, LookSAM
@@ -13,7 +14,7 @@ import shapo_kernels as sk
 RHO, LR = 0.3, 0.1
 
 
-class Wrapper:
+class Wrapper(ABC):
     """An update in its four parts; a loss is a callable, so that each pass may compute it anew.
 
     Args:
@@ -33,8 +34,9 @@ class Wrapper:
         self.model = model
         self.optimizer = self.made(base, rho, only, groups or model.parameters(), settings or {}, lr=lr, **options)
 
+    @abstractmethod
     def made(self, base, rho, only, parameters, settings, **options):
-        raise NotImplementedError
+        """The optimizer, around `base` made of the parameters."""
 
     def find(self, *losses):
         """Pass 1, over all micro-batches."""
