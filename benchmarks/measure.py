@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 CACHE_LINE = 64
 COPY = "copy"
@@ -44,12 +47,37 @@ def touched_line_bytes(weight: Tensor, index: Tensor, axis: int) -> int:
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """The most memory that a call holds in CPU tensors at once, beyond what was held before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    """The most memory of CPU tensors that a call allocates and holds at once.
+
+    Memory that was there before the call does not count, nor does its release. The profiler reports such a release only
+    if an earlier profile saw the allocation, and by the size that it saw, so events are matched by address. Python's
+    cycle collector is off during the call: when it runs is chance.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+    finally:
+        if was_enabled:
+            gc.enable()
+    held: dict[int, int] = {}
+    now = peak = 0
+    for _, address, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        if size > 0:
+            held[address] = size
+            now += size
+        else:
+            now -= held.pop(address, 0)
+        peak = max(peak, now)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and bytes of each allocation; of each release too, there with negative bytes."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+        yield from _allocations(event.children)
