@@ -110,12 +110,17 @@ class ShaPOOptimizer(BaseFacade):
                 )
         _check_choice("ascent", ascent, ("selective", "grad"))
         _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
+        for switch, value in (("sync", sync), ("replay_rng", replay_rng), ("stochastic_rounding", stochastic_rounding)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{switch} is {value!r}: expected True or False")
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f"interval is {interval!r}: expected a whole number of updates, 1 or more")
         if stochastic_rounding and perturbation != "in_place":
             raise ValueError(
                 f"stochastic_rounding=True with perturbation={perturbation!r}: only 'in_place' rounds weights"
             )
+        if not isinstance(reuse_prefix, (bool, str)):
+            raise TypeError(f"reuse_prefix is {reuse_prefix!r}: expected True, False or the name of a stack of blocks")
         self._model, self.subspace = model, subspace
         self.interval, self.replay_rng = interval, replay_rng
         self._sync, self._reuse_prefix = sync, reuse_prefix

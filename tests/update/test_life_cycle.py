@@ -328,6 +328,14 @@ def test_options_out_of_range_are_refused_and_leave_no_hook(toy, subspace, optio
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("option", ["sync", "replay_rng", "stochastic_rounding", "reuse_prefix"])
+@pytest.mark.parametrize("value", [None, 0, 1])
+def test_a_switch_that_is_no_bool_is_refused(toy, subspace, option, value):
+    model = toy()
+    with pytest.raises(TypeError, match=f"{option} is {value!r}: expected True"):
+        sk.ShaPOOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, subspace, rho=0.1, **{option: value})
+
+
 def test_adadeltas_own_rho_is_left_alone(toy, batch, loss, subspace):
     model = toy()
     opt = sk.ShaPOOptimizer(torch.optim.Adadelta(model.parameters()), model, subspace, rho=0.05)
