@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,14 +85,18 @@ def _baselines(methods: Sequence[str], method: str) -> list[str]:
     if not method.startswith("shapo-"):
         return [name for name in methods if name == "dpo" != method]
     plain = [name for name in methods if not name.startswith("shapo-")]
-    same = [
-        name for name in methods if name.startswith("shapo-") and name.endswith("-wide") == method.endswith("-wide")
-    ]
+    same = [name for name in methods if name.startswith("shapo-") and _round(name) == _round(method)]
     uniform = [name for name in same if name.startswith("shapo-all")]
     random = [name for name in same if name.startswith(("shapo-like", "shapo-random"))]
     if method in uniform:
         return plain
     return [*plain, *uniform] if method in random else [*plain, *uniform, *random]
+
+
+def _round(method: str) -> str:
+    """Which round of a study a perturbed method is of: perturbed methods are compared within one."""
+    found = re.search(r"(-wide)?(-slower|-reward)?$", method)
+    return found[0] if found else ""
 
 
 def _runs(rows: Mapping[str, Row]) -> dict[tuple[str, float], dict[int, Row]]:

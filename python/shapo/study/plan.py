@@ -54,6 +54,9 @@ class Plan:
         tuning_seeds: Draws of training pairs that the learning rate is chosen on, and nothing else; with them
             the plan is the small one of `_small`.
         wider: Larger loss increases, of which the selection split chooses one for a second round, as "NAME-wide".
+        slower: Lower learning rates, tried for the plain method on the tuning draws; the rate that is best with them
+            is a control for the wide round, as "NAME-slower".
+        rewards: Also the reward level, as "NAME-reward": soft labels by a head fitted to the selection split.
     """
 
     max_length: int = 80
@@ -83,6 +86,8 @@ class Plan:
     template: str | None = None
     tuning_seeds: tuple[int, ...] = ()
     wider: tuple[float, ...] = ()
+    slower: tuple[float, ...] = ()
+    rewards: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -111,6 +116,8 @@ PLANS = {
         yardstick=0.0,
         tuning_seeds=(100,),
         wider=(0.8, 2.0),
+        slower=(5e-6, 2.5e-6),
+        rewards=True,
     ),
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
 }
@@ -172,11 +179,7 @@ def study_jobs(plan: Plan) -> list[Job]:
 def _small(plan: Plan) -> list[Job]:
     """Questions 2 to 4 alone: the rate tuned on draws of its own, then three seeds of the main methods, then others."""
     p, noise = f"{plan.percent:g}", plan.noises[0]
-    tuning = [
-        Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
-        for seed in plan.tuning_seeds
-        for lr in plan.lrs
-    ]
+    tuning = _tuned(plan, noise, plan.lrs)
     scores = [Job("probe", "probe"), Job("gradient", "gradient")]
     jobs = [*scores, *tuning, Job("choice", "choice", {}, tuple(job.name for job in tuning))]
     main = (f"gradient-{p}", "all", f"probe-{p}")
@@ -191,7 +194,12 @@ def _small(plan: Plan) -> list[Job]:
         jobs += [_shapo(plan, noise, seed, control, f"{control}-{seed}", keep=seed == 0) for seed in seeds]
         if plan.wider and 0 in seeds:
             jobs += _wider(plan, noise, seeds, [*main, control])
+            if plan.slower:
+                jobs += _slower(plan, noise, seeds, ("all", main[0]), tuning)
         jobs += [job for seed in seeds for job in _losses(noise, seed)]
+        if plan.rewards and plan.wider and 0 in seeds:
+            jobs.append(Job("reward", "reward"))
+            jobs += [_rewarded(noise, seed, name) for name in ("", main[0]) for seed in seeds]
     return jobs
 
 
@@ -215,6 +223,45 @@ def _wider(plan: Plan, noise: float, seeds: Sequence[int], spaces: Sequence[str]
             needs = ("choice", matched, *_scored(space))
             jobs.append(Job(f"shapo-{name}-wide-{_end(noise, run)}", "train", settings, needs))
     return jobs
+
+
+def _slower(plan: Plan, noise: float, seeds: Sequence[int], spaces: Sequence[str], tuning: Sequence[Job]) -> list[Job]:
+    """A lower learning rate, chosen for the plain method; then that method and the wide perturbations at it."""
+    lower, choice = _tuned(plan, noise, plan.slower), "choice-slower"
+    jobs = [*lower, Job(choice, "choice", {}, tuple(job.name for job in [*tuning, *lower]))]
+    for name in ("", *spaces):
+        for seed in seeds:
+            jobs.append(_at(noise, seed, name, "slower", choice, {"rate": choice}))
+    return jobs
+
+
+def _rewarded(noise: float, seed: int, name: str) -> Job:
+    """The reward level, plain or with a wide perturbation."""
+    return _at(noise, seed, name, "reward", "choice", {"loss": "reward_level"}, ("reward",))
+
+
+def _at(
+    noise: float, seed: int, name: str, what: str, choice: str, more: dict[str, Any], needs: tuple[str, ...] = ()
+) -> Job:
+    """A run of the plain method, or of a wide perturbation in the subspace `name`, that differs in one thing."""
+    method = f"shapo-{name}-wide-{what}" if name else f"dpo-{what}"
+    settings = {"method": name or "plain", "noise": noise, "seed": seed, **more}
+    needs = (choice, *needs)
+    if name:
+        settings["match"] = f"match-wide-{name}"
+        needs = (*needs, settings["match"], *_scored(name))
+    if seed == 0:
+        settings["keep"] = method
+    return Job(f"{method}-{_end(noise, seed)}", "train", settings, needs)
+
+
+def _tuned(plan: Plan, noise: float, lrs: Sequence[float]) -> list[Job]:
+    """The plain method at some learning rates, watched on the selection split, on the tuning draws."""
+    return [
+        Job(f"tune-dpo-lr{lr:g}-seed{seed}", "tune", {"method": "plain", "lr": lr, "noise": noise, "seed": seed})
+        for seed in plan.tuning_seeds
+        for lr in lrs
+    ]
 
 
 def _plain(noise: float, seed: int, **more: bool) -> Job:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from shapo import selection
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.data.noise import flip_labels
+from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.evaluation import log_ratios
@@ -24,6 +25,8 @@ from shapo.models.loading import load_model, load_tokenizer, save_model
 from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
 from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
+from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint
+from shapo.scoring.rewards import PairRewards, RewardScorer
 from shapo.sharpness import PairLoss
 from shapo.storage.files import write_json
 from shapo.storage.fingerprint import digest_model
@@ -85,6 +88,7 @@ class Trial:
             "train": self._train,
             "choice": self._choice,
             "wider": self._wider,
+            "reward": self._reward,
         }
         return kinds[job.kind](job.settings, needs)
 
@@ -161,6 +165,32 @@ class Trial:
             "by_layer": by_layer({name: value.sqrt() for name, value in own.items()}),
         }
 
+    def _reward(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """A head fitted to the selection split's clean labels, and its rewards of the training pairs."""
+        scorer = RewardScorer(reward_model_of(self.model), self._tokenizer, max_length=self.plan.max_length)
+        fit = fit_reward_head(scorer, self.data.read("selection"), progress=False)
+        rewards = scorer.score_pairs(self.data.read("train"), progress=False)
+        self.space.save("reward", {"chosen": rewards.chosen, "rejected": rewards.rejected})
+        beta = sharpness_hint(rewards)
+        return {
+            "accuracy": fit.accuracy,
+            "penalty": fit.penalty,
+            "pairs": fit.pairs,
+            "agreement": rewards.agreement(),
+            "beta_reward": beta,
+            "saturated": {f"{one:g}": saturated(rewards, one) for one in (0.3, 1.0, 3.0, 10.0, round(beta, 3))},
+        }
+
+    def _rewards(self, pairs: Sequence[PreferencePair]) -> PairRewards:
+        """Those that `_reward` found, of some of the training pairs, flipped or not."""
+        found, train = self.space.scores("reward"), self.data.read("train")
+        known = {(pair.prompt, pair.chosen): value for pair, value in zip(train, found["chosen"], strict=True)}
+        known |= {(pair.prompt, pair.rejected): value for pair, value in zip(train, found["rejected"], strict=True)}
+        return PairRewards(
+            torch.stack([known[pair.prompt, pair.chosen] for pair in pairs]),
+            torch.stack([known[pair.prompt, pair.rejected] for pair in pairs]),
+        )
+
     # -- Figure 1
 
     def _figure(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
@@ -224,14 +254,17 @@ class Trial:
         return self._trained(settings, needs, measure=True)
 
     def _trained(self, settings: Mapping[str, Any], needs: Mapping[str, Row], *, measure: bool) -> Row:
-        plan, choice = self.plan, needs.get("choice", {})
+        plan, choice = self.plan, needs.get(settings.get("rate", "choice"), {})
         early = bool(settings.get("early"))
         lr = settings.get("lr") or choice["early" if early else "end"]["lr"]
         updates = choice["early"]["updates"] if early else plan.updates
         method = settings["method"]
         plain = method == "plain"
         pairs = drawn(self.data.read("train"), plan.train_pairs, settings["seed"])
-        data = TokenizedPairs(flip_labels(pairs, settings["noise"], seed=settings["seed"]), self.encoder)
+        flipped = flip_labels(pairs, settings["noise"], seed=settings["seed"])
+        data = TokenizedPairs(flipped, self.encoder)
+        loss = settings.get("loss", "dpo")
+        by_reward = loss == "reward_level"
         watched = (
             TokenizedPairs(self.data.first("selection", plan.watch_pairs), self.encoder)
             if settings.get("watch")
@@ -250,7 +283,7 @@ class Trial:
             summary = train_preferences(
                 self.model,
                 data,
-                loss=_loss(settings.get("loss", "dpo"), settings["noise"], plan.beta),
+                loss=_loss(loss, settings["noise"], plan.beta, needs.get("reward", {}).get("beta_reward")),
                 loop=LoopConfig(
                     updates=updates,
                     batch_size=plan.batch_size,
@@ -262,6 +295,7 @@ class Trial:
                 ),
                 shapo=None if plain else ShaPOConfig(rho=needs[settings["match"]]["rho"]),
                 subspace=None if plain else self.space(method),
+                rewards=self._rewards(flipped) if by_reward else None,
                 evaluation=watched,
                 output=folder,
                 progress=False,
@@ -282,7 +316,8 @@ class Trial:
                 reference.parent.mkdir(exist_ok=True)
                 shutil.copy(folder / "reference.safetensors", reference)
             if settings.get("keep"):
-                self._keep(_run_name(settings))
+                kept = settings["keep"] if isinstance(settings["keep"], str) else _run_name(settings)
+                self._keep(kept)
             return {**result, **self._measured()} if measure else result
         finally:
             self.model.load_state_dict(self._initial)
@@ -385,12 +420,12 @@ def _run_name(settings: Mapping[str, Any]) -> str:
     return settings.get("loss", "dpo-early" if settings.get("early") else "dpo")
 
 
-def _loss(name: str, noise: float, beta: float) -> LossConfig:
+def _loss(name: str, noise: float, beta: float, beta_reward: float | None = None) -> LossConfig:
     if name == "drdpo":
         return LossConfig("dpo", beta=beta, aggregation="drdpo")
     if name in ("rdpo", "cdpo"):
         return LossConfig(name, beta=beta, epsilon=noise)
-    return LossConfig(name, beta=beta)
+    return LossConfig(name, beta=beta, beta_reward=beta_reward)
 
 
 def _watched(row: Mapping[str, Any]) -> Row:
