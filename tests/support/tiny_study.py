@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,17 @@ PLAN = Plan(
     bf16=False,
 )
 
+# The plan of one core: rates tuned on a draw of their own, a second round at a wider radius, and its controls.
+SMALL = replace(
+    PLAN,
+    tuning_seeds=(100,),
+    wider=(0.05, 0.1),
+    slower=(3e-4, 3e-3),
+    rewards=True,
+    aligned=True,
+    yardstick=0.0,
+)
+
 
 def prepare(folder):
     rows = synthetic.generate(0, sft=40, train=16, selection=16, test=6, test_unseen=6)
@@ -75,9 +87,9 @@ JOBS = [
 ]
 
 
-def work(folder, output, jobs=None, **options):
+def work(folder, output, jobs=None, plan=PLAN, **options):
     torch.set_num_threads(1)
-    trial = Trial(str(folder / "model"), folder / "pairs", output, PLAN, device="cpu")
+    trial = Trial(str(folder / "model"), folder / "pairs", output, plan, device="cpu")
     chosen = [job for job in study_jobs(trial.plan) if jobs is None or job.name in jobs]
     return run_queue(chosen, output, trial, **options)
 

@@ -57,6 +57,7 @@ class Plan:
         slower: Lower learning rates, tried for the plain method on the tuning draws; the rate that is best with them
             is a control for the wide round, as "NAME-slower".
         rewards: Also the reward level, as "NAME-reward": soft labels by a head fitted to the selection split.
+        aligned: Figure 1 also at the first seed's models after DPO and after the gradient's ShaPO.
     """
 
     max_length: int = 80
@@ -88,6 +89,7 @@ class Plan:
     wider: tuple[float, ...] = ()
     slower: tuple[float, ...] = ()
     rewards: bool = False
+    aligned: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -118,6 +120,7 @@ PLANS = {
         wider=(0.8, 2.0),
         slower=(5e-6, 2.5e-6),
         rewards=True,
+        aligned=True,
     ),
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
 }
@@ -128,7 +131,7 @@ _ON_SELECTION = ("probe", "gradient", "benign", "match", "tune", "choice")
 def selection_jobs(jobs: Sequence[Job]) -> list[Job]:
     """Those up to the choice of the learning rate: none of them looks at a test pair."""
     chosen = [job for job in jobs if job.kind in _ON_SELECTION]
-    last = max((number for number, job in enumerate(chosen) if job.kind == "choice"), default=-1)
+    last = next((number for number, job in enumerate(chosen) if job.kind == "choice"), -1)
     return chosen[: last + 1]
 
 
@@ -188,10 +191,10 @@ def _small(plan: Plan) -> list[Job]:
     for seeds in (range(min(3, plan.seeds)), range(3, plan.seeds)):
         jobs += _match(plan, plan.targets[:1], [f"{control}-{seed}" for seed in seeds])  # a draw for each seed
         for seed in seeds:
-            jobs.append(_plain(noise, seed, keep=seed == 0))
-            jobs += [_shapo(plan, noise, seed, space, space, keep=seed == 0) for space in main]
+            jobs.append(_plain(noise, seed, keep=True))
+            jobs += [_shapo(plan, noise, seed, space, space, keep=True) for space in main]
         jobs += [_plain(noise, seed, early=True) for seed in seeds]
-        jobs += [_shapo(plan, noise, seed, control, f"{control}-{seed}", keep=seed == 0) for seed in seeds]
+        jobs += [_shapo(plan, noise, seed, control, f"{control}-{seed}", keep=True) for seed in seeds]
         if plan.wider and 0 in seeds:
             jobs += _wider(plan, noise, seeds, [*main, control])
             if plan.slower:
@@ -200,6 +203,19 @@ def _small(plan: Plan) -> list[Job]:
         if plan.rewards and plan.wider and 0 in seeds:
             jobs.append(Job("reward", "reward"))
             jobs += [_rewarded(noise, seed, name) for name in ("", main[0]) for seed in seeds]
+        if plan.aligned and 0 in seeds:
+            jobs += _aligned(plan, noise)
+    return jobs
+
+
+def _aligned(plan: Plan, noise: float) -> list[Job]:
+    """Figure 1 at the start, after DPO and after ShaPO in the gradient's neurons, all in the same subspaces."""
+    p, jobs = f"{plan.percent:g}", []
+    for kept in (None, "dpo", f"shapo-gradient-{p}"):
+        for space in ("all", "neurons", f"gradient-{p}", f"probe-{p}", f"like-gradient-{p}-0", f"random-{p}-0"):
+            settings = {"space": space, "rhos": list(plan.figure_rhos[:2]), "loss": "preference", "kept": kept}
+            needs = _scored(space) if kept is None else (f"{kept}-{_end(noise, 0)}", *_scored(space))
+            jobs.append(Job(f"aligned-{kept or 'start'}-{space}", "figure", settings, needs))
     return jobs
 
 
@@ -245,13 +261,11 @@ def _at(
 ) -> Job:
     """A run of the plain method, or of a wide perturbation in the subspace `name`, that differs in one thing."""
     method = f"shapo-{name}-wide-{what}" if name else f"dpo-{what}"
-    settings = {"method": name or "plain", "noise": noise, "seed": seed, **more}
+    settings = {"method": name or "plain", "noise": noise, "seed": seed, **more, **_kept(True, seed, method)}
     needs = (choice, *needs)
     if name:
         settings["match"] = f"match-wide-{name}"
         needs = (*needs, settings["match"], *_scored(name))
-    if seed == 0:
-        settings["keep"] = method
     return Job(f"{method}-{_end(noise, seed)}", "train", settings, needs)
 
 
@@ -264,16 +278,21 @@ def _tuned(plan: Plan, noise: float, lrs: Sequence[float]) -> list[Job]:
     ]
 
 
-def _plain(noise: float, seed: int, **more: bool) -> Job:
-    name = "dpo-early" if more.get("early") else "dpo"
-    settings = {"method": "plain", "noise": noise, "seed": seed, **more}
-    return Job(f"{name}-{_end(noise, seed)}", "train", settings, ("choice",))
+def _plain(noise: float, seed: int, *, early: bool = False, keep: bool = False) -> Job:
+    name = "dpo-early" if early else "dpo"
+    settings: dict[str, Any] = {"method": "plain", "noise": noise, "seed": seed, **({"early": True} if early else {})}
+    return Job(f"{name}-{_end(noise, seed)}", "train", {**settings, **_kept(keep, seed, name)}, ("choice",))
 
 
-def _shapo(plan: Plan, noise: float, seed: int, name: str, space: str, **more: bool) -> Job:
+def _shapo(plan: Plan, noise: float, seed: int, name: str, space: str, *, keep: bool = False) -> Job:
     matched = f"match-{plan.targets[0]:g}-{space}"
-    settings = {"method": space, "match": matched, "noise": noise, "seed": seed, **more}
+    settings = {"method": space, "match": matched, "noise": noise, "seed": seed, **_kept(keep, seed, f"shapo-{name}")}
     return Job(f"shapo-{name}-{_end(noise, seed)}", "train", settings, ("choice", matched, *_scored(space)))
+
+
+def _kept(keep: bool, seed: int, name: str) -> dict[str, Any]:
+    """The first seed's model is kept, in a folder of this name."""
+    return {"keep": name} if keep and seed == 0 else {}
 
 
 def _losses(noise: float, seed: int) -> list[Job]:

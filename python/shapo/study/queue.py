@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from shapo.errors import UserError
 from shapo.storage.files import write_json
 
-__all__ = ["Job", "read_rows", "run_queue"]
+__all__ = ["Job", "Row", "read_rows", "rounded", "run_queue"]
 
 Row = dict[str, Any]
 
@@ -87,6 +89,11 @@ def read_rows(folder: Path) -> dict[str, Row]:
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "rows").glob("*.json"))
     }
+
+
+def rounded(values: Tensor) -> list[float]:
+    """The items of a row, with as many digits as are worth a line."""
+    return [round(float(value), 6) for value in values]
 
 
 def _do(

@@ -124,11 +124,11 @@ def figure_table(rows: Mapping[str, Row], family: str) -> list[dict[str, Any]]:
 
 
 def _of(rows: Mapping[str, Row], family: str) -> dict[str, Row]:
-    kinds = {"figure1": "figure", "benign": "figure", "steps": "steps"}
+    kind = "steps" if family == "steps" else "figure"
     return {
         name.removeprefix(f"{family}-"): row
         for name, row in rows.items()
-        if name.startswith(f"{family}-") and row["kind"] == kinds[family]
+        if name.startswith(f"{family}-") and row["kind"] == kind
     }
 
 
@@ -161,7 +161,13 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##", *, fig
         ("Neurons with the largest gradient", _largest_markdown(done)),
         ("Shares of the squared gradient, and overlaps", _shares_markdown(done)),
     )
+    kept = dict.fromkeys(row["settings"].get("kept") or "start" for row in done.values() if "kept" in row["settings"])
     sections = (
+        *(
+            (f"Figure 1 at the model of `{name}`", _figure_markdown(figure_table(done, f"aligned-{name}")))
+            for name in kept
+        ),
+        ("The reward model's head", _reward_markdown(done)),
         ("Radii at matched loss increase", _match_markdown(done)),
         ("Learning rates and rises on the selection split", tuning_markdown(done)),
         ("Methods", methods_markdown(method_table(done, plan.beta))),
@@ -262,6 +268,19 @@ def _shares_markdown(rows: Mapping[str, Row]) -> str:
             ),
             markdown(("gradient's", "neurons", "also the benign loss's", "also the probe's", "by chance"), overlaps),
         ]
+    )
+
+
+def _reward_markdown(rows: Mapping[str, Row]) -> str:
+    if "reward" not in rows:
+        return ""
+    row = rows["reward"]
+    lines = [(beta, f"{100 * share:.1f}") for beta, share in row["saturated"].items()]
+    return (
+        f"Right on {100 * row['accuracy']:.1f} % of {row['pairs']} pairs of held-out prompts of the selection split, "
+        f"and on {100 * row['agreement']:.1f} % of the training split's clean pairs. The runs take beta_r = "
+        f"{row['beta_reward']:.3g}."
+        f"\n\n{markdown(('beta_r', 'soft labels within 0.01 of 0 or 1, %'), lines)}"
     )
 
 

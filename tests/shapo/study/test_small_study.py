@@ -1,0 +1,90 @@
+"""The plan of one core, every job of it, on a tiny model: its choices, its second round and the controls."""
+
+import math
+
+import pytest
+
+from shapo.data.noise import flip_labels
+from shapo.study.methods import comparison_table
+from shapo.study.plan import study_jobs
+from shapo.study.queue import read_rows
+from shapo.study.report import write_report
+from shapo.study.trial import Trial
+from tests.support.tiny_study import SMALL, prepare, work
+
+pytestmark = pytest.mark.slow
+
+WIDE = "shapo-gradient-10-wide"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    prepare(folder)
+    work(folder, folder / "study", plan=SMALL, log=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return read_rows(folder / "study")
+
+
+def last_loss(row):
+    return row["watched"][-1]["loss"]
+
+
+def test_every_job_leaves_a_row_without_an_error(rows):
+    assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
+    assert sorted(rows) == sorted(job.name for job in study_jobs(SMALL))
+
+
+def test_the_lower_rate_is_the_best_of_all_rates_on_the_selection_split(rows):
+    tuned = {row["lr"]: last_loss(row) for name, row in rows.items() if name.startswith("tune-dpo")}
+    assert len(tuned) == len(SMALL.lrs) + len(SMALL.slower)
+    best = min(tuned, key=tuned.get)
+    assert rows["choice-slower"]["end"] == {"lr": best, "loss": tuned[best]}
+    slower = [row for name, row in rows.items() if "-slower-" in name and row["kind"] == "train"]
+    assert [row["lr"] for row in slower] == [best] * 3
+
+
+def test_the_wide_round_takes_the_better_rise_and_is_matched_at_it(rows):
+    tuned = {row["settings"]["target"]: last_loss(row) for name, row in rows.items() if name.startswith("tune-shapo")}
+    assert rows["wider"]["target"] == min(tuned, key=tuned.get)
+    for name, row in rows.items():
+        if name.startswith("match-wide"):
+            assert row["rise"] == pytest.approx(rows["wider"]["target"], rel=0.1)
+    assert rows[f"{WIDE}-noise0.4-seed0"]["rho"] == rows["match-wide-gradient-10"]["rho"]
+
+
+def test_controls_start_from_the_same_pairs_as_the_method_they_are_compared_with(rows):
+    table = comparison_table(rows, SMALL.beta)
+    compared = {(entry["method"], entry["baseline"]) for entry in table}
+    assert {(WIDE, "dpo-slower"), (WIDE, "shapo-all-wide"), (f"{WIDE}-slower", "shapo-all-wide-slower")} <= compared
+    assert (WIDE, "shapo-all-wide-slower") not in compared
+    assert (f"{WIDE}-reward", "dpo-reward") in compared
+
+
+def test_rewards_follow_the_answers_when_a_label_is_flipped(folder):
+    trial = Trial(str(folder / "model"), folder / "pairs", folder / "study", SMALL, device="cpu")
+    pairs = trial.subject.data.read("train")
+    clean, flipped = (trial.measuring.rewards(some) for some in (pairs, flip_labels(pairs, 1.0, seed=0)))
+    assert clean.chosen.tolist() == flipped.rejected.tolist()
+    assert clean.rejected.tolist() == flipped.chosen.tolist()
+    assert clean.chosen.tolist() != clean.rejected.tolist()
+
+
+def test_figure_1_after_alignment_is_about_the_trained_model_and_its_own_reference(rows):
+    start, after = (rows[f"aligned-{name}-gradient-10"] for name in ("start", "dpo"))
+    assert start["loss_at_theta"] == pytest.approx(math.log(2))
+    assert abs(after["loss_at_theta"] - math.log(2)) > 1e-3
+    again = rows["aligned-shapo-gradient-10-gradient-10"]
+    assert again["loss_at_theta"] != after["loss_at_theta"]
+
+
+def test_the_report_has_a_section_for_each_kept_model_and_the_head(folder):
+    text = write_report(folder / "study").read_text()
+    assert "Figure 1 at the model of `start`" in text
+    assert "Figure 1 at the model of `dpo`" in text
+    assert "pairs of held-out prompts" in text
+    assert text.split("## Not run")[1].strip() == "Everything was run."
