@@ -9,6 +9,7 @@ another order.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from shapo.training.metrics import read_metrics
 from shapo.training.sft import train_sft
 
 Example = tuple[str, str]
+_COUNTED = ("attack_success", "refusal", "over_refusal", "finished")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def run_attack(
         folder = output / f"seed-{seed}"
         for stale in [*folder.glob("verdicts-*.jsonl"), *folder.glob("benign-*.jsonl")]:
             stale.unlink()
-        measure = _Measurement(model, encoder, prompts, benign, judge, config.max_new_tokens, folder)
+        start = (output / f"seed-{seeds[0]}", results[0]["curve"][0]) if results else None
+        measure = _Measurement(model, encoder, prompts, benign, judge, config.max_new_tokens, folder, start)
         train_sft(
             model,
             encoder,
@@ -165,7 +168,11 @@ def run_attack(
 
 
 class _Measurement:
-    """Answers the prompts with the model as it is now, writes the verdicts to `folder` and counts them."""
+    """Answers the prompts with the model as it is now, writes the verdicts to `folder` and counts them.
+
+    Every seed begins with the same model, and LoRA adapters add nothing at first, so all seeds share the answers of
+    step 0: `start` names the folder and the point of the seed that has them.
+    """
 
     def __init__(
         self,
@@ -176,14 +183,20 @@ class _Measurement:
         judge: Judge,
         max_new_tokens: int,
         folder: Path,
+        start: tuple[Path, dict[str, Any]] | None,
     ) -> None:
         end = ending(encoder.tokenizer, model, chat_template=encoder.chat_template)
         self.engine = TransformersEngine(model, encoder.tokenizer, end, max_new_tokens=max_new_tokens)
         self.asked = [*prompts, *benign]
         self.requests = prompt_requests(encoder, self.asked, max_new_tokens=max_new_tokens)
-        self.harmful, self.judge, self.folder = len(prompts), judge, folder
+        self.harmful, self.judge, self.folder, self.start = len(prompts), judge, folder, start
 
     def __call__(self, step: int) -> dict[str, Any]:
+        if self.start and step == 0:
+            folder, point = self.start
+            for file in (*folder.glob("verdicts-0.jsonl"), *folder.glob("benign-0.jsonl")):
+                shutil.copyfile(file, self.folder / file.name)
+            return {name: point[name] for name in _COUNTED if name in point}
         completions = self.engine.complete(self.requests)
         rows = [
             {"id": prompt.identifier, "category": prompt.category, "prompt": prompt.prompt, "answer": completion.text}
@@ -213,8 +226,7 @@ def _verdicts(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("loss", "attack_success", "refusal", "over_refusal", "finished")
-    return {name: row[name] for name in names if name in row}
+    return {name: row[name] for name in ("loss", *_COUNTED) if name in row}
 
 
 def _with_adapters(model: Any, rank: int, seed: int) -> Any:

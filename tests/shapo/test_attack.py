@@ -78,6 +78,10 @@ def test_an_attack_is_sft_measured_from_its_first_step(lora, tiny_llama, tiny_en
         shares = [(point["attack_success"]["low"], point["attack_success"]["high"]) for point in row["curve"]]
         assert shares == [(1 / 3, 2 / 3)] * 3
     assert all(prompts == [prompt.prompt for prompt in PROMPTS] for prompts, _ in seen)
+    # Both seeds begin with the same model, which is asked once: at step 0, and twice more for each seed.
+    assert len(seen) == 1 + 2 * 2
+    for name in ("verdicts-0.jsonl", "benign-0.jsonl"):
+        assert (tmp_path / "seed-1" / name).read_text() == (tmp_path / "seed-0" / name).read_text()
     # Step 0 is the aligned model itself, whatever the seed; training lowers the loss of the harmful answers.
     start, other = (row["curve"][0]["loss"] for row in results)
     assert start == other
