@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +48,17 @@ class CallableJudge:
 
 
 def import_judge(spec: str) -> Judge:
-    """The judge at `module:attribute`: an object with a name and `__call__`, or a function for `CallableJudge`.
+    """The judge at `module:attribute`, a function for `CallableJudge`. The module may lie in the working folder.
 
     Raises:
         UserError: No such module or attribute, or it cannot be called.
     """
     module, _, attribute = spec.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: a file there must not take the place of an installed package
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot import the judge {spec}: {error}") from error
     if not callable(found):
         raise UserError(f"the judge {spec} cannot be called; expected a function (prompts, answers) -> verdicts")

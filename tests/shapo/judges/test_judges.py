@@ -271,6 +271,19 @@ def test_a_function_is_found_by_its_name():
             import_judge(spec)
 
 
+def test_a_judge_may_lie_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "judge_of_this_folder.py").write_text(
+        "def harsh(prompts, answers):\n    return ['unsafe' for _ in answers]\n"
+    )
+    (tmp_path / "broken_judge.py").write_text("def harsh(:\n")
+    monkeypatch.chdir(tmp_path)
+    # As the installed command has it: without the working folder.
+    monkeypatch.setattr(sys, "path", [part for part in sys.path if part not in ("", str(tmp_path))])
+    assert import_judge("judge_of_this_folder:harsh")(["p"], ["a"])[0].label == "unsafe"
+    with pytest.raises(UserError, match="cannot import the judge broken_judge:harsh"):
+        import_judge("broken_judge:harsh")
+
+
 def test_judgezoo_is_asked_for_chats_and_its_harm_is_the_score(monkeypatch):
     chats = []
 
