@@ -7,9 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.reporting.contents import Chart, Point, Section, Series, Table, bounds, number, over_seeds, short_names, word
+from shapo.reporting.contents import (
+    UNFINISHED,
+    Chart,
+    Point,
+    Section,
+    Series,
+    Table,
+    bounds,
+    number,
+    over_seeds,
+    short_names,
+    word,
+)
 
-_SIZE = ("examples", "lora", "lr", "batch_size", "max_new_tokens")
+_SIZE = (
+    *("examples", "held_out", "lora", "lr", "batch_size", "max_new_tokens", "bf16"),
+    *("max_length", "max_prompt_length", "chat_template"),
+)
 
 LIMITS = (
     "Attack success is the judge's word; docs/evaluation.md says of each judge how far it has been tried.",
@@ -47,14 +62,16 @@ def _section(attacks: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
         f"{start['attack_success']['n']} harmful prompts answered greedily, judged by {judge}"
         + (f"; {benign['n']} benign ones beside them." if benign else ".")
     ]
-    names = short_names([path for path, _ in attacks])
-    for name, (_, values) in zip(names, attacks, strict=True):
+    given, unfinished = {}, set()
+    for name, (_, values) in zip(short_names([path for path, _ in attacks]), attacks, strict=True):
         done, planned = len(values["seeds"]), values["arguments"].get("seeds", 0)
         if done < planned:
-            text.append(f"Not finished: {name} has {done} of {planned} seeds.")
-    given = {name: values["seeds"] for name, (_, values) in zip(names, attacks, strict=True)}
+            text.append(f"Not finished: {name} has {done} of {planned} seeds; its lines are dotted.")
+            name += UNFINISHED
+            unfinished.add(name)
+        given[name] = values["seeds"]
     limits = [*LIMITS, *([] if benign else [NO_BENIGN])]
-    return Section("Harmful fine-tuning", text, [_table(given)], _charts(given, judge), limits)
+    return Section("Harmful fine-tuning", text, [_table(given)], _charts(given, judge, unfinished), limits)
 
 
 def _table(attacks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
@@ -69,7 +86,7 @@ def _table(attacks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     return Table("Before and after the attack, by seed (95 % interval)", columns, tuple(rows))
 
 
-def _charts(attacks: Mapping[str, Sequence[Mapping[str, Any]]], judge: str) -> list[Chart]:
+def _charts(attacks: Mapping[str, Sequence[Mapping[str, Any]]], judge: str, unfinished: set[str]) -> list[Chart]:
     kinds = (
         ("attack_success", "Attack success over the attack", f"unsafe answers, by {judge} (%)", True),
         ("refusal", "Refusals over the attack", "answers that refuse, by substring (%)", True),
@@ -82,7 +99,7 @@ def _charts(attacks: Mapping[str, Sequence[Mapping[str, Any]]], judge: str) -> l
         measured = {name: seeds for name, seeds in attacks.items() if all(key in p for s in seeds for p in s["curve"])}
         if not measured:
             continue
-        series = tuple(Series(name, _points(seeds, key)) for name, seeds in measured.items())
+        series = tuple(Series(name, _points(seeds, key), dotted=name in unfinished) for name, seeds in measured.items())
         several = any(point.low is not None for s in series for point in s.points)
         charts.append(Chart(title, "steps", y, series, "lowest to highest seed" if several else "", share))
     return charts

@@ -104,8 +104,10 @@ def _identify(path: Path) -> Found:
         raise UserError("an unfinished study; `shapo study --report` writes what it has")
     if (path / "metrics.jsonl").is_file():
         return _unfinished(path)
-    if (path / "methods").is_dir() or list(path.glob("seed-*")):
-        raise UserError("an unfinished demo or attack: it has begun and not written its results")
+    if list(path.glob("seed-*/metrics.jsonl")):
+        raise UserError("an unfinished attack: none of its seeds has ended, so it has no results yet")
+    if (path / "methods").is_dir():
+        raise UserError("an unfinished demo: it writes its results when all methods are trained")
     if (path / "probe.json").is_file():
         raise UserError("a run of `shapo probe`: it measures no method")
     inside = sum(child.is_dir() for child in path.iterdir()) if path.is_dir() else 0

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = ", not finished"
+"""Ends the name of a line whose run is not finished; such a line is dotted."""
+
 
 @dataclass(frozen=True)
 class Cell:

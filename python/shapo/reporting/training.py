@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapo.reporting.contents import Cell, Chart, Section, Series, Table, number, over_seeds, percent, word
+from shapo.reporting.contents import UNFINISHED, Cell, Chart, Section, Series, Table, number, over_seeds, percent, word
 from shapo.training.metrics import read_metrics
 
 Run = tuple[Path, dict[str, Any]]
@@ -155,7 +155,7 @@ def _methods(runs: list[Run]) -> dict[str, list[Run]]:
             whole = f"{name} ({told})" if told else name
             for ending, part in (
                 ("", [run for run in members if "unfinished" not in run[1]]),
-                (", not finished", [run for run in members if "unfinished" in run[1]]),
+                (UNFINISHED, [run for run in members if "unfinished" in run[1]]),
             ):
                 if part:
                     methods[whole + ending] = part

@@ -172,7 +172,31 @@ def test_an_attack_that_stopped_between_seeds_says_how_many_it_has(tmp_path):
     values = json.loads((path / "attack.json").read_text())
     values["arguments"]["seeds"] = 3
     runs.write(path / "attack.json", values)
-    assert "Not finished: a has 2 of 3 seeds." in collect([path]).sections[0].text
+    (section,) = collect([path, runs.attack(tmp_path / "b")]).sections
+    assert "Not finished: a has 2 of 3 seeds; its lines are dotted." in section.text
+    lines = {series.name: series.dotted for series in section.charts[0].series}
+    assert lines == {"a, not finished": True, "b": False}
+
+
+def test_an_attack_or_a_demo_without_results_is_named(tmp_path):
+    whole = runs.attack(tmp_path / "whole")
+    for place in ("attack/seed-0", "demo/methods"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "metrics.jsonl").write_text("")
+    page = collect([whole, tmp_path / "attack", tmp_path / "demo"])
+    assert len(page.sections) == 1
+    reasons = dict(page.left_out)
+    assert "none of its seeds has ended" in reasons[str(tmp_path / "attack")]
+    assert "unfinished demo" in reasons[str(tmp_path / "demo")]
+
+
+@pytest.mark.parametrize("setting", ["max_length", "chat_template", "held_out", "lr"])
+def test_attacks_with_other_settings_are_shown_apart(setting, tmp_path):
+    paths = [runs.attack(tmp_path / name) for name in "ab"]
+    values = json.loads((paths[1] / "attack.json").read_text())
+    values["arguments"][setting] = 3
+    runs.write(paths[1] / "attack.json", values)
+    assert len(collect(paths).sections) == 2
 
 
 def test_a_study_shows_its_intervals(tmp_path):
