@@ -94,6 +94,20 @@ def split_examples(examples: Sequence[Example], config: AttackConfig, seed: int)
     return random.Random(seed).sample(rest, config.examples), held_out[: config.held_out]
 
 
+def clear_attack(output: Path) -> None:
+    """Removes an earlier attack's results, so that none of them stands beside those of the next one."""
+    names = (
+        "attack.json",
+        "attack.png",
+        *(f"seed-*/{name}" for name in (METRICS, "verdicts-*.jsonl", "benign-*.jsonl")),
+    )
+    for stale in [path for name in names for path in output.glob(name)]:
+        stale.unlink()
+    for folder in output.glob("seed-*"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def run_attack(
     load: Callable[[], Any],
     encoder: PairEncoder,
@@ -135,8 +149,6 @@ def run_attack(
         if config.lora:
             model = _with_adapters(model, config.lora, seed)
         folder = output / f"seed-{seed}"
-        for stale in [*folder.glob("verdicts-*.jsonl"), *folder.glob("benign-*.jsonl")]:
-            stale.unlink()
         start = (output / f"seed-{seeds[0]}", results[0]["curve"][0]) if results else None
         measure = _Measurement(model, encoder, prompts, benign, judge, config.max_new_tokens, folder, start)
         train_sft(

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from shapo.attack import AttackConfig, harmful_examples, run_attack, split_examples
+from shapo.attack import AttackConfig, clear_attack, harmful_examples, run_attack, split_examples
 from shapo.cli import main
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.errors import UserError
@@ -122,3 +122,14 @@ def test_the_command_writes_curves_and_a_plot(tmp_path, tiny_llama, tiny_tokeniz
     assert (tmp_path / "out" / "attack.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(part) for part in arguments]) == 2
     assert "already holds an attack" in capsys.readouterr().err
+
+
+def test_what_an_earlier_attack_left_is_cleared_and_nothing_else(tmp_path):
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-2").mkdir()
+    stale = ["attack.json", "attack.png", "seed-1/metrics.jsonl", "seed-1/verdicts-0.jsonl", "seed-2/benign-5.jsonl"]
+    for name in (*stale, "notes.txt", "seed-1/mine.txt"):
+        (tmp_path / name).write_text("x")
+    clear_attack(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == ["notes.txt", "seed-1/mine.txt"]
+    assert not (tmp_path / "seed-2").exists()

@@ -68,7 +68,7 @@ OPTIONS = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.attack import AttackConfig, harmful_examples, run_attack
+    from shapo.attack import AttackConfig, clear_attack, harmful_examples, run_attack
     from shapo.data.formats import load_prompts
     from shapo.errors import UserError
     from shapo.judges import load_judge
@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     names = ("steps", "examples", "held_out", "lora", "every", "lr", "batch_size", "max_new_tokens", "bf16")
     config = AttackConfig(**{name: getattr(arguments, name) for name in names})
+    clear_attack(output)
     first = [model]  # the first seed takes the model that the encoder was checked with
     report = {
         "kind": "attack",
