@@ -406,6 +406,18 @@ def test_a_subspace_that_does_not_fit_the_model_is_refused(indices, axis, messag
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
+def test_the_output_projection_is_a_subspace_to_measure(shapo, files, tmp_path):
+    code, _, error = shapo(
+        "sharpness", "--model", files / "model", "--data", files / "train.jsonl", "--limit", 2, *TOKENS,
+        "--subspace", "head", "--rhos", "0.1", "--ratios", "0.1", "--output", "out", "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    curves = {curve["name"]: curve for curve in json.loads((tmp_path / "out" / "sharpness.json").read_text())["curves"]}
+    assert curves.keys() == {"all parameters", "head"}
+    assert 0 < curves["head"]["by_rho"][0]["increase"] < curves["all parameters"]["by_rho"][0]["increase"]
+    assert "no random controls: no --subspace is made of neurons" in error
+
+
 def test_a_subspace_with_a_neuron_twice_is_refused(shapo, files, tmp_path):
     from safetensors.torch import load_file, save_file
 

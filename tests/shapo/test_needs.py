@@ -118,7 +118,7 @@ def test_a_sweep_may_pass_through_zero(more):
 
 def test_data_without_its_verb_says_what_to_type(capsys):
     assert main(["data", "pairs.jsonl"]) == 2
-    assert "the word check is expected: shapo data check FILE" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("the word check before its name: shapo data check pairs.jsonl\n")
 
 
 def test_paths_in_other_forms_are_seen(tmp_path):

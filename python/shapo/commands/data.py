@@ -15,6 +15,7 @@ import argparse
 from dataclasses import dataclass
 
 from shapo.commands import common
+from shapo.errors import UserError
 from shapo.options import Group, option, positive_int, read
 
 SUMMARY = "duplicates, leaks, lengths, cuts and balance of a set of pairs, before training"
@@ -22,7 +23,7 @@ SUMMARY = "duplicates, leaks, lengths, cuts and balance of a set of pairs, befor
 
 def _check_alone(text: str) -> str:
     if text != "check":
-        raise argparse.ArgumentTypeError(f"{text!r}, but the word check is expected: shapo data check FILE")
+        raise UserError(f"`shapo data` looks at a file with the word check before its name: shapo data check {text}")
     return text
 
 
@@ -50,7 +51,6 @@ OPTIONS = (
 def run(arguments: argparse.Namespace) -> None:
     from shapo.data.check import check_pairs, render_pair, report_lines
     from shapo.data.tokens import PairEncoder
-    from shapo.errors import UserError
     from shapo.models.loading import load_tokenizer
     from shapo.storage.files import require_writable, write_json
 
