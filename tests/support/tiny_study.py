@@ -55,6 +55,7 @@ SMALL = replace(
     slower=(3e-4, 3e-3),
     rewards=True,
     aligned=True,
+    answer_tokens=4,
     yardstick=0.0,
 )
 

@@ -56,6 +56,12 @@ class StudyData:
         middle = len(rows) // 2
         return [(row["prompt"], row["response"]) for row in (rows[:middle] if half == "selection" else rows[middle:])]
 
+    def prompts(self) -> dict[str, list[str]]:
+        """Each once: `harmful`, of the two tests without attacks; `harmless`, those of `benign_texts`."""
+        harmful = dict.fromkeys(pair.prompt for split in TESTS[:2] for pair in self.read(split))
+        harmless = dict.fromkeys(prompt for half in ("selection", "test") for prompt, _ in self.benign_texts(half))
+        return {"harmful": list(harmful), "harmless": list(harmless)}
+
     def groups(self, loss: str) -> list[int]:
         """What the bootstrap draws together of Figure 1's items for a loss: the pairs of a prompt, or each text."""
         return list(range(len(self.benign_texts("test")))) if loss == "benign" else groups(self.figure_pairs())

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from shapo import selection
+from shapo.answers.decoding import Request, TransformersEngine
+from shapo.answers.turns import ending
 from shapo.data.pairs import PreferencePair
+from shapo.data.tokens import PairEncoder
+from shapo.judges.refusal import refuses
 from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
 from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint
@@ -22,6 +26,8 @@ from shapo.study.radius import match_radius
 from shapo.study.spaces import by_layer, common, largest
 from shapo.study.subject import Subject
 from shapo_kernels import Subspace
+
+_PROMPT = 128  # tokens of a prompt that is answered
 
 _Start = tuple[Loss, Mapping[str, Tensor], Tensor]
 _Work = Callable[[Mapping[str, Any], Mapping[str, Row]], Row]
@@ -48,6 +54,7 @@ class Measuring:
             "steps": self._steps,
             "match": self._match,
             "reward": self._reward,
+            "answers": self._answers,
         }
 
     def forget(self) -> None:
@@ -138,6 +145,26 @@ class Measuring:
             torch.stack([known[pair.prompt, pair.chosen] for pair in pairs]),
             torch.stack([known[pair.prompt, pair.rejected] for pair in pairs]),
         )
+
+    # -- generated answers
+
+    def _answers(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """Whether each answer refuses, by the phrases of `refusal-substring`; greedy, and no text is kept."""
+        tokens, tokenizer, found = self.plan.answer_tokens, self._subject.tokenizer, {}
+        template = bool(tokenizer.chat_template)
+        encoder = PairEncoder(tokenizer, max_length=_PROMPT + tokens, max_prompt_length=_PROMPT, chat_template=template)
+        end = ending(tokenizer, self.model, chat_template=template)
+        with self._subject.at(settings["kept"]):
+            engine = TransformersEngine(self.model, tokenizer, end, max_new_tokens=tokens)
+            for kind, prompts in self.data.prompts().items():
+                requests = [Request(encoder.encode_prompt(prompt, max_new_tokens=tokens)) for prompt in prompts]
+                answers = engine.complete(requests)
+                found[kind] = {
+                    "refused": [int(refuses(answer.text)) for answer in answers],
+                    "empty": sum(not answer.text.strip() for answer in answers),
+                    "tokens": sum(answer.tokens for answer in answers) / len(answers),
+                }
+        return found
 
     # -- Figure 1
 

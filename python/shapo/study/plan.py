@@ -58,6 +58,7 @@ class Plan:
             is a control for the wide round, as "NAME-slower".
         rewards: Also the reward level, as "NAME-reward": soft labels by a head fitted to the selection split.
         aligned: Figure 1 also at the first seed's models after DPO and after the gradient's ShaPO.
+        answer_tokens: Of an answer, where the start and the first seed's models are to answer prompts; 0 for none.
     """
 
     max_length: int = 80
@@ -90,6 +91,7 @@ class Plan:
     slower: tuple[float, ...] = ()
     rewards: bool = False
     aligned: bool = False
+    answer_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -121,6 +123,7 @@ PLANS = {
         slower=(5e-6, 2.5e-6),
         rewards=True,
         aligned=True,
+        answer_tokens=40,
     ),
     "real": Plan(lrs=(3e-5,), noises=(0.3,), seeds=1, targets=(0.2,), short=True),
 }
@@ -205,6 +208,17 @@ def _small(plan: Plan) -> list[Job]:
             jobs += [_rewarded(noise, seed, name) for name in ("", main[0]) for seed in seeds]
         if plan.aligned and 0 in seeds:
             jobs += _aligned(plan, noise)
+        if plan.answer_tokens and 0 in seeds:
+            jobs += _answers(noise, ["dpo", "shapo-all", f"shapo-{main[0]}"], slower=bool(plan.wider and plan.slower))
+    return jobs
+
+
+def _answers(noise: float, kept: Sequence[str], *, slower: bool) -> list[Job]:
+    """Refusals of the start and of the first seed's models, those at the lower rate included where there are any."""
+    lower = [f"{name}{'' if name == 'dpo' else '-wide'}-slower" for name in kept] if slower else []
+    jobs = [Job("answers-start", "answers", {"kept": None})]
+    for name in (*kept, *lower):
+        jobs.append(Job(f"answers-{name}", "answers", {"kept": name}, (f"{name}-{_end(noise, 0)}",)))
     return jobs
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from shapo.errors import UserError
 from shapo.reporting.collect import collect
 from shapo.reporting.page import render
+from shapo.statistics import wilson
 from shapo.storage.files import write_json, write_text
 from shapo.study.intervals import Interval, clustered
 from shapo.study.markdown import interval, markdown
@@ -168,6 +169,7 @@ def render_tables(plan: Plan, rows: Mapping[str, Row], level: str = "##", *, fig
             for name in kept
         ),
         ("The reward model's head", _reward_markdown(done)),
+        ("Refusals in generated answers", _answers_markdown(done)),
         ("Radii at matched loss increase", _match_markdown(done)),
         ("Learning rates and rises on the selection split", tuning_markdown(done)),
         ("Methods", methods_markdown(method_table(done, plan.beta))),
@@ -269,6 +271,30 @@ def _shares_markdown(rows: Mapping[str, Row]) -> str:
             markdown(("gradient's", "neurons", "also the benign loss's", "also the probe's", "by chance"), overlaps),
         ]
     )
+
+
+def _answers_markdown(rows: Mapping[str, Row]) -> str:
+    answers = {name.removeprefix("answers-"): row for name, row in rows.items() if row["kind"] == "answers"}
+    lines = []
+    for name, row in sorted(answers.items(), key=lambda item: item[0] != "start"):
+        cells = []
+        for kind in ("harmful", "harmless"):
+            refused = row[kind]["refused"]
+            share = wilson(sum(refused), len(refused))
+            cells.append(f"{sum(refused)} of {len(refused)} ({100 * share.low:.0f} to {100 * share.high:.0f} %)")
+            for other in ("start", "dpo"):
+                if other == name or other not in answers:
+                    cells.append("-")
+                    continue
+                more = np.subtract(refused, answers[other][kind]["refused"])
+                cells.append(interval(clustered([more], range(len(more)), lambda mean: mean), "+.1f", 100))
+            cells.append(f"{row[kind]['tokens']:.0f}")
+        lines.append((name, *cells))
+    header = ("model", *(text.format(kind) for kind in ("harmful", "harmless") for text in _REFUSALS))
+    return markdown(header, lines) if lines else ""
+
+
+_REFUSALS = ("{}: refused", "minus the start's, points", "minus DPO's, points", "tokens")
 
 
 def _reward_markdown(rows: Mapping[str, Row]) -> str:

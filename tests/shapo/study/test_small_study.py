@@ -1,5 +1,6 @@
 """The plan of one core, every job of it, on a tiny model: its choices, its second round and the controls."""
 
+import json
 import math
 
 import pytest
@@ -82,9 +83,20 @@ def test_figure_1_after_alignment_is_about_the_trained_model_and_its_own_referen
     assert again["loss_at_theta"] != after["loss_at_theta"]
 
 
+def test_refusals_are_counted_for_each_prompt_once(rows, folder):
+    lines = "".join((folder / "pairs" / f"{name}.jsonl").read_text() for name in ("test", "test_unseen")).splitlines()
+    tests = [json.loads(line) for line in lines]
+    for name in ("start", "dpo", "shapo-all-wide-slower"):
+        row = rows[f"answers-{name}"]
+        assert len(row["harmful"]["refused"]) == len({test["prompt"] for test in tests})
+        assert len(row["harmless"]["refused"]) == SMALL.benign_texts
+        assert 0 < row["harmful"]["tokens"] <= SMALL.answer_tokens
+
+
 def test_the_report_has_a_section_for_each_kept_model_and_the_head(folder):
     text = write_report(folder / "study").read_text()
     assert "Figure 1 at the model of `start`" in text
     assert "Figure 1 at the model of `dpo`" in text
     assert "pairs of held-out prompts" in text
+    assert "| shapo-all-wide-slower | 0 of" in text.split("Refusals in generated answers")[1]
     assert text.split("## Not run")[1].strip() == "Everything was run."
