@@ -45,12 +45,24 @@ def test_the_tables_are_those_of_the_recorded_rows(name):
     assert page[begin:end].strip() == tables(FOLDERS[name]).strip(), "run `python tests/test_evidence.py`"
 
 
-def test_the_plot_names_every_comparison_of_a_perturbed_method():
+def test_every_difference_in_the_answer_stands_in_the_tables():
+    answer = PAGE.read_text().split("### Questions 2 to 4")[1].split("### What this does not show")[0]
+    quoted = set(re.findall(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", answer))
+    assert len(quoted) > 60
+    assert quoted <= set(re.findall(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", tables(SMALL)))
+
+
+def test_the_plot_names_every_comparison_with_plain_dpo_or_a_control():
     plot = PLOT.read_text()
     table = comparison_table(read_rows(SMALL), plan(SMALL).beta)
-    compared = {f"{e['method']} - {e['baseline']}" for e in table if e["method"].startswith("shapo-")}
-    assert compared
-    assert compared == set(re.findall(r">(shapo-\S+ - \S+?),", plot)), "run `python tests/test_evidence.py`"
+    controls = ("shapo-all", "shapo-like")
+    compared = {
+        f"{e['method']} - {e['baseline']}"
+        for e in table
+        if e["baseline"] == "dpo" or e["baseline"].startswith(controls)
+    }
+    assert {"rdpo - dpo", "shapo-probe-1-wide - shapo-like-probe-1-wide"} <= compared
+    assert compared == set(re.findall(r">(\S+ - \S+?),", plot)), "run `python tests/test_evidence.py`"
 
 
 def strings_of(value):

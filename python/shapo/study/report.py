@@ -86,13 +86,18 @@ def _plot(path: Path, rows: Mapping[str, Row]) -> None:
     )
 
 
+def plotted(entry: Mapping[str, Any]) -> bool:
+    """Whether a comparison is drawn: those with plain DPO, and of a selection with a control."""
+    return bool(entry["baseline"] == "dpo" or entry["baseline"].startswith("shapo-"))
+
+
 def plot_comparisons(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """The differences of the clean loss of perturbed methods, where there are any."""
+    """The differences of the clean loss that are `plotted`, where there are any."""
     from shapo.plots import plot_differences
 
     panels: dict[str, dict[str, Interval]] = {title: {} for title in TITLES.values()}
-    for entry in table:
-        if entry["method"].startswith("shapo-"):
+    for entry in sorted(table, key=lambda entry: entry["baseline"] != "dpo"):
+        if plotted(entry):
             name = f"{entry['method']} - {entry['baseline']}"
             name += f", {len(entry['seeds'])} seeds, {100 * entry['noise']:g} % flipped"
             panels[TITLES[entry["split"]]][name] = entry["loss"]
