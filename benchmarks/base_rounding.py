@@ -27,7 +27,8 @@ def train(model: Any, encoder: PairEncoder, rows: list[Encoded], *, lr: float, u
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / WARMUP))
     rounding = StepRounding(model.parameters(), scheduler, warmup=WARMUP, total=updates)
-    generator, shares = torch.Generator().manual_seed(1), []
+    generator = torch.Generator().manual_seed(1)
+    shares: list[float] = []
     for _ in range(updates):
         batch = torch.randint(len(rows), (BATCH,), generator=generator).tolist()
         model(**encoder.collate([rows[index] for index in batch])).loss.float().backward()

@@ -18,7 +18,8 @@ import torch
 
 import shapo_kernels as sk
 from benchmarks.measure import peak_extra_bytes
-from benchmarks.rows import add, interleaved, keep_freed_memory, ratios, row
+from benchmarks.rows import add, interleaved, ratios, row
+from shapo.models.memory import keep_freed_memory
 from shapo_kernels import losses
 
 PAIRS, TOKENS, ROUNDS = 4, 128, 7

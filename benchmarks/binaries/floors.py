@@ -92,7 +92,7 @@ def _up(value: int, step: int) -> int:
 @cache
 def _library() -> dict[str, tuple[nvcc.Kernel, list[sass.Instruction]]]:
     """The CUDA kernels of the target by the beginning of their names."""
-    found = {}
+    found: dict[str, tuple[nvcc.Kernel, list[sass.Instruction]]] = {}
     for source in nvcc.SOURCES:
         kernels, texts = nvcc.disassemble(source, TARGET)
         found |= {kernel.name: (kernel, sass.instructions(texts[kernel.name])) for kernel in kernels}

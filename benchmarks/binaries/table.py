@@ -93,9 +93,9 @@ def _cuda_table() -> str:
         f"| source | kernel | {' | '.join(nvcc.ARCHITECTURES)} |",
         f"|---|---|{'---|' * len(nvcc.ARCHITECTURES)}",
     ]
-    for source, name in names:
-        cells = [found[source, name, architecture] for architecture in nvcc.ARCHITECTURES]
-        lines.append(f"| {source} | `{name}` | {' | '.join(cells)} |")
+    for file, name in names:
+        cells = [found[file, name, architecture] for architecture in nvcc.ARCHITECTURES]
+        lines.append(f"| {file} | `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

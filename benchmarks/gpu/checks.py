@@ -319,11 +319,11 @@ def offsets_beyond_32_bits_are_reached(device: torch.device) -> None:
             ops.restore_([big], [places], [axis], [backup])
             assert big[-1, -1].item() == 3.0
         assert ops.squared_norms([big]).item() == 25.0
-        index = torch.tensor([columns - 1], device=device)
+        last = torch.tensor([columns - 1], device=device)
         output = torch.zeros(rows, 16, dtype=big.dtype, device=device)
-        updated = ops.neuron_update(output, big, torch.ones(16, 1, dtype=big.dtype, device=device), index)
+        updated = ops.neuron_update(output, big, torch.ones(16, 1, dtype=big.dtype, device=device), last)
         assert updated[-1].tolist() == [3.0] * 16
-        assert ops.neuron_gradient(torch.ones_like(output), big, index).flatten().tolist() == [3.0] * 16
+        assert ops.neuron_gradient(torch.ones_like(output), big, last).flatten().tolist() == [3.0] * 16
         cosine = ops.column_cosine(big, torch.ones(rows, device=device), axis=1)
         assert abs(cosine[-1].item() - rows**-0.5) < 1e-6
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,16 +113,8 @@ def linear_sequence_logps(bench: Bench) -> None:
         check = close_to(_dpo_in_fp32, 2e-2)
         logits = rows * tokens * vocabulary * 4
         variants = [
-            *bench.ours(_head(lambda h: losses.linear_sequence_logps(h.hidden, h.weight, h.labels)[0]), check),
-            *bench.ours(
-                _head(
-                    lambda h, part=logits // 32: losses.linear_sequence_logps(
-                        h.hidden, h.weight, h.labels, chunk_bytes=part
-                    )[0]
-                ),
-                check,
-                ", tiles of 1/32 of the logits",
-            ),
+            *bench.ours(_head(_by_tiles), check),
+            *bench.ours(_head(partial(_by_tiles, chunk_bytes=logits // 32)), check, ", tiles of 1/32 of the logits"),
             *([] if frozen else bench.ours(_loss(_by_pairs), check, ", by pairs")),
             Variant("eager", _head(lambda h: eager(h.hidden @ h.weight.t(), h.labels)), check),
             *(Variant(name, bind, check, later=later) for name, bind, later in _peers(bench)),
@@ -130,6 +123,10 @@ def linear_sequence_logps(bench: Bench) -> None:
         name = f"{rows} x {tokens} x {vocabulary}, width {width}{', head frozen' if frozen else ''}, bfloat16"
         held = 2 * (vocabulary + rows * tokens) * width * 2
         bench.compare(Case("gpu_linear_sequence_logps", name, inputs, held, variants, columns))
+
+
+def _by_tiles(head: Head, chunk_bytes: int | None = None) -> Tensor:
+    return losses.linear_sequence_logps(head.hidden, head.weight, head.labels, chunk_bytes=chunk_bytes)[0]
 
 
 def _by_pairs(head: Head) -> Tensor:

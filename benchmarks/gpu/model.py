@@ -81,7 +81,7 @@ def _perturbed(plain: nn.Module, tokens: Tensor, perturbation: str) -> nn.Module
         with opt.ascent():
             opt.ascend(model(few, use_cache=False).last_hidden_state.float().square()[..., 0].mean())
         opt.perturb()
-    model.optimizer_that_perturbs_it = [opt]  # kept alive with the model; in a list, not to be taken for a module
+    vars(model)["optimizer_that_perturbs_it"] = opt  # kept alive with the model
     return model
 
 

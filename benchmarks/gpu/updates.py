@@ -113,10 +113,8 @@ class Training:
         self.base.zero_grad()
         self.loss(self.part(form.pairs) if form.pairs < 1 else None).backward()
         device = self.tokens.device
-        parts = [
-            self.model.get_parameter(name).grad[:, index.to(device)].flatten()
-            for name, index in self.subspace(form.depth).items()
-        ]
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        parts = [gradients[name][:, index.to(device)].flatten() for name, index in self.subspace(form.depth).items()]
         self.base.zero_grad()
         return torch.cat(parts).double().norm().item()
 
