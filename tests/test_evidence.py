@@ -3,6 +3,7 @@
 python tests/test_evidence.py     # writes them anew
 """
 
+import functools
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ def plan(folder):
     return Plan.from_dict(json.loads((folder / "settings.json").read_text())["plan"])
 
 
+@functools.cache
 def tables(folder):
     # What is known of the initial model stands in the first study's tables.
     return render_tables(plan(folder), read_rows(folder), "####", figure=folder == STUDY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def clustered(
     """
     values = np.asarray(columns, dtype=np.float64)
     sums, sizes = _by_group(values, groups)
-    weights = _draws(np.random.default_rng(seed), len(sizes))
+    (weights,) = _draws(seed, len(sizes))
     means = (weights @ sums.T) / (weights @ sizes)[:, None]
     drawn = statistic(*means.T)
     low, high = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5)) if np.isfinite(drawn).any() else (np.nan, np.nan)
@@ -52,9 +53,8 @@ def crossed(values: Sequence[Sequence[float]], groups: Sequence[int], *, seed: i
     """
     table = np.asarray(values, dtype=np.float64)
     sums, sizes = _by_group(table, groups)
-    generator = np.random.default_rng(seed)
-    of_runs, of_groups = _draws(generator, len(table)) / len(table), _draws(generator, len(sizes))
-    means = ((of_runs @ sums) * of_groups).sum(axis=1) / (of_groups @ sizes)
+    of_runs, of_groups = _draws(seed, len(table), len(sizes))
+    means = ((of_runs / len(table) @ sums) * of_groups).sum(axis=1) / (of_groups @ sizes)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(table.mean()), float(low), float(high)
 
@@ -66,6 +66,11 @@ def _by_group(rows: NDArray[np.float64], groups: Sequence[int]) -> tuple[NDArray
     return np.stack([np.bincount(position, weights=row, minlength=len(sizes)) for row in rows]), sizes
 
 
-def _draws(generator: np.random.Generator, count: int) -> NDArray[np.int64]:
-    """How often each of `count` things comes up where as many are drawn with replacement, `[draws][count]`."""
-    return generator.multinomial(count, [1 / count] * count, size=_DRAWS)
+@cache
+def _draws(seed: int, *counts: int) -> tuple[NDArray[np.int64], ...]:
+    """For each count, how often each of so many things comes up where as many are drawn, `[draws][count]`.
+
+    Kept, as the hundreds of comparisons of a report are about the same few counts.
+    """
+    generator = np.random.default_rng(seed)
+    return tuple(generator.multinomial(count, [1 / count] * count, size=_DRAWS) for count in counts)
