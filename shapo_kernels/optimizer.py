@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .interop.torch_private import is_dtensor
+from .ops._checks import check_choice, check_switches, check_whole
 from .ops.subspace_update import NORMS
 from .perturbation import StochasticRounding
 from .subspace import Subspace
@@ -77,7 +78,8 @@ class ShaPOOptimizer(BaseFacade):
             names it (`"model.layers"`). One graph for each micro-batch is kept until its descent.
 
     Raises:
-        TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped.
+        TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped; a switch that is
+            not True or False, a text or a fraction for a number.
         ValueError: an option out of range, or no stack of blocks to reuse. SubspaceError: a subspace that does not fit
             the model.
     """
@@ -108,13 +110,10 @@ class ShaPOOptimizer(BaseFacade):
                     f"{name} is {type(given).__name__}: expected {expected.__name__}, in the order "
                     "ShaPOOptimizer(base_optimizer, model, subspace, rho=...)"
                 )
-        _check_choice("ascent", ascent, ("selective", "grad"))
-        _check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
-        for switch, value in (("sync", sync), ("replay_rng", replay_rng), ("stochastic_rounding", stochastic_rounding)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{switch} is {value!r}: expected True or False")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval is {interval!r}: expected a whole number of updates, 1 or more")
+        check_choice("ascent", ascent, ("selective", "grad"))
+        check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
+        check_switches(sync=sync, replay_rng=replay_rng, stochastic_rounding=stochastic_rounding)
+        check_whole("interval", interval, least=1)
         if stochastic_rounding and perturbation != "in_place":
             raise ValueError(
                 f"stochastic_rounding=True with perturbation={perturbation!r}: only 'in_place' rounds weights"
@@ -414,6 +413,7 @@ class ShaPOOptimizer(BaseFacade):
         Args:
             zero_grad: clear the gradients for pass 2. With False, clear them yourself before its backward pass.
         """
+        check_switches(zero_grad=zero_grad)
         self._perturb(clear_gradients=zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -422,6 +422,7 @@ class ShaPOOptimizer(BaseFacade):
         Args:
             zero_grad: clear gradients afterwards.
         """
+        check_switches(zero_grad=zero_grad)
         self.restore()
         self.step()
         if zero_grad:
@@ -495,7 +496,10 @@ class ShaPOOptimizer(BaseFacade):
             raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
         if missing := {"updates", "rho", "relative", "interval", "norm", "draws", "skipped"} - set(own):
             raise ValueError(f"the state has no {sorted(missing)[0]!r}: it is damaged")
-        _check_choice("the state's norm", own["norm"], NORMS)
+        check_choice("the state's norm", own["norm"], NORMS)
+        check_switches(**{"the state's relative": own["relative"]})
+        for name, least in (("interval", 1), ("updates", 0)):
+            check_whole(f"the state's {name}", own[name], least=least)
         checked_rho(own["rho"], own["norm"])
         if own["relative"] and any(target.quantised for target in self._update.bound.targets):
             raise ValueError("the state has relative=True, and a selected weight is quantised: its norm is unknown")
@@ -509,8 +513,3 @@ class ShaPOOptimizer(BaseFacade):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._update = self._new_update()
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from .errors import SubspaceError
 from .interop.names import aliases, module_aliases, owners, parameter_aliases, parameters_by_name
 from .interop.quantised import acting_shape, is_quantised
+from .ops._checks import check_number, check_switches, check_whole
 
 FORMAT = "shapo-subspace"
 
@@ -41,7 +44,8 @@ class Subspace(Mapping[str, Tensor]):
         own_layer: names whose weight is perturbed in the layer of that name only, where it is tied to others.
 
     Raises:
-        SubspaceError: an index that is negative, repeated or not an integer; an axis other than 0 or 1.
+        SubspaceError: an index that is negative, repeated or not an integer; an axis other than 0 or 1; metadata other
+            than strings.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Subspace(Mapping[str, Tensor]):
         if isinstance(axis, Mapping) and (extra := set(axis) - set(indices)):
             raise SubspaceError(f"axis names {sorted(extra)[0]!r}, which has no indices: name selected weights only")
         self.metadata: dict[str, str] = dict(metadata or {})
+        _check_metadata(self.metadata)
         if unknown := set(own_layer) - set(indices):
             raise SubspaceError(f"own_layer names {sorted(unknown)[0]!r}, which has no indices")
         self._own_layer = frozenset(own_layer) & set(self._indices)
@@ -124,6 +129,7 @@ class Subspace(Mapping[str, Tensor]):
         Raises:
             SubspaceError: no scores, a NaN among them, a percentage out of range.
         """
+        check_switches(largest=largest)
         names = list(scores)
         flat = [scores[name].detach().cpu().double().flatten() for name in names]
         for name, values in zip(names, flat, strict=True):
@@ -160,6 +166,7 @@ class Subspace(Mapping[str, Tensor]):
         """
         if match not in ("total", "layer"):
             raise SubspaceError(f"match is {match!r}: expected 'total' or 'layer'")
+        check_whole("seed", seed)
         total = sum(sizes.values())
         count = _share(total, percent)
         generator = torch.Generator().manual_seed(seed)
@@ -183,6 +190,7 @@ class Subspace(Mapping[str, Tensor]):
                     f"{name!r} has {sizes[name]} neurons, but the subspace selects {index.numel()} of it: "
                     "is it for another model?"
                 )
+        check_whole("seed", seed)
         counts = {name: index.numel() for name, index in subspace.items()}
         generator = torch.Generator().manual_seed(seed)
         return cls(_draw({name: sizes[name] for name in subspace}, counts, generator), dict(subspace._axes))
@@ -231,10 +239,15 @@ class Subspace(Mapping[str, Tensor]):
     # -- how it is kept
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: the indices as int64 tensors, axes and metadata in its header. Atomic."""
+        """Write a safetensors file: the indices as int64 tensors, axes and metadata in its header. Atomic.
+
+        Raises:
+            SubspaceError: metadata other than strings, which could not be loaded.
+        """
         from safetensors.torch import save_file  # here, so that the kernels need torch alone
 
         path = Path(path)
+        _check_metadata(self.metadata)
         header = {
             "format": FORMAT,
             "version": "1",
@@ -338,6 +351,12 @@ class Subspace(Mapping[str, Tensor]):
             )
 
 
+def _check_metadata(metadata: Mapping[Any, Any]) -> None:
+    for entry in itertools.chain(metadata, metadata.values()):
+        if not isinstance(entry, str):
+            raise SubspaceError(f"metadata has {entry!r}, a {type(entry).__name__}: expected strings")
+
+
 def _check_initialised(name: str, parameter: Tensor) -> None:
     if nn.parameter.is_lazy(parameter):
         raise SubspaceError(f"{name!r} has no shape yet: run a forward pass through its lazy layer first")
@@ -373,7 +392,7 @@ def _axis_of(axis: int | Mapping[str, int], name: str) -> int:
         if name not in axis:
             raise SubspaceError(f"axis names no {name!r}: give one for each weight, or one number for all")
         axis = axis[name]
-    if axis not in (0, 1):
+    if not isinstance(axis, Integral) or isinstance(axis, bool) or axis not in (0, 1):
         raise SubspaceError(f"axis is {axis!r}: expected 0 (neurons are rows) or 1 (columns)")
     return int(axis)
 
@@ -383,6 +402,7 @@ def _restrict(axis: int | Mapping[str, int], names: list[str]) -> int | Mapping[
 
 
 def _share(total: int, percent: float) -> int:
+    check_number("percent", percent)
     if not 0 < percent <= 100:
         raise SubspaceError(f"percent is {percent}: expected a number above 0, up to 100")
     if not total:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._checks import check_device, check_finite, check_floating, check_number, check_positive, check_tensor
+from ..ops._checks import (
+    check_choice,
+    check_device,
+    check_finite,
+    check_floating,
+    check_not_negative,
+    check_number,
+    check_positive,
+    check_tensor,
+)
 
 __all__ = [
+    "check_choice",
     "check_device",
     "check_finite",
     "check_flip_rate",
     "check_floating",
+    "check_not_negative",
     "check_pairs",
     "check_positive",
     "check_tensor",

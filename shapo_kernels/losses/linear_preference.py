@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import linear_tiles as tiling
-from ..ops._checks import check_first_order
+from ..ops._checks import check_first_order, check_whole
 from ..ops.linear_head import linear_token_logps as _token_logps
 from ..ops.linear_head import put_weight_gradient_
 from ..ops.linear_logps import describe, gathered
@@ -68,7 +68,8 @@ def linear_preference_loss(
     """
     weight, bias = gathered(weight), None if bias is None else gathered(bias)
     head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index)
-    if not isinstance(responses, int) or responses < 1 or len(hidden) % responses or not len(hidden):
+    check_whole("responses", responses, least=1)
+    if len(hidden) % responses or not len(hidden):
         raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
     loss, sums, counts = _Loss.apply(hidden, weight, bias, labels, share, responses, head, torch.is_grad_enabled())
     return loss, sums, counts

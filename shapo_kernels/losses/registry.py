@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import aggregation as aggregations
 from . import preference
-from ._checks import check_finite, check_flip_rate, check_positive, result_dtype
+from ._checks import check_choice, check_finite, check_flip_rate, check_not_negative, check_positive, result_dtype
 from .preference import token_mean
 
 
@@ -148,11 +148,9 @@ class PreferenceLoss:
         nll: float = 0.0,
         **parameters: float,
     ) -> None:
-        _check_name("loss", name, PAIRWISE)
-        _check_name("aggregation", aggregation, AGGREGATIONS)
-        check_finite("nll", nll)
-        if nll < 0:
-            raise ValueError(f"nll is {nll}: expected a weight of at least 0")
+        check_choice("loss", name, PAIRWISE)
+        check_choice("aggregation", aggregation, AGGREGATIONS)
+        check_not_negative("nll", nll)
         self.name, self.aggregation, self.group, self.nll = name, aggregation, group, nll
         self.spec = PAIRWISE[name]
         needed = self.spec.parameters + AGGREGATIONS[aggregation]
@@ -244,8 +242,3 @@ class PreferenceLoss:
         if self.aggregation == "mean":
             return aggregations.mean(per_pair, group=group, whole=whole)
         return aggregations.drdpo(per_pair, beta_prime=self.parameters["beta_prime"], group=group, whole=whole)
-
-
-def _check_name(kind: str, name: str, known: Mapping[str, object]) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")

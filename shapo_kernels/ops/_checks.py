@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -88,6 +88,7 @@ def _contents(index: Tensor) -> tuple[int, int, bool]:
 
 
 def check_axis(name: str, axis: int) -> None:
+    check_whole(name, axis)
     if axis not in (0, 1):
         raise ValueError(f"{name} is {axis!r}: expected 0 (neurons are rows) or 1 (columns)")
 
@@ -141,8 +142,29 @@ def check_label_values(labels: Tensor, ignore_index: int, vocabulary: int) -> No
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -_MAX_INT <= ignore_index <= _MAX_INT:
-        raise ValueError(f"ignore_index is {ignore_index!r}: expected a 64-bit integer, usually -100")
+    check_whole("ignore_index", ignore_index)
+    if not -_MAX_INT <= ignore_index <= _MAX_INT:
+        raise ValueError(f"ignore_index is {ignore_index}: expected a 64-bit integer, usually -100")
+
+
+def check_switches(**switches: bool) -> None:
+    """Each is True or False itself: a text such as "false" is true to `if`, and None or 0 may mean the default."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: expected True or False")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_whole(name: str, value: int, *, least: int | None = None) -> None:
+    """An int that is no bool. Fractions, texts and tensors are a TypeError, a number below `least` a ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: expected a whole number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}: expected a whole number, {least} or more")
 
 
 def check_number(name: str, value: float) -> None:
@@ -160,6 +182,12 @@ def check_finite(name: str, value: float) -> None:
     check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}: expected a finite number")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}: expected a finite number, 0 or more")
 
 
 def check_first_order(name: str, instead: str) -> None:

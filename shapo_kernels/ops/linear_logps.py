@@ -13,6 +13,8 @@ from ._checks import (
     check_ignore_index,
     check_labels,
     check_positive,
+    check_switches,
+    check_whole,
 )
 from .linear_head import linear_token_logps as _operator
 from .linear_tiles import HeadOptions
@@ -124,11 +126,13 @@ def describe(
     if softcap is not None:
         check_positive("softcap", softcap)
     check_positive("scale", scale)
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes is {chunk_bytes!r}: expected a number of bytes, at least 1, or None")
+    if chunk_bytes is not None:
+        check_whole("chunk_bytes", chunk_bytes, least=1)
     check_ignore_index(ignore_index)
+    check_whole("shift", shift)
     if shift not in (0, 1):
-        raise ValueError(f"shift is {shift!r}: expected 0 or 1")
+        raise ValueError(f"shift is {shift}: expected 0 or 1")
+    check_switches(statistics=statistics)
     if statistics and group is not None:
         raise ValueError("statistics=True with a group: ranks know the statistics of their own part only")
     return HeadOptions(

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..interop.torch_private import without_view
-from ._checks import check_device, check_first_order, check_floating, check_index, compute_dtype_of, may_overlap
+from ._checks import (
+    check_device,
+    check_first_order,
+    check_floating,
+    check_index,
+    check_switches,
+    compute_dtype_of,
+    may_overlap,
+)
 from ._memory import remembered
 
 ALIGNMENT = 16
@@ -49,6 +57,7 @@ def neuron_update(
         RuntimeError: in a backward pass with `create_graph=True`, if the direction requires grad.
     """
     _check_neurons(output, input, direction, index)
+    check_switches(in_place=in_place)
     in_place = in_place and not torch.compiler.is_compiling()
     if in_place and (may_overlap(output) or (output.is_leaf and output.requires_grad)):
         raise ValueError("output overlaps itself or is a leaf that requires grad: use in_place=False")

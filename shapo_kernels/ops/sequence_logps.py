@@ -22,7 +22,9 @@ from ._checks import (
     check_floating,
     check_ignore_index,
     check_label_values,
+    check_switches,
     check_tensor,
+    check_whole,
     may_overlap,
 )
 
@@ -67,8 +69,8 @@ def token_logps(
         )
     check_device("labels", labels, "logits", logits)
     check_ignore_index(ignore_index)
-    if not isinstance(shift, int) or isinstance(shift, bool) or shift < 0:
-        raise ValueError(f"shift is {shift!r}: expected 0 or a larger integer")
+    check_whole("shift", shift, least=0)
+    check_switches(entropy=entropy, in_place=in_place)
     check_label_values(labels, ignore_index, logits.shape[2])
     if in_place and torch.is_grad_enabled() and logits.requires_grad:
         _check_overwritable(logits)

@@ -22,10 +22,13 @@ from ._checks import (
     check_all_floating,
     check_all_on_one_device,
     check_axis,
+    check_choice,
     check_device,
     check_index,
     check_lengths,
+    check_not_negative,
     check_tensor,
+    check_whole,
     check_written,
     compute_dtype_of,
 )
@@ -127,13 +130,14 @@ def perturbation_scale(
 
     Raises:
         TypeError: tensors that are not float64.
-        ValueError: an unknown norm, shapes or devices that differ, a relative radius with norm "none".
+        ValueError: an unknown norm, an `eta` below 0, shapes or devices that differ, a relative radius with norm
+            "none".
     """
     check_tensor("squared_norms", squared_norms)
     _check_per_layer("squared_norms", squared_norms, squared_norms.numel())
     _check_per_layer("rho", rho, squared_norms.numel(), "squared_norms", squared_norms)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+    check_choice("norm", norm, NORMS)
+    check_not_negative("eta", eta)
     if weight_squared_norms is not None:
         if norm == "none":
             raise ValueError("a relative radius needs a norm: use norm='global' or norm='layer'")
@@ -220,6 +224,8 @@ def perturb_(
     _check_compact("directions", directions, weights, indices, axes, [compute_dtype_of(w.dtype) for w in weights])
     _check_compact("backups", backups, weights, indices, axes, [w.dtype for w in weights])
     _check_per_layer("scale", scale, len(weights), "weights[0]", weights[0] if weights else scale)
+    if rounding_key is not None:
+        check_whole("rounding_key", rounding_key, least=0)
     if not weights:
         return torch.empty(0, 3, dtype=torch.float64)
     arguments = list(weights), list(indices), list(axes), list(directions), scale.contiguous(), list(backups)
@@ -261,7 +267,7 @@ def _check_layers(
     for position, (tensor, index, axis) in enumerate(zip(tensors, indices, axes, strict=True)):
         if tensor.dim() != 2:
             raise ValueError(f"{name}[{position}] has shape {list(tensor.shape)}: expected [rows, columns]")
-        if axis not in (0, 1):
+        if axis.__class__ is not int or axis not in (0, 1):
             check_axis(f"axes[{position}]", axis)
         check_index(f"indices[{position}]", index, tensor.shape[axis], distinct=written)
     check_all_on_one_device(name, tensors, name, tensors)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed import total_over_parts
 from ..model.targets import Target
+from ..ops._checks import check_choice, check_not_negative, check_switches, check_whole
 from ..ops.subspace_update import NORMS
 from .base import Base
 
@@ -37,12 +38,12 @@ class Radius:
     """
 
     def __init__(self, base: Base, rho: Any, *, relative: bool, norm: str, eta: float, seed: int) -> None:
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}: expected one of {', '.join(NORMS)}")
+        check_choice("norm", norm, NORMS)
+        check_switches(relative=relative)
+        check_not_negative("eta", eta)
+        check_whole("seed", seed)
         if relative and norm == "none":
             raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
-        if not (isinstance(eta, float) and 0 <= eta < math.inf):
-            raise ValueError(f"eta is {eta!r}: expected a number, 0 or more")
         self._base, self.relative, self.norm, self.eta = base, relative, norm, eta
         self._draws = torch.Generator().manual_seed(seed)
         self._sent: tuple[Any, Tensor] | None = None

@@ -132,9 +132,9 @@ def test_parameters_out_of_range_are_refused_before_the_first_batch():
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown loss 'kto': choose one of dpo, cdpo"):
+    with pytest.raises(ValueError, match="loss is 'kto': expected one of dpo, cdpo"):
         losses.PreferenceLoss("kto", beta=0.1)
-    with pytest.raises(ValueError, match="unknown aggregation 'sum': choose one of mean, drdpo"):
+    with pytest.raises(ValueError, match="aggregation is 'sum': expected one of mean, drdpo"):
         losses.PreferenceLoss("dpo", "sum", beta=0.1)
 
 

@@ -420,10 +420,9 @@ def test_a_shift_beyond_the_tokens_counts_nothing(backend, shift):
         assert not found.any()
 
 
-@pytest.mark.parametrize("shift", [-1, 1.0, None, True])
-def test_a_shift_that_is_no_number_of_tokens_is_refused(shift):
-    with pytest.raises(ValueError, match="shift is"):
-        ops.token_logps(*make(1, 3, 4), shift=shift)
+def test_a_shift_below_zero_is_refused():
+    with pytest.raises(ValueError, match="shift is -1"):
+        ops.token_logps(*make(1, 3, 4), shift=-1)
 
 
 @pytest.mark.parametrize("backend", HERE)
