@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shapo.checked import checked
+
 if TYPE_CHECKING:
     from shapo_kernels.update.radius import Rho
 
 
+@checked
 @dataclass(frozen=True)
 class AscentPart:
     """The part of an ascent's pairs (or rows) that it looks at: a share of them, or a number.
@@ -41,8 +44,8 @@ class AscentPart:
             raise ValueError(f"ascent_fraction is {self.fraction}: expected a share above 0, up to 1")
         if self.pairs is None:
             return
-        if isinstance(self.pairs, bool) or not isinstance(self.pairs, int) or self.pairs < 1:
-            raise ValueError(f"ascent_pairs is {self.pairs!r}: expected a whole number of pairs, 1 or more")
+        if self.pairs < 1:
+            raise ValueError(f"ascent_pairs is {self.pairs}: expected a whole number of pairs, 1 or more")
         if self.fraction != 1:
             raise ValueError("ascent_fraction and ascent_pairs are two ways to say one thing: give one of them")
 
@@ -84,6 +87,7 @@ class AscentPart:
         return min(pairs, max(1, math.ceil(self.fraction * pairs - 1e-9)))
 
 
+@checked
 @dataclass(frozen=True)
 class RhoSchedule:
     """The radius of every update: plain ones at the start, a linear rise, then `rho`.
@@ -103,8 +107,8 @@ class RhoSchedule:
 
     def __post_init__(self) -> None:
         for name, value in (("plain_updates", self.plain_updates), ("rho_warmup", self.warmup)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}: expected a whole number of updates, 0 or more")
+            if value < 0:
+                raise ValueError(f"{name} is {value}: expected a whole number of updates, 0 or more")
 
     @property
     def is_constant(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from shapo.answers.decoding import TransformersEngine
 from shapo.answers.turns import ending
 from shapo.answers.writing import prompt_requests
+from shapo.checked import checked
 from shapo.config import LoopConfig
 from shapo.data.pairs import EvaluationPrompt, PreferencePair
 from shapo.data.tokens import PairEncoder
@@ -35,6 +36,7 @@ Example = tuple[str, str]
 _COUNTED = ("attack_success", "refusal", "over_refusal", "finished")
 
 
+@checked
 @dataclass(frozen=True)
 class AttackConfig:
     """An attack's size.
@@ -108,6 +110,7 @@ def clear_attack(output: Path) -> None:
             folder.rmdir()
 
 
+@checked
 def run_attack(
     load: Callable[[], Any],
     encoder: PairEncoder,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.errors import UserError
 from shapo_kernels import Subspace, backends, ops
 
@@ -47,6 +48,7 @@ def require_memory(layers: int, hidden: int, intermediate: int, device: torch.de
         )
 
 
+@checked
 def run_benchmarks(
     *,
     layers: int,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from shapo.ascents import AscentPart, RhoSchedule
+from shapo.checked import checked
 from shapo.errors import UserError
 from shapo.options import Option, declared, option, radius, seed_number, whole
 
@@ -49,6 +50,7 @@ def _trackers(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
+@checked
 @dataclass(frozen=True)
 class LossConfig:
     """A preference loss and how the pairs of a batch are brought together. Formulas: docs/losses.md.
@@ -200,6 +202,7 @@ class UpdateOptions:
         return RhoSchedule(rho, self.plain_updates, self.rho_warmup)
 
 
+@checked
 @dataclass(frozen=True)
 class ShaPOConfig(UpdateOptions):
     """A ShaPO run of the command line.
@@ -229,6 +232,7 @@ class ShaPOConfig(UpdateOptions):
             raise UserError("a relative rho needs a normalised perturbation: choose the norm global or layer")
 
 
+@checked
 @dataclass(frozen=True)
 class LoopConfig:
     """The loop around the loss: how long, how large, how fast, and what is written when.

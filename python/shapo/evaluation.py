@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo.checked import checked
 from shapo.data.pairs import PreferencePair
 from shapo.scoring.logps import PairLogps
 from shapo.statistics import Share, wilson
 from shapo_kernels import losses
 
 
+@checked
 def preference_metrics(
     policy: PairLogps,
     reference: PairLogps | None,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
@@ -85,6 +86,7 @@ class _Example(Protocol):
     def response(self) -> str: ...
 
 
+@checked
 def extract_features(
     model: nn.Module,
     encoder: PairEncoder,
@@ -298,6 +300,7 @@ class Probe:
 _PROBE_FORMAT = "shapo-probe"
 
 
+@checked
 def train_probe(
     features: Tensor,
     unsafe: Sequence[bool] | Tensor,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.config import LossConfig
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import PairEncoder
@@ -91,6 +92,7 @@ def select_by_probe(
     return _described(subspace, vectors, "probe", percent, depth, metadata)
 
 
+@checked
 def gradient_scores(
     model: nn.Module,
     encoder: PairEncoder,
@@ -171,6 +173,7 @@ def gradient_scores(
     }
 
 
+@checked
 def select_by_gradient(
     model: nn.Module,
     encoder: PairEncoder,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.errors import UserError
 from shapo.models.fused_head import find_fused_head
 from shapo.models.modes import evaluating
@@ -96,6 +97,7 @@ class Sharpness:
         return asdict(self)
 
 
+@checked
 class PairLoss:
     """The mean DPO loss of a fixed set of pairs as a function of the weights alone.
 
@@ -160,6 +162,7 @@ class PairLoss:
             yield losses.dpo(policy.chosen, policy.rejected, reference.chosen, reference.rejected, beta=self._beta)
 
 
+@checked
 def measure(
     loss: PairLoss,
     subspaces: Mapping[str, Subspace],

@@ -218,7 +218,6 @@ def test_ascents_that_cannot_be_are_refused_before_anything_is_written(
         (lambda: AscentPart(0.5, 3), "two ways to say one thing"),
         (lambda: AscentPart(float("nan")), "ascent_fraction is nan"),
         (lambda: AscentPart(pairs=0), "ascent_pairs is 0"),
-        (lambda: AscentPart(pairs=True), "ascent_pairs is True"),
         (lambda: RhoSchedule(0.1, -1), "plain_updates is -1"),
         (lambda: RhoSchedule(0.1, 0, -1), "rho_warmup is -1"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shapo.answers.decoding import Completion, Engine, Request
+from shapo.checked import checked
 from shapo.data.pairs import EvaluationPrompt
 from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
@@ -36,6 +37,7 @@ def prompt_seed(seed: int, identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}|{identifier}".encode(), digest_size=7).digest(), "big")
 
 
+@checked
 def write_answers(
     engine: Engine,
     prompts: Sequence[EvaluationPrompt],

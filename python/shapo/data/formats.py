@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from shapo.checked import checked
 from shapo.data.pairs import (
     ASSISTANT_MARKER,
     EvaluationPrompt,
@@ -42,6 +43,7 @@ Source = str | os.PathLike[str] | Iterable[Row]
 _SEEN_FIRST = 100  # rows that the format is told by; one of them may be broken
 
 
+@checked
 def load_pairs(
     source: Source,
     *,
@@ -90,6 +92,7 @@ def load_pairs(
     return result
 
 
+@checked
 def load_prompts(
     source: Source, *, format: str = "auto", split: str | None = None, limit: int | None = None
 ) -> PromptSet:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shapo.checked import checked
 from shapo.data.formats import load_pairs
 from shapo.data.noise import rank
 from shapo.data.pairs import PairSet, PreferencePair
@@ -37,6 +38,7 @@ def parse_source(text: str) -> tuple[str, float | None]:
     return weighted[1], weight
 
 
+@checked
 def load_mixture(sources: Sequence[str], *, limit: int | None = None, **options: Any) -> PairSet:
     """The pairs of several sources, in the order of the sources.
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shapo.checked import checked
 from shapo.data.pairs import PreferencePair
 from shapo.errors import UserError
 
 __all__ = ["flip_labels", "rank"]
 
 
+@checked
 def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> list[PreferencePair]:
     """Flip exactly `round(rate * len(pairs))` labels and record which.
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shapo.checked import checked
 from shapo.data.chat import ChatTemplate, Message, Turn, common_length
 from shapo.data.pairs import parse_transcript
 from shapo.errors import UserError
@@ -61,6 +62,7 @@ class Encoded:
         return len(self.input_ids)
 
 
+@checked
 class PairEncoder:
     """Encodes (prompt, response) by the rules of this module.
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from shapo.checked import checked
 from shapo.errors import UserError
 
 
@@ -21,6 +22,7 @@ def require_lm_eval() -> None:
         raise UserError("--lm-eval needs the package lm-eval; `pip install shapo-kernels[harness]`") from error
 
 
+@checked
 def run_tasks(
     model: Any,
     tokenizer: Any,

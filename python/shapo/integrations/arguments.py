@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from shapo.checked import checked
 from shapo.config import UpdateOptions
 from shapo.options import declared, option
 from shapo_kernels import ShaPOOptimizer, Subspace
 
 
+@checked
 @dataclass(frozen=True)
 class ShaPOArguments(UpdateOptions):
     """Options of the perturbation: subspace, `rho`, and those of :class:`shapo.config.UpdateOptions`.

@@ -14,12 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.errors import UserError
 from shapo.judges.base import Judge, Verdict
 from shapo.storage.fingerprint import digest_rows
 from shapo.storage.rows import ResumableRows
 
 
+@checked
 def judge_answers(
     judge: Judge,
     rows: Sequence[dict[str, Any]],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shapo.checked import checked
 from shapo.errors import UserError, first_line
 from shapo.libraries.bitsandbytes import keep_differentiable
 from shapo.models.memory import keep_freed_memory
@@ -33,6 +34,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+@checked
 def load_model(
     name: str,
     *,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
@@ -109,6 +110,7 @@ class TokenizedPairs:
         return digest_rows((_key(c), _key(r)) for c, r in zip(self.chosen, self.rejected, strict=True))
 
 
+@checked
 def batch_logps(
     model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False, head: FusedHead | None = None
 ) -> PairLogps:
@@ -131,6 +133,7 @@ def response_logps(
     return losses.sequence_logps(logits, batch["labels"])
 
 
+@checked
 def compute_logps(
     model: torch.nn.Module,
     data: TokenizedPairs,

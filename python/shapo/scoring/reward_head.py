@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.data.pairs import PreferencePair
 from shapo.errors import UserError, first_line
 from shapo.models.modes import evaluating
@@ -62,6 +63,7 @@ def reward_model_of(model: Any) -> Any:
     return made.to(model.device).eval()
 
 
+@checked
 def fit_reward_head(scorer: RewardScorer, pairs: Sequence[PreferencePair], *, progress: bool = True) -> HeadFit:
     r"""Fits the linear head of the scorer's model in place; the rest of the model is left alone.
 

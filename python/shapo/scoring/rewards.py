@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from shapo.checked import checked
 from shapo.data.chat import ChatTemplate, Message, common_length
 from shapo.data.pairs import PreferencePair, parse_transcript
 from shapo.data.tokens import keep_end, without_oldest_exchange
@@ -234,6 +235,7 @@ def load_reward_scorer(
     return RewardScorer(model, load_tokenizer(name), sign=sign, **options)
 
 
+@checked
 def train_reward_model(
     scorer: RewardScorer,
     pairs: Sequence[PreferencePair],

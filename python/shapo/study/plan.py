@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shapo.checked import checked
 from shapo.study.queue import Job
 
 __all__ = ["OUTLIERS", "PLANS", "Plan", "selection_jobs", "study_jobs"]
@@ -32,6 +33,7 @@ PLAIN_CHATML = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class Plan:
     """Sizes and grids.

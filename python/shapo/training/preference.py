@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shapo.checked import checked
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig, identity
 from shapo.errors import UserError
 from shapo.evaluation import flips_fitted, preference_metrics
@@ -33,6 +34,7 @@ from shapo.training.update import PreferenceUpdate
 from shapo_kernels import ShaPOOptimizer, Subspace
 
 
+@checked
 def train_preferences(
     model: torch.nn.Module,
     data: TokenizedPairs,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo.checked import checked
 from shapo.config import LoopConfig, identity
 from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
@@ -26,6 +27,7 @@ from shapo.training.order import split
 from shapo.training.rounding import StepRounding
 
 
+@checked
 def train_sft(
     model: torch.nn.Module,
     encoder: PairEncoder,
