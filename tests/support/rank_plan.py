@@ -1,6 +1,7 @@
 """What each rank of the test of `shapo plan` does: an update of a small Llama under an engine, counted."""
 
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -9,16 +10,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import shapo_kernels as sk
-from benchmarks.measure import peak_extra_bytes
 from shapo.models.adapters import Lora, add_lora
 from shapo.models.wrappers import unwrap
 from shapo.scoring.logps import batch_logps
 from shapo.selection import random_subspace
 from shapo_kernels import losses
+from tests.support.heap import peak_bytes
 from tests.support.llamas import llama
 from tests.support.rank_bytes import Collectives
 from tests.support.ranks import on_rank
 
+# DeepSpeed's own objects take 20 MB; and it compiles a function, which imports the compiler.
+LATE_IMPORTS = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
 LENGTH, PROMPT = 48, 16
 SHAPE = {"vocab_size": 640, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 4}
@@ -91,7 +94,9 @@ class Update:
             self.model = deepspeed_engine(self.model, case)
             base = self.model.optimizer
         else:
-            self.model = shard(self.model) if engine == "fsdp2" else DistributedDataParallel(self.model)
+            # As the loop has it.
+            data_parallel = partial(DistributedDataParallel, broadcast_buffers=False)
+            self.model = shard(self.model) if engine == "fsdp2" else data_parallel(self.model)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             base = torch.optim.AdamW(trained, lr=1e-4, foreach=False)
         self.opt = base
@@ -127,17 +132,11 @@ class Update:
     def backward(self, loss):
         loss.backward()
 
-    def held(self):
-        """Bytes of weights, buffers and optimizer states on this rank."""
-        states = [v for state in self.opt.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *states)}.values()
-        return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
-
 
 def measured(case):
-    update = updates(case)
     if case.get("large"):
-        return {"peak": update.held() + peak_extra_bytes(update)}
+        return {"peak": peak_bytes(lambda: updates(case))}
+    update = updates(case)
     with Collectives() as sent:
         update()
     return {"sent": sent.seen}

@@ -1,6 +1,7 @@
 """Gloo processes for the tests. One group of them runs a list of cases: starting Python takes longer than they do."""
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -84,5 +85,8 @@ def on_rank(run):
 
 if __name__ == "__main__":
     script_, world_, folder_ = sys.argv[1:]
-    runpy.run_path(script_, run_name="imported")  # what it imports, once for all ranks
+    # What it imports, once for all ranks; libraries that import more when they are first used are named there.
+    for late in runpy.run_path(script_, run_name="imported").get("LATE_IMPORTS", ()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(late)
     sys.exit(fork_ranks(script_, int(world_), folder_))

@@ -28,6 +28,19 @@ _IMPOSSIBLE = {
 
 
 @dataclass(frozen=True)
+class Buffers:
+    """Bytes that an engine holds on a rank beside its parts of the weights, gradients and states.
+
+    Attributes:
+        always: Buckets of gradients (DDP, ZeRO-3).
+        in_passes: Gathered weights (FSDP2, ZeRO-3) and ZeRO-2's bucket, which are gone in the step.
+    """
+
+    always: float = 0
+    in_passes: float = 0
+
+
+@dataclass(frozen=True)
 class Sent:
     """Bytes that cross the ranks in one update: what a rank puts into each kind of collective.
 
@@ -35,18 +48,16 @@ class Sent:
         all_reduce: Of gradients, and of the ascent's direction and norms.
         all_gather: A rank's parts of weights.
         reduce_scatter: Of gradients.
-        broadcast: Of buffers, by DDP.
     """
 
     all_reduce: int = 0
     all_gather: int = 0
     reduce_scatter: int = 0
-    broadcast: int = 0
 
     def on_a_ring(self, ranks: int) -> float:
         """Bytes that each rank sends where collectives go around a ring, which is the least."""
         reduced = 2 * self.all_reduce + self.reduce_scatter
-        return (reduced / ranks + self.all_gather) * (ranks - 1) + self.broadcast
+        return (reduced / ranks + self.all_gather) * (ranks - 1)
 
 
 def ways_under(engine: str) -> tuple[str, ...]:
@@ -54,16 +65,32 @@ def ways_under(engine: str) -> tuple[str, ...]:
     return tuple(way for way in WAYS if way not in _IMPOSSIBLE.get(engine, ()))
 
 
+def zero_stage(engine: str) -> int:
+    """The stage of DeepSpeed's ZeRO, 0 of other engines."""
+    return int(engine[4:]) if engine.startswith("zero") else 0
+
+
 def shares(engine: str, ranks: int) -> dict[str, float]:
     """What a rank holds of each part that is divided over ranks."""
     part = 1 / ranks
-    if engine == "zero2":
-        return {STATES: part, GRADIENTS: part}
-    return {WEIGHTS: part, STATES: part, GRADIENTS: part} if engine in ("fsdp2", "zero3") else {}
+    if engine == "fsdp2":
+        return {WEIGHTS: part, STATES: part, GRADIENTS: part}
+    # What ZeRO steps and its gradients are traced in the size that a rank has.
+    return {WEIGHTS: part} if engine == "zero3" else {}
 
 
-def buffers(engine: str, ranks: int, update: Update, *, bucket: int = BUCKET) -> float:
-    """Bytes that an engine holds beside a rank's parts: gathered weights, buckets of gradients, a master copy.
+def peak(engine: str, ranks: int, update: Update, *, bucket: int = BUCKET) -> dict[str, float]:
+    """Bytes by part at the moment when most are in use on a rank, with those of the `engine`."""
+    own = buffers(engine, ranks, update, bucket=bucket)
+    moments = [
+        {**update.in_passes, "engine": own.always + own.in_passes},
+        {**update.in_step, "engine": own.always},
+    ]
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def buffers(engine: str, ranks: int, update: Update, *, bucket: int = BUCKET) -> Buffers:
+    """What an engine holds for its work.
 
     Args:
         bucket: Elements of DeepSpeed's `reduce_bucket_size`.
@@ -71,18 +98,17 @@ def buffers(engine: str, ranks: int, update: Update, *, bucket: int = BUCKET) ->
     size = update.itemsize
     trained = size * sum(_elements(unit.trained) for unit in update.units)
     if engine == "ddp":
-        return trained
+        return Buffers(always=trained)
+    if engine == "zero2":
+        return Buffers(in_passes=bucket * size)
     whole = {role: [size * _elements(u.shapes) for u in update.units if u.role == role] for role in _ROLES}
     blocks = sorted(whole["block"], reverse=True)
     outside = max(sum(whole["tail"]), sum(whole["embedding"]))
     if engine == "fsdp2":
         # Two blocks, the next being gathered meanwhile, and what is outside of them; a unit's gradient and the copy of
         # it that is sent.
-        return sum(blocks[:2]) + outside + 2 * max([*blocks[:1], outside])
-    if engine in ("zero2", "zero3"):
-        master = trained / size * 4 / ranks
-        return bucket * size + master + (outside + sum(blocks[:1]) if engine == "zero3" else 0)
-    return 0
+        return Buffers(in_passes=sum(blocks[:2]) + outside + 2 * max([*blocks[:1], outside]))
+    return Buffers(bucket * size, outside + sum(blocks[:1])) if engine == "zero3" else Buffers()
 
 
 def sent(engine: str, ranks: int, update: Update) -> Sent:
@@ -95,7 +121,7 @@ def sent(engine: str, ranks: int, update: Update) -> Sent:
     gradients = size * sum(_elements(unit.trained) for unit in units)
     if engine == "ddp":
         passes = 2 if update.way == "published" else 1
-        return Sent(all_reduce=passes * gradients + direction, broadcast=update.buffers)
+        return Sent(all_reduce=passes * gradients + direction)
     if engine == "zero2":
         trained = sum(_elements(unit.trained) for unit in units)
         return Sent(all_reduce=times * gradients + direction, all_gather=size * 2 * -(-trained // (2 * ranks)))
@@ -152,4 +178,4 @@ def _rows(shape: tuple[int, ...], ranks: int) -> int:
     return -(-shape[0] // ranks) * math.prod(shape[1:])
 
 
-__all__ = ["BUCKET", "ENGINES", "Sent", "buffers", "sent", "shares", "ways_under"]
+__all__ = ["BUCKET", "ENGINES", "Buffers", "Sent", "buffers", "peak", "sent", "shares", "ways_under", "zero_stage"]

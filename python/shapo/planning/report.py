@@ -60,11 +60,13 @@ def make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _numbers(update: Update, plain: Update, engine: str, ranks: int) -> dict[str, Any]:
     own, crossed = engines.buffers(engine, ranks, update), engines.sent(engine, ranks, update)
+    largest = {**update.largest, "engine": own.always + own.in_passes}
+    peak = {part: round(size) for part, size in engines.peak(engine, ranks, update).items()}
     return {
         "what": WAYS[update.way],
-        "largest": {**{part: round(size) for part, size in update.largest.items()}, "engine": round(own)},
-        "at_the_peak": {**{part: round(size) for part, size in update.memory.items()}, "engine": round(own)},
-        "peak": round(update.peak + own),
+        "largest": {part: round(size) for part, size in largest.items()},
+        "at_the_peak": peak,
+        "peak": sum(peak.values()),
         "flops": update.flops,
         "passes": update.passes,
         "price": update.flops / plain.flops,
@@ -149,6 +151,8 @@ def _load(arguments: argparse.Namespace) -> Load:
         depth=arguments.depth,
         foreach=arguments.device == "cuda",
         shares=engines.shares(arguments.engine, arguments.ranks),
+        zero=engines.zero_stage(arguments.engine),
+        ranks=arguments.ranks,
     )
 
 

@@ -34,8 +34,8 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         flops: Floating-point operations of products and attention, 2 for a multiplication with its addition.
-        peak: Bytes by part when most were alive since `begin`.
-        largest: The most bytes of each part since then, not all at the same time.
+        peak: Bytes by part when most were alive since `begin` or `next_peak`.
+        largest: The most bytes of each part since `begin`, not all at the same time.
     """
 
     def __init__(self, vocabulary: int = 0, labelled: int = 0, shares: Mapping[str, float] | None = None) -> None:
@@ -84,6 +84,11 @@ class Trace(TorchDispatchMode):
     def begin(self) -> None:
         """The peak and the operations are asked for from here on."""
         self.peak, self.largest, self.flops = dict(self._now), dict(self._now), 0
+
+    def next_peak(self) -> dict[str, float]:
+        """The peak so far; the next one is asked for from here on."""
+        peak, self.peak = self.peak, dict(self._now)
+        return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -56,6 +56,8 @@ class Load:
         depth: Share of the blocks they are selected from, from the top, by the way "reuse".
         foreach: Whether the optimizer works on all weights at once, as torch chooses on a GPU.
         shares: What one rank holds of each part; see `Trace`.
+        zero: Stage of DeepSpeed's ZeRO, 0 without it.
+        ranks: Number of ranks, which matters to ZeRO alone.
     """
 
     pairs: int
@@ -71,6 +73,8 @@ class Load:
     depth: float = 0.25
     foreach: bool = True
     shares: Mapping[str, float] = field(default_factory=dict)
+    zero: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ class Update:
 
     Attributes:
         way: Its name.
-        memory: Bytes by part at the moment when most are in use.
+        in_passes: Bytes by part when most are in use before the step.
+        in_step: The same in the step, with the clipping of the gradients.
         largest: The most bytes of each part, not all at the same moment.
         flops: Floating-point operations of products and attention.
         forward_flops: Those of a forward pass over the same pairs.
         units: The weights, in the order in which a forward pass uses them.
         itemsize: Bytes of a weight's element.
-        buffers: Bytes of what is no weight.
         direction: Bytes of the selected neurons' gradient; 0 without a perturbation.
         targets: Number of weights with selected neurons.
         lowest: The lowest block with a selected neuron.
@@ -93,13 +97,13 @@ class Update:
     """
 
     way: str
-    memory: dict[str, float]
+    in_passes: dict[str, float]
+    in_step: dict[str, float]
     largest: dict[str, float]
     flops: int
     forward_flops: int
     units: tuple[Unit, ...]
     itemsize: int
-    buffers: int
     direction: int
     targets: int
     lowest: int
@@ -107,8 +111,8 @@ class Update:
 
     @property
     def peak(self) -> float:
-        """Bytes."""
-        return sum(self.memory.values())
+        """Bytes, without those of an engine."""
+        return max(sum(self.in_passes.values()), sum(self.in_step.values()))
 
     @property
     def passes(self) -> float:
@@ -144,14 +148,17 @@ def trace_update(config: Any, way: str, load: Load) -> Update:
     for owner in (model, *([] if reference is None else [reference])):
         for tensor in (*owner.parameters(), *owner.buffers()):
             trace.put(tensor, WEIGHTS)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: trace.put(_grad_of(p), GRADIENTS))
     subspace = _subspace(model, way, load)
     base = make_optimizer(model.parameters(), load.loop)
-    for group in base.param_groups:
+    partition = _Partition(model, load, trace, fake) if load.zero else None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kept = partition.take if partition else (lambda p: trace.put(_grad_of(p), GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(kept)
+    stepped = partition.base if partition else base
+    for group in stepped.param_groups:
         group["foreach"] = load.foreach
-    run = _Run(model, reference, base, head, batch, load, trace)
+    run = _Run(model, reference, base, head, batch, load, trace, partition)
     update, optimizer = run.plain, None
     if subspace is not None and way == "published":
         update = partial(run.published, subspace)
@@ -161,7 +168,7 @@ def trace_update(config: Any, way: str, load: Load) -> Update:
         optimizer = ShaPOOptimizer(base, model, subspace, rho=0.05, reuse_prefix=way == "reuse", **options)
         update = partial(run.shapo, optimizer)
     with fake, trace:
-        _fill_states(base, trace)
+        _fill_states(stepped, trace)
         trace.begin()
         with torch.no_grad():
             run.forward()
@@ -173,13 +180,13 @@ def trace_update(config: Any, way: str, load: Load) -> Update:
     weights = dict(model.named_parameters())
     return Update(
         way=way,
-        memory=trace.peak,
+        in_passes=run.in_passes,
+        in_step=trace.peak,
         largest=trace.largest,
         flops=trace.flops * load.micro_batches // run.micro_batches,
         forward_flops=forward * load.micro_batches,
         units=units_of(model),
         itemsize=next(iter(weights.values())).element_size(),
-        buffers=sum(buffer.nbytes for buffer in model.buffers()),
         direction=0 if subspace is None else _direction_bytes(weights, subspace, dense=way == "published"),
         targets=0 if subspace is None else len(subspace.names),
         lowest=lowest_block(model, subspace),
@@ -198,6 +205,8 @@ class _Run:
     batch: dict[str, Tensor]
     load: Load
     trace: Trace
+    partition: _Partition | None
+    in_passes: dict[str, float] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> int:
@@ -253,7 +262,11 @@ class _Run:
             self.loss(self.model).backward()
 
     def _step(self, optimizer: Any) -> None:
+        self.in_passes = self.trace.next_peak()
         with self.trace.part(STATES):
+            if self.partition is not None:
+                self.partition.step()
+                return
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest_norm(self.load.loop.clip))
             optimizer.step()
             optimizer.zero_grad()
@@ -264,6 +277,44 @@ class _Run:
     def _reference_logps(self) -> Tensor:
         with torch.no_grad():
             return self._logps(self.reference).chosen
+
+
+class _Partition:
+    """What a rank steps under ZeRO: one flat float32 copy of its part of the trained weights.
+
+    A gradient goes into the rank's flat part of all of them as soon as there is one, and is no longer kept whole. Stage
+    2 makes that part anew in each update, stage 3 once.
+    """
+
+    def __init__(self, model: nn.Module, load: Load, trace: Trace, fake: FakeTensorMode) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._elements = math.ceil(sum(parameter.numel() for parameter in trained) / load.ranks)
+        self._dtype, self._stage, self._trace = trained[0].dtype, load.zero, trace
+        self._clip = largest_norm(load.loop.clip)
+        with fake:
+            self._weights = nn.Parameter(torch.empty(self._elements))
+            self._gradients = self._empty() if load.zero == 3 else None
+        trace.put(self._weights, STATES)
+        self.base = make_optimizer([self._weights], load.loop)
+
+    def take(self, parameter: Tensor) -> None:
+        """Moves a gradient to where it is kept."""
+        if self._gradients is None:
+            self._gradients = self._empty()
+        parameter.grad = None
+
+    def step(self) -> None:
+        self._weights.grad = torch.empty_like(self._weights)
+        if self._stage == 2:
+            self._gradients = None
+        torch.nn.utils.clip_grad_norm_([self._weights], self._clip)
+        self.base.step()
+        self.base.zero_grad()
+
+    def _empty(self) -> Tensor:
+        made = torch.empty(self._elements, dtype=self._dtype)
+        self._trace.put(made, GRADIENTS)
+        return made
 
 
 def _build(config: Any, way: str, load: Load) -> Any:
