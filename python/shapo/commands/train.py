@@ -111,17 +111,16 @@ OPTIONS = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.models.adapters import adapters_subspace
-    from shapo.models.loading import load_tokenizer
-    from shapo.versions import versions
-
     loop, loss, shapo = read(LoopConfig, arguments), _loss_config(arguments), _shapo_config(arguments)
     output = common.run_folder(arguments)
 
     from shapo.data.noise import flip_labels
+    from shapo.models.adapters import adapters_subspace
+    from shapo.models.loading import load_tokenizer
     from shapo.scoring.logps import TokenizedPairs
     from shapo.storage.files import write_json
     from shapo.training.preference import train_preferences
+    from shapo.versions import versions
     from shapo_kernels import Subspace
 
     named = {"full": Subspace.full, "head": Subspace.head, "adapters": adapters_subspace}
