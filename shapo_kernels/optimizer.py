@@ -79,7 +79,7 @@ class ShaPOOptimizer(BaseFacade):
 
     Raises:
         TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped; a switch that is
-            not True or False, a text or a fraction for a number.
+            not True or False.
         ValueError: an option out of range, or no stack of blocks to reuse. SubspaceError: a subspace that does not fit
             the model.
     """

@@ -160,11 +160,11 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_whole(name: str, value: int, *, least: int | None = None) -> None:
-    """An int that is no bool. Fractions, texts and tensors are a TypeError, a number below `least` a ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}: expected a whole number")
-    if least is not None and value < least:
-        raise ValueError(f"{name} is {value}: expected a whole number, {least} or more")
+    """An int that is no bool, `least` or more; anything else is a ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        raise ValueError(
+            f"{name} is {value!r}: expected a whole number" + ("" if least is None else f", {least} or more")
+        )
 
 
 def check_number(name: str, value: float) -> None:

@@ -314,6 +314,7 @@ def test_bases_that_cannot_be_wrapped_are_refused(toy, subspace, base, error, me
         ({"rho": (0.1, 0.2)}, "norm='none'"),
         ({"rho": (0.3, 0.2), "norm": "none"}, "low <= high"),
         ({"interval": 0}, "interval is 0"),
+        ({"interval": 1.5}, "interval is 1.5"),
         ({"ascent": "full"}, "ascent is 'full'"),
         ({"perturbation": "inplace"}, "perturbation is 'inplace'"),
         ({"norm": "l1"}, "norm is 'l1'"),
