@@ -292,7 +292,9 @@ def _answers_markdown(rows: Mapping[str, Row]) -> str:
                     cells.append("-")
                     continue
                 more = np.subtract(refused, answers[other][kind]["refused"])
-                cells.append(interval(clustered([more], range(len(more)), lambda mean: mean), "+.1f", 100))
+                # Where no answer differs there is nothing to draw, and no interval that says something.
+                found = clustered([more], range(len(more)), lambda mean: mean) if more.any() else None
+                cells.append(interval(found, "+.1f", 100) if found else "none differs")
             cells.append(f"{row[kind]['tokens']:.0f}")
         lines.append((name, *cells))
     header = ("model", *(text.format(kind) for kind in ("harmful", "harmless") for text in _REFUSALS))
