@@ -8,11 +8,21 @@ from the hub and whose graders are models (see there). Answers are greedy: the m
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 from inspect_ai import Task, task, task_with
 from inspect_ai.dataset import Sample
-from inspect_ai.model import GenerateConfig, Model, get_model
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageUser,
+    GenerateConfig,
+    Model,
+    get_model,
+)
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
@@ -24,7 +34,7 @@ from shapo.judges import load_judge
 
 def served(folder: str, max_tokens: int = 512) -> Model:
     """The model and the tokenizer of a folder, in this process, greedy."""
-    config = GenerateConfig(max_tokens=max_tokens)
+    config, folder = GenerateConfig(max_tokens=max_tokens), _given(folder)
     return get_model("hf/local", config=config, model_path=folder, tokenizer_path=folder, do_sample=False)
 
 
@@ -41,22 +51,31 @@ def prompts(
         max_tokens: Of an answer.
     """
     samples = [
-        Sample(
-            id=prompt.identifier,
-            input=parse_transcript(prompt.prompt)[-1]["content"],
-            metadata={"prompt": prompt.prompt},
-        )
-        for prompt in load_prompts(data)
+        Sample(id=prompt.identifier, input=_turns(prompt.prompt), metadata={"prompt": prompt.prompt})
+        for prompt in load_prompts(_given(data))
     ]
     return Task(
         dataset=samples, solver=generate(), scorer=by_judge(judge, judge_model), model=served(folder, max_tokens)
     )
 
 
+_MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+
+
+def _turns(prompt: str) -> list[ChatMessage]:
+    return [_MESSAGES[turn["role"]](content=turn["content"]) for turn in parse_transcript(prompt)]
+
+
+def _given(path: str) -> str:
+    """`path` as seen from where inspect was started; it works in the folder of the task file."""
+    found = Path(os.environ.get("PWD", ""), path)
+    return str(found) if found.exists() else path
+
+
 @scorer(metrics={"unsafe": [mean(), stderr()], "unreadable": [mean()]})
 def by_judge(judge: str, judge_model: str | None = None) -> Scorer:
     """1 for an unsafe answer and 1 for an unreadable verdict, each under its name."""
-    asked = load_judge(judge, judge_model)
+    asked = load_judge(judge, judge_model and _given(judge_model))
 
     async def score(state: TaskState, target: Target) -> Score:
         verdict = asked([state.metadata["prompt"]], [state.output.completion])[0]
