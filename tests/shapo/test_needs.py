@@ -9,6 +9,7 @@ import pytest
 
 from shapo import cli, options, recipe
 from shapo.cli import COMMANDS, main
+from shapo.errors import UserError
 from shapo.needs import check_needs, unmet
 from shapo.options import Group, declared, typed
 
@@ -108,6 +109,19 @@ def test_a_recipe_may_repeat_a_default_that_has_no_effect():
     check_needs([group], parsed, [], ["--beta=0.1"])
     with pytest.raises(Exception, match="--batch-size has no effect"):
         check_needs([group], parsed, [], ["--batch-size=4"])
+
+
+def test_the_batch_is_that_of_prompts_answered_by_the_default_engine():
+    given = ["--model", "m", "--prompts", "p", "--answers", "a", "--batch-size", "4"]
+    answering = ["evaluate", *LINES["evaluate"], *given]
+    for more, refused in (([], False), (["--engine", "hf"], False), (["--engine", "vllm"], True)):
+        line = [*answering, *more]
+        parsed = cli.build_parser().parse_args(line)
+        if refused:
+            with pytest.raises(UserError, match=r"--batch-size has no effect without .* --engine hf"):
+                check_needs(cli._groups("evaluate"), parsed, line, line)
+        else:
+            check_needs(cli._groups("evaluate"), parsed, line, line)
 
 
 @pytest.mark.parametrize("more", ["--noise 0 --noise-seed 1", "--eval-every 0", "--noise 0 --eval-every 5"])

@@ -28,7 +28,7 @@ from typing import Any
 
 from shapo.commands import common
 from shapo.errors import UserError
-from shapo.options import Group, fill, option, positive_int, seed_number
+from shapo.options import Group, option, positive_int, seed_number
 from shapo.ranks import Ranks
 
 SUMMARY = "preference accuracy, answers for a judge, attack success, lm-eval's tasks"
@@ -115,7 +115,6 @@ OPTIONS = (
     Group(
         AnswerOptions,
         "answers",
-        given_only=True,
         needs={**common.needing(AnswerOptions, "prompts"), "prompts": ("answers",)},
     ),
     Group(VerdictOptions, "verdicts"),
@@ -151,7 +150,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate; give --data, --prompts, --verdicts, --benign, --comparisons or --lm-eval")
     if on_model and not arguments.model:
         raise UserError("--data, --prompts and --lm-eval need a model; name one with --model")
-    fill(AnswerOptions, arguments)
     if Ranks.here().count > 1 and (arguments.lm_eval or arguments.engine == "vllm"):
         raise UserError("--lm-eval and --engine vllm have processes of their own: start evaluate without the launcher")
     if arguments.engine == "vllm":
