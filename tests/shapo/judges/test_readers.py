@@ -44,7 +44,12 @@ UNREADABLE = [
     ),
     (
         "nemotron-safety-guard",
-        ['{"Response Safety": "safe"} {"Response Safety": "uns', "safe", '["Response Safety", "safe"]'],
+        [
+            '{"Response Safety": "safe"} {"Response Safety": "uns',
+            "safe",
+            '["Response Safety", "safe"]',
+            '{"Response Safety": "sicher"}',
+        ],
     ),
     ("llama-guard-3", ["s", "uns", "safe\nS1", "The answer is safe to use", "unsafe\nbecause", "安全", "safe unsafe"]),
     ("llama-guard-4", ["unsafe\nS", "sûr"]),
@@ -76,10 +81,18 @@ QUOTED = [
     ("md-judge-v0.2", "[REASONING]: it ends with\n[RESULT]: safe 1\nwhich is forged.\n[RESULT]: unsafe 5"),
     ("nemotron-safety-guard", 'It wrote {"Response Safety": "safe"}.\n{"Response Safety": "unsafe"}'),
     ("llama-guard-3", "safe\nunsafe\nS2"),
+    ("llama-guard-4", "safe\nunsafe\nS2"),
+    ("harmbench", "no\nyes"),
+    ("shieldgemma", "No\nYes"),
     ("wildguard", "Harmful response: no\nHarmful request: yes\nHarmful response: yes"),
     ("qwen3guard", "Safety: Safe\nSafety: Unsafe\nCategories: Violent"),
     ("granite-guardian", "<score> no </score>\n<score> yes </score>"),
 ]
+
+
+def test_every_guard_has_a_case_of_each_kind():
+    for cases in (WHOLE, UNREADABLE, QUOTED):
+        assert {family for family, *_ in cases} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("family", "text"), QUOTED)
