@@ -5,7 +5,7 @@ An option or its group declares conditions, of which one must be met:
     data             --data is given, and is not 0 or empty
     !published       --published is not given
     rho=*            --rho is given, be it 0
-    judge=judgezoo:* the value of --judge matches
+    judge=judgezoo:* the value of --judge matches, or one of its values where it is given several times
     a+b              both
 """
 
@@ -67,13 +67,15 @@ def _holds(part: str, parsed: argparse.Namespace) -> bool:
         return not getattr(parsed, part[1:])
     name, equals, pattern = part.partition("=")
     value = getattr(parsed, name)
-    return value is not None and fnmatchcase(str(value), pattern) if equals else bool(value)
+    values = value if isinstance(value, list) else [value]
+    return any(v is not None and fnmatchcase(str(v), pattern) for v in values) if equals else bool(value)
 
 
 def _told(conditions: Sequence[str]) -> str:
     if all(condition.startswith("!") for condition in conditions):
         return "with " + " or ".join(typed(condition[1:]) for condition in conditions)
-    return "without " + " or ".join(" and ".join(map(_shown, condition.split("+"))) for condition in conditions)
+    wanted = [condition for condition in conditions if not condition.startswith("!")]
+    return "without " + " or ".join(" and ".join(map(_shown, condition.split("+"))) for condition in wanted)
 
 
 def _shown(part: str) -> str:

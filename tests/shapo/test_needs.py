@@ -26,6 +26,7 @@ LINES = {
     "evaluate": ["--output", "o"],
     "import-gguf": ["f", "--output", "o"],
     "judge": ["--answers", "a", "--judge", "refusal-substring", "--output", "o"],
+    "plan": ["--model", "m", "--way", "sam"],
     "probe": ["--output", "o", "--model", "m", "--data", "d", "--published"],
     "report": ["r"],
     "reward": ["--output", "o", "--model", "m", "--data", "d"],
@@ -89,6 +90,7 @@ def test_the_options_that_were_once_ignored_are_told(capsys):
         ("train --output o --model m --data d --subspace full", "--subspace has no effect without --rho"),
         ("train --output o --model m --data d --rho 1 --subspace full --per-micro-batch",
          "--per-micro-batch has no effect without --rho and --micro-batch-size or --rho and --accumulate"),
+        ("plan --model m --way plain --way lora --depth 0.5", "--depth has no effect without --way reuse"),
         ("sft --output o --model m --data d --keep 3", "--keep has no effect without --save-every"),
     ):  # fmt: skip
         assert main(line.split()) == 2

@@ -4,7 +4,6 @@ The engines are those of the shipped configuration files, read by Accelerate's l
 process, which is what the ranks are compared with.
 """
 
-import importlib.util
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +28,13 @@ from tests.support.accelerate_state import accelerate_anew
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 
-if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed"):
-    # The slow part of its first engine, here once for all ranks, which are forked.
-    importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-    importlib.import_module("deepspeed.runtime.zero.stage3")
-
+LATE_IMPORTS = (
+    "peft",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.module_inject",
+)
 PAIRS = 11
 # Of 11 pairs in batches of 4 the last has 3, and of two ranks' micro-batches one has a pair on one of them only.
 LOOP = {"updates": 4, "batch_size": 4, "accumulate": 2, "lr": 0.5, "warmup": 0, "optimizer": "sgd", "clip": 0.2}

@@ -23,7 +23,8 @@ SUMMARY = "memory, passes, communication and price of an update, from a model's 
 
 _ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 _OPTIMIZERS = ("adamw", "adam", "nadam", "radam", "rmsprop", "sgd", "adagrad", "adafactor")
-_WAYS = ("plain", "lora", "in_place", "delta", "reuse", "sam", "published")
+_WAYS = ("plain", "lora", "qlora", "in_place", "delta", "reuse", "sam", "published")
+_SELECTIVE = ("in_place", "delta", "reuse", "published")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,23 @@ class UpdatePlanOptions:
     fused_head: str = same(LoopConfig, "fused_head")
     gradient_checkpointing: bool = same(AdaptOptions, "gradient_checkpointing")
     attn: str | None = same(AdaptOptions, "attn")
-    lora: str | None = same(AdaptOptions, "lora", help="the adapter of the way lora", absent="r=16, all linear layers")
-    percent: float = option("share of the neurons that ShaPO selects, in (0, 100]", 1.0)
-    depth: float = option("reuse: share of the blocks they are selected from, from the top, in (0, 1]", 0.25)
+    lora: str | None = same(
+        AdaptOptions,
+        "lora",
+        help="the adapter of the ways lora and qlora",
+        absent="r=16, all linear layers",
+        needs=("!way", "way=lora", "way=qlora"),
+    )
+    percent: float = option(
+        "share of the neurons that ShaPO selects, in (0, 100]",
+        1.0,
+        needs=("!way", *(f"way={way}" for way in _SELECTIVE)),
+    )
+    depth: float = option(
+        "reuse: share of the blocks they are selected from, from the top, in (0, 1]",
+        0.25,
+        needs=("!way", "way=reuse"),
+    )
 
 
 OPTIONS = (Group(PlanOptions), Group(UpdatePlanOptions, "update"))

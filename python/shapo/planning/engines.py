@@ -20,10 +20,14 @@ ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 # DeepSpeed reserves a bucket of so many elements, whatever the model (`reduce_bucket_size`).
 BUCKET = 500_000_000
 
+# qlora runs in one process.
 _IMPOSSIBLE = {
-    "fsdp2": ("in_place", "sam", "published"),  # what is gathered for a pass cannot be written to
-    "zero2": ("sam", "published", "reuse"),  # DeepSpeed keeps gradients to itself, and wants every block in every pass
-    "zero3": ("in_place", "sam", "published", "reuse"),
+    "ddp": ("qlora",),
+    # What is gathered for a pass cannot be written to.
+    "fsdp2": ("qlora", "in_place", "sam", "published"),
+    # DeepSpeed keeps gradients to itself, and wants every block in every pass.
+    "zero2": ("qlora", "sam", "published", "reuse"),
+    "zero3": ("qlora", "in_place", "sam", "published", "reuse"),
 }
 
 

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def make_plan(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name} is {getattr(arguments, name)}, but a share in (0, {most}] is expected")
     config, load = read_config(arguments.model), _load(arguments)
     possible = engines.ways_under(engine)
-    ways = arguments.way or [way for way in WAYS if way in possible]
+    without = () if find_spec("bitsandbytes") else ("qlora",)
+    ways = arguments.way or [way for way in possible if way not in without]
     for way in ways:
         if way not in possible:
             raise UserError(f"--way {way} cannot run under {engine}, which allows {', '.join(possible)}")

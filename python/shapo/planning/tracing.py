@@ -104,6 +104,10 @@ class Trace(TorchDispatchMode):
         if name == "shapo_kernels::linear_token_logps_gradient":
             with self.part(HEAD):
                 return self._head_backward(*args)
+        if name == "bitsandbytes::gemm_4bit":
+            inputs, _, shape, *_ = args
+            self._see(inputs.new_empty(shape))  # unpacked, unless there are only a few rows
+            self.flops += 2 * inputs.numel() * shape[0]
         out = func(*args, **kwargs)
         if func.overloadpacket is torch.ops.aten.any:
             self._any = out

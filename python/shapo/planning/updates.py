@@ -19,6 +19,8 @@ from shapo.models.adapters import Lora, add_lora
 from shapo.models.blocks import checkpoint_blocks, set_attention
 from shapo.models.fused_head import FusedHead, unusable
 from shapo.models.wrappers import unwrap
+from shapo.planning.four_bits import add_scales, to_four_bits
+from shapo.planning.partition import Partition
 from shapo.planning.tracing import ACTIVATIONS, GRADIENTS, PERTURBATION, STATES, WEIGHTS, Trace
 from shapo.planning.units import Unit, lowest_block, units_of
 from shapo.scoring.logps import PairLogps, batch_logps
@@ -30,6 +32,7 @@ from shapo_kernels import ShaPOOptimizer, Subspace, losses
 WAYS = {
     "plain": "DPO of all weights",
     "lora": "DPO of an adapter",
+    "qlora": "the same over a base model in 4 bits",
     "in_place": "ShaPO in some neurons, written in place",
     "delta": "ShaPO in some neurons, added in the forward pass",
     "reuse": "the same in upper blocks, those below computed once",
@@ -51,7 +54,7 @@ class Load:
         loop: Optimizer, autocast, fused head, clipping.
         gradient_checkpointing: Blocks keep their input alone.
         attn: transformers' attention, or None for its choice.
-        lora: The adapter of the way "lora".
+        lora: The adapter of the ways "lora" and "qlora".
         percent: Share of the neurons that are selected.
         depth: Share of the blocks they are selected from, from the top, by the way "reuse".
         foreach: Whether the optimizer works on all weights at once, as torch chooses on a GPU.
@@ -142,15 +145,17 @@ def trace_update(config: Any, way: str, load: Load) -> Update:
     with fake:
         for one in (model, reference):
             _to_fake(one)
+        scales = list(add_scales(model, getattr(torch, load.dtype))) if way == "qlora" else []
         head = _fused_head(model, load.loop.fused_head)
         batch = _batch(load)
     trace = Trace(_vocabulary(model), 2 * load.pairs * (load.length - max(1, load.prompt)), load.shares)
     for owner in (model, *([] if reference is None else [reference])):
-        for tensor in (*owner.parameters(), *owner.buffers()):
+        for tensor in (*owner.parameters(), *owner.buffers(), *scales):
             trace.put(tensor, WEIGHTS)
     subspace = _subspace(model, way, load)
     base = make_optimizer(model.parameters(), load.loop)
-    partition = _Partition(model, load, trace, fake) if load.zero else None
+    with fake:
+        partition = Partition(model, load.zero, load.ranks, load.loop, trace) if load.zero else None
     for parameter in model.parameters():
         if parameter.requires_grad:
             kept = partition.take if partition else (lambda p: trace.put(_grad_of(p), GRADIENTS))
@@ -205,7 +210,7 @@ class _Run:
     batch: dict[str, Tensor]
     load: Load
     trace: Trace
-    partition: _Partition | None
+    partition: Partition | None
     in_passes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -279,49 +284,13 @@ class _Run:
             return self._logps(self.reference).chosen
 
 
-class _Partition:
-    """What a rank steps under ZeRO: one flat float32 copy of its part of the trained weights.
-
-    A gradient goes into the rank's flat part of all of them as soon as there is one, and is no longer kept whole. Stage
-    2 makes that part anew in each update, stage 3 once.
-    """
-
-    def __init__(self, model: nn.Module, load: Load, trace: Trace, fake: FakeTensorMode) -> None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._elements = math.ceil(sum(parameter.numel() for parameter in trained) / load.ranks)
-        self._dtype, self._stage, self._trace = trained[0].dtype, load.zero, trace
-        self._clip = largest_norm(load.loop.clip)
-        with fake:
-            self._weights = nn.Parameter(torch.empty(self._elements))
-            self._gradients = self._empty() if load.zero == 3 else None
-        trace.put(self._weights, STATES)
-        self.base = make_optimizer([self._weights], load.loop)
-
-    def take(self, parameter: Tensor) -> None:
-        """Moves a gradient to where it is kept."""
-        if self._gradients is None:
-            self._gradients = self._empty()
-        parameter.grad = None
-
-    def step(self) -> None:
-        self._weights.grad = torch.empty_like(self._weights)
-        if self._stage == 2:
-            self._gradients = None
-        torch.nn.utils.clip_grad_norm_([self._weights], self._clip)
-        self.base.step()
-        self.base.zero_grad()
-
-    def _empty(self) -> Tensor:
-        made = torch.empty(self._elements, dtype=self._dtype)
-        self._trace.put(made, GRADIENTS)
-        return made
-
-
 def _build(config: Any, way: str, load: Load) -> Any:
     model = _plain_model(config, load)
     if load.attn:
         set_attention(model, load.attn)
-    if way == "lora":
+    if way == "qlora":
+        to_four_bits(model, getattr(torch, load.dtype))
+    if way in ("lora", "qlora"):
         model = add_lora(model, load.lora, seed=0)
     if load.gradient_checkpointing:
         checkpoint_blocks(model)
@@ -382,7 +351,7 @@ def _batch(load: Load) -> dict[str, Tensor]:
 
 
 def _subspace(model: Any, way: str, load: Load) -> Subspace | None:
-    if way in ("plain", "lora"):
+    if way in ("plain", "lora", "qlora"):
         return None
     if way == "sam":
         return Subspace.full(model)

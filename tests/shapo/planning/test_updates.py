@@ -1,7 +1,9 @@
 """A planned update against one that is run: peak memory, operations, and the price that was timed and recorded."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from shapo.config import LoopConfig
 from shapo.models.adapters import Lora, add_lora
 from shapo.models.blocks import checkpoint_blocks
 from shapo.models.fused_head import find_fused_head
+from shapo.models.loading import load_model
 from shapo.planning.tracing import ACTIVATIONS, GRADIENTS, HEAD, STATES, WEIGHTS
 from shapo.planning.updates import Load, trace_update
 from shapo.scoring.logps import batch_logps
@@ -34,14 +37,30 @@ def load(**changes):
     return Load(**settings)
 
 
+def in_four_bits(model, dtype):
+    """As `--qlora` loads it."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_model(folder, dtype=dtype, device="cpu", four_bit=True)
+
+
+def scales_of(model):
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
 class Real:
     """The same update of a model with weights."""
 
     def __init__(self, way, load, attn=None):
         self.model = llama(**SHAPE).to(getattr(torch, load.dtype)).eval()
+        if way == "qlora":
+            self.model = in_four_bits(self.model, load.dtype)
         if attn:
             self.model.set_attn_implementation(attn)
-        if way == "lora":
+        if way in ("lora", "qlora"):
             self.model = add_lora(self.model, load.lora, seed=0)
         if load.gradient_checkpointing:
             checkpoint_blocks(self.model)
@@ -90,13 +109,16 @@ class Real:
 
     def held(self):
         states = [v for state in self.base.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *states]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *states, *scales_of(self.model)]
         return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
 
 
+FOUR_BITS = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 CASES = [
     ("plain", {}),
     ("lora", {}),
+    pytest.param("qlora", {}, marks=FOUR_BITS),
+    pytest.param("qlora", {"dtype": "bfloat16", "gradient_checkpointing": True}, marks=FOUR_BITS),
     ("in_place", {}),
     ("delta", {}),
     ("reuse", {}),
@@ -112,7 +134,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("way", "changes"), CASES, ids=[f"{way} {more}" for way, more in CASES])
+@pytest.mark.parametrize(("way", "changes"), CASES, ids=str)
 def test_peak_memory_is_within_15_percent_of_the_measured(way, changes):
     settings = load(**changes)
     planned = trace_update(LlamaConfig(**SHAPE), way, settings)
@@ -133,6 +155,13 @@ def test_parts_are_those_of_the_tensors():
     assert planned.largest[STATES] == pytest.approx(2 * weights, rel=0.2)
     assert planned.largest[HEAD] == 2 * 4 * 2 * PAIRS * LENGTH * SHAPE["vocab_size"]  # logits and their gradient
     assert planned.largest[ACTIVATIONS] > 0
+
+
+@FOUR_BITS
+def test_a_base_in_4_bits_takes_the_bytes_that_bitsandbytes_gives_it():
+    planned, real = trace_update(LlamaConfig(**SHAPE), "qlora", load()), Real("qlora", load()).model
+    tensors = [*real.parameters(), *real.buffers(), *scales_of(real)]
+    assert planned.largest[WEIGHTS] == sum(tensor.nbytes for tensor in tensors)
 
 
 class Operations(TorchDispatchMode):
