@@ -132,7 +132,7 @@ def on_ranks(case):
             os.environ.update(environment_of(case["engine"]))
             join(cpu=True, timeout=timedelta(seconds=100))
             try:
-                results.append(train(case, case["folder"], resume=again or case.get("resume", False)))
+                results.append(train(case, case["folder"], resume=bool(again or case.get("resume"))))
             except Exception as error:
                 if case.get("fails"):
                     return f"{type(error).__name__}: {error}"

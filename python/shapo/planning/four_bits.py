@@ -29,7 +29,9 @@ def to_four_bits(model: Any, dtype: torch.dtype) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer is not head:
             bias = layer.bias is not None
-            packed = Linear4bit(layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta")
+            packed: Any = Linear4bit(
+                layer.in_features, layer.out_features, bias, dtype, quant_type="nf4", device="meta"
+            )
             count = -(-layer.weight.numel() // 2)
             packed.weight = nn.Parameter(torch.empty(count, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
             packed.weight.compress_statistics, packed.weight.quant_type = True, "nf4"
@@ -51,7 +53,8 @@ def add_scales(model: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
             outer, offset = torch.empty(-(-blocks // _SCALES)), torch.empty(())
             codes = torch.empty(16), torch.empty(256)
             second = QuantState(absmax=outer, code=codes[1], blocksize=_SCALES, dtype=torch.float32)
-            layer.weight.quant_state = QuantState(
+            weight: Any = layer.weight
+            weight.quant_state = QuantState(
                 absmax=scales,
                 shape=torch.Size((layer.out_features, layer.in_features)),
                 dtype=dtype,
