@@ -141,6 +141,7 @@ def test_an_interrupted_launch_goes_on_to_the_bits_of_one_that_was_not(report, f
         ("no such file", "shapo: error: no such file: nowhere.jsonl"),
         ("there already", "shapo: error: .* already holds a run"),
         ("misspelt", "shapo: error: .*--modle|shapo: error: the following arguments are required"),
+        ("four bits", "shapo: error: --qlora runs in one process; on several ranks use --lora"),
         ("alone only", "shapo: error: shapo data runs in one process: start it without the launcher"),
     ],
 )
@@ -165,13 +166,15 @@ def test_a_mistake_in_the_program_is_one_traceback(report):
     assert report["mistaken"]["seconds"] < 10
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "fsdp2", "zero2"])
 def test_the_launchers_themselves_start_it_and_end_it(launcher, folder, tmp_path):
-    """One real start each: of DDP, which is killed, and of FSDP2 by the shipped configuration."""
+    """One real start each: of DDP, which is killed, and of FSDP2 and ZeRO-2 by the shipped configurations."""
+    if launcher == "zero2":
+        pytest.importorskip("deepspeed")
     if launcher == "torchrun":
         start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     else:
-        file = ROOT / "recipes" / "accelerate" / "fsdp2.yaml"
+        file = ROOT / "recipes" / "accelerate" / f"{launcher}.yaml"
         start = ["accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
         start += ["--main_process_port", "0"]
     train = ["train", "--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--quiet"]

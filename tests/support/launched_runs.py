@@ -173,6 +173,7 @@ def main(folder):
     report["no such file"] = launch(folder, "missing", [*train, *output("missing"), "--eval-data", "nowhere.jsonl"])
     report["there already"] = launch(folder, "there", [*train, *output("train-ranks")])
     report["misspelt"] = launch(folder, "misspelt", ["train", "--modle", "x"])
+    report["four bits"] = launch(folder, "four bits", [*train, *output("four bits"), "--qlora", "r=2"])
     report["alone only"] = launch(folder, "alone", ["data", "check", str(folder / "train.jsonl")])
     (folder / "report.json").write_text(json.dumps(report))
 
