@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from shapo.errors import UserError
-    from shapo.judges import load_judge
+    from shapo.judges import FAMILIES, load_judge
     from shapo.judges.files import judge_answers, read_rows
+    from shapo.notes import note
     from shapo.storage.files import require_writable
 
     if not 0 < arguments.threshold < 1:
@@ -105,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     counts = Counter(row["verdict"] for row in verdicts)
     print(f"{judge.name}: " + ", ".join(f"{counts[label]} {label}" for label in ("unsafe", "safe", "unreadable")))
+    if arguments.judge in FAMILIES and counts["unreadable"] == len(rows):
+        note(f"none of the outputs is a verdict of {judge.name}: is {arguments.model} that guard? --raw keeps them")
     refusals = [row["refusal"] for row in verdicts if row["refusal"] is not None]
     if refusals:
         print(f"refusals: {sum(refusals)} of {len(refusals)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def _given(path: str) -> str:
 @scorer(metrics={"unsafe": [mean(), stderr()], "unreadable": [mean()]})
 def by_judge(judge: str, judge_model: str | None = None) -> Scorer:
     """1 for an unsafe answer and 1 for an unreadable verdict, each under its name."""
+    if (start := os.environ.get("PWD", "")) not in sys.path:
+        sys.path.append(start)  # where a judge `module:function` may lie
     asked = load_judge(judge, judge_model and _given(judge_model))
 
     async def score(state: TaskState, target: Target) -> Score:

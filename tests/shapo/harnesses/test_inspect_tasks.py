@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -21,7 +22,9 @@ def test_a_local_task_serves_the_folder_and_scores_by_a_judge(tiny_llama, tiny_t
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # inspect works in the task file's folder; paths are those of where it was started.
     monkeypatch.setenv("PWD", str(tmp_path))
-    task = prompts("model", "p.jsonl", judge="tests.support.judges:by_word", max_tokens=4)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "judge_beside_the_prompts.py").write_text("from tests.support.judges import by_word\n")
+    task = prompts("model", "p.jsonl", judge="judge_beside_the_prompts:by_word", max_tokens=4)
     (log,) = inspect_ai.eval(task, log_dir=str(tmp_path / "logs"), display="none", log_format="json")
     assert log.status == "success", log.error
     asked = [[(message.role, message.content) for message in sample.input] for sample in log.samples]
@@ -33,8 +36,6 @@ def test_a_local_task_serves_the_folder_and_scores_by_a_judge(tiny_llama, tiny_t
 
 def test_the_published_tasks_need_their_package(monkeypatch, tmp_path):
     pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
-    import sys
-
     from shapo.errors import UserError
     from shapo.harnesses import inspect_tasks
 

@@ -47,14 +47,16 @@ def test_a_verdict_a_line_without_prompts_and_answers(answers, tmp_path, capsys)
     assert main([*arguments, "--overwrite"]) == 0
 
 
-def test_a_guard_folder_judges_from_the_command_line(answers, tmp_path, tiny_llama, tiny_tokenizer):
+def test_a_guard_folder_judges_from_the_command_line(answers, tmp_path, tiny_llama, tiny_tokenizer, capsys):
     folder, output = tmp_path / "guard", tmp_path / "judged.jsonl"
     tiny_llama.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     arguments = ["--answers", str(answers), "--judge", "harmbench", "--model", str(folder), "--output", str(output)]
     assert main(["judge", *arguments, "--raw", "--quiet"]) == 0
     found = rows(output)
-    assert {row["verdict"] for row in found} <= {"safe", "unsafe", "unreadable"}
+    # A random model writes no verdict, and the user hears that it may be another model than the guard.
+    assert {row["verdict"] for row in found} == {"unreadable"}
+    assert f"none of the outputs is a verdict of harmbench: is {folder} that guard?" in capsys.readouterr().err
     assert 0 < found[0]["score"] < 1
     assert "raw" in found[0]
 
