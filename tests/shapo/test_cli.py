@@ -406,6 +406,18 @@ def test_a_subspace_that_does_not_fit_the_model_is_refused(indices, axis, messag
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
+def test_a_control_that_is_the_given_subspace_is_told(shapo, files, tmp_path):
+    model = ("--model", files / "model")
+    shapo("select", "--method", "random", "--percent", 25, *model, "--output", "drawn.safetensors")
+    measure = ("sharpness", *model, "--data", files / "train.jsonl", "--limit", 2, *TOKENS, "--quiet")
+    measure = (*measure, "--subspace", "drawn.safetensors", "--rhos", "0.1", "--ratios", "0.1")
+    code, _, error = shapo(*measure, "--output", "same")
+    assert code == 0
+    assert "the control 'random' has the given subspace's neurons; choose another --random-seed" in error
+    code, _, error = shapo(*measure, "--random-seed", 1, "--output", "other")
+    assert (code, "given subspace's neurons" in error) == (0, False)
+
+
 def test_the_output_projection_is_a_subspace_to_measure(shapo, files, tmp_path):
     code, _, error = shapo(
         "sharpness", "--model", files / "model", "--data", files / "train.jsonl", "--limit", 2, *TOKENS,

@@ -160,6 +160,9 @@ def _subspaces(model: Any, files: dict[str, str], arguments: argparse.Namespace)
         return found
     percent = 100 * first.count / sum(vectors.sizes.values())
     for seed, anywhere, same_layers in _controls(arguments):
-        found[anywhere] = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
+        drawn = Subspace.random(vectors.sizes, percent, seed=seed, axis=vectors.axis)
+        if drawn == first:
+            note(f"the control {anywhere!r} has the given subspace's neurons; choose another --random-seed")
+        found[anywhere] = drawn
         found[same_layers] = Subspace.random_like(first, vectors.sizes, seed=seed)
     return found
