@@ -5,7 +5,8 @@ finished job is one row in --output/rows. Stop it at any moment and call it agai
 Call it several times at once, with the same --output, for several workers.
 
   study   methods x noise x seeds, Figure 1 in full: hours on a CPU
-  cpu     methods x seeds at one noise rate, tuned on the selection split first: two hours of one core
+  cpu     methods x seeds at one noise rate, tuned on the selection split first, with their controls, the reward
+          level, and Figure 1 and refusals after training: two hours of one core
   real    Figure 1 and one DPO and one ShaPO run at 30 % noise: half an hour on two cores
 
 Writes to --output: rows/, report.md and report.json, which `--report` makes anew from the rows alone.

@@ -81,10 +81,18 @@ def comparison_table(rows: Mapping[str, Row], beta: float) -> list[dict[str, Any
 
 
 def _baselines(methods: Sequence[str], method: str) -> list[str]:
-    """Plain DPO for the plain methods; for a perturbed one all plain ones and the controls at the same rise."""
+    """Plain DPO for the plain methods; for a perturbed one all plain ones and the controls at the same rise.
+
+    The reward level, which sees no flipped label, is compared with DPO and with itself.
+    """
     if not method.startswith("shapo-"):
         return [name for name in methods if name == "dpo" != method]
-    plain = [name for name in methods if not name.startswith("shapo-")]
+    reward = method.endswith("-reward")
+    plain = [
+        name
+        for name in methods
+        if not name.startswith("shapo-") and (name == "dpo" or name.endswith("-reward") == reward)
+    ]
     same = [name for name in methods if name.startswith("shapo-") and _round(name) == _round(method)]
     uniform = [name for name in same if name.startswith("shapo-all")]
     random = [name for name in same if name.startswith(("shapo-like", "shapo-random"))]
