@@ -54,6 +54,21 @@ def test_every_difference_in_the_answer_stands_in_the_tables():
     assert quoted <= set(re.findall(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", tables(SMALL)))
 
 
+def test_every_interval_in_the_answer_is_one_of_the_tables_rounded():
+    answer = PAGE.read_text().split("## The answer")[1].split("### Tables")[0]
+    known = [
+        (float(low), float(high))
+        for folder in FOLDERS.values()
+        for low, high in re.findall(r"\(([+-]?[\d.]+) to ([+-]?[\d.]+)(?: %)?\)", tables(folder))
+    ]
+    quoted = re.findall(r"\(([+-]?[\d.]+) to ([+-]?[\d.]+)[,)]", answer)
+    assert len(quoted) > 100
+    for low, high in quoted:
+        rounding = 0.501 * 10 ** -len(low.partition(".")[2])
+        near = [a for a, b in known if abs(a - float(low)) <= rounding and abs(b - float(high)) <= rounding]
+        assert near, f"({low} to {high}) is in no table"
+
+
 def test_the_plot_names_every_comparison_with_plain_dpo_or_a_control():
     plot = PLOT.read_text()
     table = comparison_table(read_rows(SMALL), plan(SMALL).beta)
