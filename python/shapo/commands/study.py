@@ -9,7 +9,8 @@ Call it several times at once, with the same --output, for several workers.
           level, and Figure 1 and refusals after training: two hours of one core
   real    Figure 1 and one DPO and one ShaPO run at 30 % noise: half an hour on two cores
 
-Writes to --output: rows/, report.md and report.json, which `--report` makes anew from the rows alone.
+Writes to --output: rows/, report.md, report.html and report.json with plots, which `--report` makes anew from the rows
+alone; the plan cpu also keeps the models of its first seed in models/.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ REPLACES = (
     "report.json",
     "report.html",
     "figure1.png",
+    "comparisons.png",
 )
 SHARED = True  # by its own workers, which lock each job
 OPTIONS = (Group(StudyOptions),)
