@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..interop.torch_private import group_of_name
 from ..ops import linear_tiles as tiling
 from ..ops._checks import check_first_order, check_whole
 from ..ops.linear_head import linear_token_logps as _token_logps
@@ -38,6 +40,7 @@ def linear_preference_loss(
     scale: float = 1.0,
     chunk_bytes: int | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of `share` over the prompts of a batch, its gradients computed in the forward pass.
 
@@ -48,7 +51,7 @@ def linear_preference_loss(
         hidden: `[responses * B, T, H]`: the first response to each of B prompts (the chosen ones), then the second
             (the rejected ones).
         labels: `[responses * B, T]`, as for :func:`linear_sequence_logps`.
-        weight, bias, softcap, scale, ignore_index: as for :func:`linear_sequence_logps`.
+        weight, bias, softcap, scale, ignore_index, group: as for :func:`linear_sequence_logps`.
         share: `share(sums, counts, prompts)` returns what some prompts add to the batch's loss, a scalar. `prompts [n]`
             are their int64 indices below B, `sums` and `counts` are `[responses * n]` in the order of `hidden`. It is
             called once for each part of the batch, and gradients flow to `sums` alone. A mean divides by B, not by n.
@@ -67,7 +70,7 @@ def linear_preference_loss(
         RuntimeError: in a second backward pass through the same loss.
     """
     weight, bias = gathered(weight), None if bias is None else gathered(bias)
-    head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index)
+    head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index, group)
     check_whole("responses", responses, least=1)
     if len(hidden) % responses or not len(hidden):
         raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
@@ -93,7 +96,8 @@ class _Loss(torch.autograd.Function):
         _, _, sum_dtype = tiling.dtypes(weight.device, head.dtype)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(hidden), dtype=sum_dtype, device=hidden.device)
-        room = tiling.limit(weight, head) // max(1, len(weight))
+        group = None if head.group is None else group_of_name(head.group)
+        room = _room(weight, head, group)
         tokens = counts.view(responses, -1).sum(0).tolist()
         parts = list(_parts(tokens, room))
         # What is added to once needs no more digits than it has. The scale of a GradScaler comes in the backward pass,
@@ -129,7 +133,10 @@ class _Loss(torch.autograd.Function):
             g = upstream.to(sum_dtype)[index // max(1, hidden.shape[1])]
             if to_hidden is not None:
                 own = to_hidden.new_zeros((len(rows) * hidden.shape[1], hidden.shape[2]))
-                own[index] = (directions * g[:, None]).to(own.dtype)
+                by_row = directions * g[:, None]
+                if group is not None:
+                    dist.all_reduce(by_row, group=group)
+                own[index] = by_row.to(own.dtype)
                 to_hidden[rows] = own.view(len(rows), *hidden.shape[1:])
             put_weight_gradient_((to_weight, to_bias), g, inputs, index, per_token, slopes, plan, head, add=True)
 
@@ -150,6 +157,16 @@ class _Loss(torch.autograd.Function):
         scaled = (None if each is None else each.mul_(grad.to(each.dtype)) for each in (to_hidden, to_weight, to_bias))
         grads = (None if each is None else each.to(d) for each, d in zip(scaled, ctx.dtypes, strict=True))
         return *grads, None, None, None, None, None
+
+
+def _room(weight: Tensor, head: HeadOptions, group: Any) -> int:
+    """Labelled tokens whose logits fit into `chunk_bytes`, on every rank that has a part of the vocabulary."""
+    room = tiling.limit(weight, head) // max(1, len(weight))
+    if group is None:
+        return room
+    fewest = torch.tensor(room, device=weight.device)
+    dist.all_reduce(fewest, dist.ReduceOp.MIN, group=group)
+    return int(fewest)
 
 
 def _parts(tokens: list[int], room: int) -> Iterator[slice]:

@@ -35,7 +35,7 @@ from ._checks import check_first_order, check_label_values
 from ._schemas import OPERATORS
 from .linear_tiles import HeadOptions, Tiles
 from .linear_walk import Walk
-from .products import add_product_, multiply, put_product_
+from .products import add_product_, multiply, put_product_, unit_of
 
 
 def _custom_op(name: str, function: Any) -> Any:
@@ -185,6 +185,10 @@ def put_weight_gradient_(
         buffer = torch.empty(elements, dtype=tiles.tile, device=hidden.device)
         spare = buffer if tiles.factor == tiles.tile else torch.empty_like(buffer, dtype=tiles.factor)
         rows_at_once = max(1, tiling.BLOCK_ELEMENTS // max(1, width))
+        # Upstream gradients that no GradScaler has scaled yet may be too small for float16.
+        wider = grad_weight is None or grad_weight.dtype != tiles.factor
+        unit = unit_of(g) if tiles.factor == torch.float16 and wider else None
+        g = g if unit is None else g / unit
         for part in tiles.token_parts():
             weighted = (rows[part].to(tiles.sum) * g[part, None]).to(tiles.factor)
             for columns in tiles.column_parts():
@@ -197,10 +201,10 @@ def put_weight_gradient_(
                     bend = tiling.bend_of(logits, head.softcap)
                     slope = tiling.slope(logits, spare, targets[part], columns, per_token[:, part], head.scale, bend)
                 if grad_weight is not None:
-                    put_product_(grad_weight[columns], slope.t(), weighted, add=add, rows=rows_at_once)
+                    put_product_(grad_weight[columns], slope.t(), weighted, add=add, rows=rows_at_once, unit=unit)
                 if grad_bias is not None:
-                    by_column = multiply(slope.t(), g[part, None].to(tiles.factor), tiles.sum)
-                    grad_bias[columns] += by_column[:, 0]
+                    by_column = multiply(slope.t(), g[part, None].to(tiles.factor), tiles.sum)[:, 0]
+                    grad_bias[columns] += by_column if unit is None else by_column * unit
 
 
 linear_token_logps = _custom_op("linear_token_logps", _forward)

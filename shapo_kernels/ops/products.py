@@ -40,8 +40,21 @@ def _adds_to_wider(device: torch.device) -> bool:
     return True
 
 
-def put_product_(to: Tensor, a: Tensor, b: Tensor, *, add: bool, rows: int) -> None:
-    """`to = a @ b`, or `to += a @ b`, rounded once; by `rows` at a time where that takes a copy."""
+def unit_of(factors: Tensor) -> Tensor | None:
+    """A power of two near the largest of some factors, in which float16 has room for the small ones; None of none."""
+    if not factors.numel():
+        return None
+    largest = factors.abs().amax()
+    unit = torch.exp2(torch.frexp(largest).exponent.to(factors.dtype))
+    return torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
+
+
+def put_product_(to: Tensor, a: Tensor, b: Tensor, *, add: bool, rows: int, unit: Tensor | None = None) -> None:
+    """`to = a @ b`, or `to += a @ b`, rounded once; by `rows` at a time where that takes a copy.
+
+    Args:
+        unit: what the product is multiplied with, of a `to` wider than the factors.
+    """
     if add and to.dtype == a.dtype:
         to.addmm_(a, b)
     elif to.dtype == a.dtype:
@@ -50,6 +63,8 @@ def put_product_(to: Tensor, a: Tensor, b: Tensor, *, add: bool, rows: int) -> N
         for start in range(0, len(to), rows):
             part = slice(start, start + rows)
             product = multiply(a[part], b, to.dtype)
+            if unit is not None:
+                product.mul_(unit)
             if add:
                 to[part] += product
             else:

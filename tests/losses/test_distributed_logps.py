@@ -17,6 +17,7 @@ CASES = [
     ),
     # Tokens are finished together, so that one rank would wait for the other for ever.
     *({"name": "vocabulary parallel", "arguments": [chunk_bytes, OPTIONS[1], split]} for chunk_bytes, split in UNEVEN),
+    *({"name": "by pairs", "arguments": [chunk_bytes, OPTIONS[1]]} for chunk_bytes in (None, 240, 48)),
     {"name": "compiled"},
     {"name": "masked"},
     {"name": "refused"},

@@ -220,6 +220,25 @@ def test_a_grad_scalers_scale_beyond_float16_gives_the_gradients_of_the_two_step
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+@pytest.mark.parametrize("small", [2.0**-20, 0.0])
+def test_upstream_gradients_below_float16_keep_their_digits_in_float16_factors(chunk_bytes, small, monkeypatch):
+    """As on CUDA, where hidden states times upstream gradient are a float16 factor before a scale is known."""
+    monkeypatch.setattr(linear_tiles, "_multiplies", lambda dtype: True)
+    tensors, labels = make(bias=True)
+    ours, exact = leaves(tensors, torch.float16), leaves(tensors)
+    for x, y in zip(ours.values(), exact.values(), strict=True):
+        y.data.copy_(x.data)
+    loss, _, _ = losses.linear_preference_loss(
+        **ours, labels=labels, share=lambda *given: small * dpo(*given), chunk_bytes=chunk_bytes
+    )
+    (2.0**20 * loss).backward()
+    (2.0**20 * small * dpo(*eager(head(**exact), labels), torch.arange(B))).backward()
+    for name in tensors:
+        wrong = (ours[name].grad.double() - exact[name].grad).norm()
+        assert wrong <= 4e-3 * exact[name].grad.norm(), name
+
+
 def test_a_share_with_a_trainable_number_of_its_own_runs_without_recording_and_without_the_sums():
     tensors, labels = make()
     ours, factor = leaves(tensors), torch.ones((), requires_grad=True)

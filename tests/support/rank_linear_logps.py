@@ -52,6 +52,34 @@ def vocabulary_parallel(chunk_bytes, options, split=None, group=None):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+def by_pairs(chunk_bytes, options):
+    """The loss and its gradients, each rank asking its share for all of them: those of the whole vocabulary."""
+    rows = my_rows()
+    hidden, weight, bias, labels, slope = data()
+
+    def share(sums, counts, prompts):
+        return (sums * slope[prompts]).sigmoid().sum()
+
+    loss = share(*losses.linear_sequence_logps(hidden, weight, labels, bias=bias, **options), torch.arange(2))
+    expected = torch.autograd.grad(loss, [hidden, weight, bias])
+    mine, my_bias = (x.detach()[rows].clone().requires_grad_() for x in (weight, bias))
+    own, _, _ = losses.linear_preference_loss(
+        hidden,
+        mine,
+        labels,
+        share,
+        bias=my_bias,
+        responses=1,
+        chunk_bytes=chunk_bytes,
+        group=dist.group.WORLD,
+        **options,
+    )
+    torch.testing.assert_close(own, loss, rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(own, [hidden, mine, my_bias])
+    for one, other in zip(got, (expected[0], expected[1][rows], expected[2][rows]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 def cut_by_each_rank_alone(chunk_bytes, split=None):
     """As before the cut was common: one rank waits for a part of the tokens that the other does not have."""
     common = linear_head._plan
@@ -149,6 +177,7 @@ def sharded():
 def check(case):
     {
         "vocabulary parallel": vocabulary_parallel,
+        "by pairs": by_pairs,
         "cut by each rank alone": cut_by_each_rank_alone,
         "compiled": compiled,
         "masked": a_part_masked_as_a_whole,
