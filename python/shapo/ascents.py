@@ -1,20 +1,24 @@
-"""What an ascent looks at and how far it goes, where that changes from update to update: for every loop alike.
+"""Pass 1 of an update, what it looks at and how far it goes: for the loops and the trainers alike.
 
-Both are functions of the number of the update alone, so that a resumed run draws the same rows and takes the same
-radii without having saved any of them.
+The last two are functions of the number of the update alone, so that a resumed run draws the same rows and takes the
+same radii without having saved any of them.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shapo.checked import checked
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from shapo_kernels.update.radius import Rho
 
 
@@ -125,3 +129,38 @@ class RhoSchedule:
     def ends_at(self) -> int:
         """The first update from which on the radius is `rho`."""
         return self.plain_updates + max(self.warmup - 1, 0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an ascent sees of a micro-batch.
+
+    Attributes:
+        loss: Runs a forward pass and returns what the micro-batch adds to the ascent's loss. None if nothing is seen.
+        whole: A forward pass of the whole micro-batch, whose lower blocks `reuse_prefix` keeps for the descent.
+        rows: With `whole`, the rows that are seen.
+    """
+
+    loss: Callable[[], Tensor] | None
+    whole: Callable[[], object] | None = None
+    rows: Tensor | None = None
+
+
+def ascend(optimizer: Any, micro_batches: Iterable[Seen], device: torch.device, *, scaler: Any = None) -> None:
+    """Pass 1 over micro-batches. The descent draws the random numbers that it drew (dropout).
+
+    Args:
+        optimizer: A `ShaPOOptimizer`, due.
+        device: Whose random state is restored in the end, beside the processor's.
+        scaler: The GradScaler of fp16 training.
+    """
+    from shapo_kernels.update.random_state import RandomState
+
+    state = RandomState(device)
+    with optimizer.ascent():
+        for seen in micro_batches:
+            part = nullcontext() if seen.whole is None else optimizer.ascent_part(seen.whole, seen.rows)
+            with part:
+                if seen.loss is not None:
+                    optimizer.ascend(seen.loss(), scaler=scaler)
+    state.restore()

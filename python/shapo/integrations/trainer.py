@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from shapo.ascents import Seen, ascend
 from shapo.libraries.accelerate import beneath, scaler_of
 from shapo.libraries.transformers import count_items, is_scaled, prepare_inputs
 from shapo.libraries.trl import metrics_kept
 from shapo_kernels import ShaPOOptimizer
-from shapo_kernels.update.random_state import RandomState
 
 from .arguments import ShaPOArguments
 from .batches import Cutter
@@ -165,23 +165,29 @@ class ShaPOTrainerMixin(FusedHeadMixin):
             own = count_items(self, [one.inputs for one in seen if one.share])
         scaled = is_scaled(self, own)
         total = torch.zeros((), device=self.args.device)
+
+        def loss_of(one: _Part) -> Tensor:
+            nonlocal total
+            loss = self._loss(model, one.inputs, own).mean()
+            loss = loss if scaled else loss * one.share
+            total = total + loss.detach()
+            return loss
+
+        parts = [
+            Seen(
+                partial(loss_of, one) if one.share else None,
+                None if one.rows is None else partial(self._loss, model, one.whole, own),
+                one.rows,
+            )
+            for one in seen
+        ]
         model.train()
-        random = RandomState(self.args.device)
         # A partial ascent's numbers are of other rows than the descent's, so the trainer does not count them.
         with (
-            optimizer.ascent(),
             contextlib.nullcontext() if self._part.is_whole else metrics_kept(self),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
         ):
-            for one in seen:
-                whole = partial(self._loss, model, one.whole, own)
-                with contextlib.nullcontext() if one.rows is None else optimizer.ascent_part(whole, one.rows):
-                    if one.share:
-                        loss = self._loss(model, one.inputs, own).mean()
-                        loss = loss if scaled else loss * one.share
-                        total = total + loss.detach()
-                        optimizer.ascend(loss, scaler=scaler_of(self))
-        random.restore()
+            ascend(optimizer, parts, self.args.device, scaler=scaler_of(self))
         optimizer.perturb()
         if self.shapo.per_micro_batch:
             # Its own mean, for its own direction; of the update's loss it is the share that the descent's is.
@@ -194,15 +200,15 @@ class ShaPOTrainerMixin(FusedHeadMixin):
         with self.compute_loss_context_manager():
             return cast(Tensor, self.compute_loss(model, prepared, num_items_in_batch=items))
 
-    def _seen(self, micro_batches: Sequence[Any], update: int) -> list[_Seen]:
+    def _seen(self, micro_batches: Sequence[Any], update: int) -> list[_Part]:
         """What the ascent sees of each micro-batch."""
         if self._cutter is None:
-            return [_Seen(inputs, inputs, 1 / len(micro_batches)) for inputs in micro_batches]
+            return [_Part(inputs, inputs, 1 / len(micro_batches)) for inputs in micro_batches]
         number = self._position if self.shapo.per_micro_batch else 0
         drawn = self._part.draw([self._cutter.count(inputs) for inputs in micro_batches], update, number)
         together = sum(map(len, drawn))
         return [
-            _Seen(
+            _Part(
                 inputs,
                 self._cutter.take(inputs, pairs) if pairs else inputs,
                 len(pairs) / together,
@@ -267,7 +273,7 @@ class ShaPOTrainerMixin(FusedHeadMixin):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Part:
     """A micro-batch, what an ascent sees of it, the share of that in everything it sees, and which rows it is."""
 
     whole: dict[str, Any]

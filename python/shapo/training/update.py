@@ -15,7 +15,7 @@ of the whole batch's (`losses.WholeBatch`), so the update is that of one process
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapo.ascents import Seen, ascend
 from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead
@@ -151,32 +152,31 @@ class PreferenceUpdate:
         drawn = self._part.draw([len(micro) for micro in micro_batches], self.optimizer.updates, number)
         part = [[micro[i] for i in rows] for micro, rows in zip(micro_batches, drawn, strict=True) if rows]
         indices = [index for micro in part for index in micro]
-        random = RandomState(self._device)
-        with self.optimizer.ascent():
-            if self.shapo is not None and self.shapo.reuse_prefix and not self._part.is_whole:
-                self._ascend_on_rows(micro_batches, drawn, seen, indices)
-            else:
-                whole = self._whole_batch([(self._own(micro), None) for micro in part], indices)
-                for micro in part:
-                    self._pass(self._own(micro), whole, self.optimizer.ascend, seen)
-        random.restore()
+        if self.shapo is not None and self.shapo.reuse_prefix and not self._part.is_whole:
+            parts = self._on_rows(micro_batches, drawn, seen, indices)
+        else:
+            own = [self._own(micro) for micro in part]
+            whole = self._whole_batch([(mine, None) for mine in own], indices)
+            parts = [Seen(partial(self._loss, mine, whole, seen)) for mine in own]
+        ascend(self.optimizer, parts, self._device)
         return indices
 
-    def _ascend_on_rows(
+    def _on_rows(
         self, micro_batches: Sequence[list[int]], drawn: Sequence[list[int]], seen: Pass, indices: Sequence[int]
-    ) -> None:
-        """An ascent on the drawn pairs, padded as their micro-batches are: the descent reuses the blocks below."""
+    ) -> list[Seen]:
+        """The drawn pairs, padded as their micro-batches are: the descent reuses the blocks below."""
         mine = [self._ranks.share(len(micro)) for micro in micro_batches]
         own = [self._own(micro) for micro in micro_batches]
         rows_of = [[i - share.start for i in rows if i in share] for share, rows in zip(mine, drawn, strict=True)]
         part = [(micro, rows) for micro, rows, all_rows in zip(own, rows_of, drawn, strict=True) if all_rows]
         whole = self._whole_batch(part, indices)
+        parts = []
         for micro, rows, all_rows in zip(own, rows_of, drawn, strict=True):
             fed, taken = self._fed(micro), rows or [0] * bool(all_rows)
             both = torch.tensor([*taken, *(len(fed) + i for i in taken)], dtype=torch.int64)
-            with self.optimizer.ascent_part(partial(self._logps, fed), both):
-                if all_rows:
-                    self._pass(micro, whole, self.optimizer.ascend, seen, rows)
+            loss = partial(self._loss, micro, whole, seen, rows) if all_rows else None
+            parts.append(Seen(loss, partial(self._logps, fed), both))
+        return parts
 
     def _descend(self, micro_batches: Sequence[list[int]], seen: Pass, indices: Sequence[int], *, ends: bool) -> None:
         """Pass 2 over micro-batches whose losses are shares of that of the pairs `indices`.
@@ -189,24 +189,20 @@ class PreferenceUpdate:
         for number, own in enumerate(parts):
             with self.engine.accumulating(last=ends and number + 1 == len(parts)):
                 if own and whole is not None and usable_by_pairs(self._model, self.head):
-                    self._pass_by_pairs(own, whole, seen)
+                    loss = self._loss_by_pairs(own, whole, seen)
                 else:
-                    self._pass(own, whole, self.engine.backward, seen)
+                    loss = self._loss(own, whole, seen)
+                self.engine.backward(loss)
 
-    def _pass(
-        self,
-        own: Sequence[int],
-        whole: losses.WholeBatch | None,
-        backward: Callable[[Tensor], Any],
-        seen: Pass,
-        rows: Sequence[int] | None = None,
-    ) -> None:
+    def _loss(
+        self, own: Sequence[int], whole: losses.WholeBatch | None, seen: Pass, rows: Sequence[int] | None = None
+    ) -> Tensor:
         policy, output = self._forward(own, whole, rows)
-        backward(output.loss)
         seen.add(own if rows is None else [own[i] for i in rows], policy, output)
+        return output.loss
 
-    def _pass_by_pairs(self, own: Sequence[int], whole: losses.WholeBatch, seen: Pass) -> None:
-        """As `_pass`, each pair's loss asked for while the head has the pair's logits: see `batch_loss`."""
+    def _loss_by_pairs(self, own: Sequence[int], whole: losses.WholeBatch, seen: Pass) -> Tensor:
+        """As `_loss`, each pair's loss asked for while the head has the pair's logits: see `batch_loss`."""
         left = list(own)
 
         def share(policy: PairLogps) -> Tensor:
@@ -218,7 +214,7 @@ class PreferenceUpdate:
         assert self.head is not None
         batch = self.data.batch(own, self._device)
         loss, _ = batch_loss(self._model, batch, share, bf16=self.loop.bf16, head=self.head)
-        self.engine.backward(loss)
+        return loss
 
     def _aggregate(self, seen: Pass, indices: Sequence[int]) -> float:
         loss = self._numbers.aggregate(seen.of(seen.per_pair, indices)).item()
