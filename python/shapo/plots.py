@@ -127,7 +127,8 @@ def plot_attack(
             columns = list(zip(*values, strict=True))
             color = COLORS[number % len(COLORS)]
             axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2)
-            axis.plot(steps, [sum(c) / len(c) for c in columns], color=color, label=name, linewidth=1.6)
+            means = [sum(c) / len(c) for c in columns]
+            axis.plot(steps, means, color=color, label=name, linewidth=1.6, marker="o", markersize=4)
         _label(axis, "fine-tuning steps", label)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
     _save(figure, path)
