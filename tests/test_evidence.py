@@ -14,11 +14,12 @@ import pytest
 from shapo.study.methods import comparison_table
 from shapo.study.plan import PLAIN_CHATML, Plan
 from shapo.study.queue import read_rows
-from shapo.study.report import figure_table, plot_comparisons, render_tables
+from shapo.study.report import figure_table, plot_comparisons, plot_shares, render_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 PLOT = ROOT / "docs" / "comparisons.svg"
+SHARES = ROOT / "docs" / "shares.svg"
 RESULTS = ROOT / "benchmarks" / "results"
 STUDY, SMALL = RESULTS / "study", RESULTS / "study-cpu"
 FOLDERS = {"study": STUDY, "study-cpu": SMALL}
@@ -82,6 +83,11 @@ def test_the_plot_names_every_comparison_with_plain_dpo_or_a_control():
     assert compared == set(re.findall(r">(\S+ - \S+?),", plot)), "run `python tests/test_evidence.py`"
 
 
+def test_the_plot_of_shares_names_every_subspace_of_figure_1():
+    spaces = {name.removeprefix("figure1-") for name in read_rows(STUDY) if name.startswith("figure1-")}
+    assert set(re.findall(r">(\S+) \(\d+\)<", SHARES.read_text())) == spaces - {"all"}
+
+
 def strings_of(value):
     if isinstance(value, dict):
         return [text for item in value.items() for part in item for text in strings_of(part)]
@@ -113,5 +119,6 @@ if __name__ == "__main__":
         first, last = between(text, key)
         text = f"{text[:first]}{tables(path)}\n{text[last:]}"
     PAGE.write_text(text)
+    plot_shares(SHARES, read_rows(STUDY))
     plot_comparisons(PLOT, comparison_table(read_rows(SMALL), plan(SMALL).beta))
     sys.exit(0)

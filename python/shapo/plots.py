@@ -163,14 +163,16 @@ def plot_differences(
     *,
     label: str,
     title: str,
+    signed: bool = True,
 ) -> None:
-    """Differences with their intervals, a panel a test and a line a comparison; 0 is marked.
+    """Differences or shares with their intervals, a panel a measure and a line a case; 0 is marked.
 
     Args:
         path: PNG or SVG to write.
         panels: Title -> name of a comparison -> estimate, lower and upper limit. All panels have the same comparisons.
         label: Of the horizontal axes.
         title: Of the whole.
+        signed: Colour tells on which side of 0 an interval lies.
     """
     names = list(next(iter(panels.values())))
     figure = _figure(3.2 * len(panels) + 2.6, 0.32 * len(names) + 1.5)
@@ -179,7 +181,7 @@ def plot_differences(
     ):
         for row, name in enumerate(names):
             value, low, high = found[name]
-            color = "0.45" if low <= 0 <= high else COLORS[0] if value < 0 else COLORS[1]
+            color = "0.45" if low <= 0 <= high else COLORS[0] if value < 0 or not signed else COLORS[1]
             axis.plot([low, high], [row, row], color=color, linewidth=1.6)
             axis.plot([value], [row], "o", color=color, markersize=4.5)
         axis.axvline(0, color="0.3", linewidth=0.8)

@@ -57,6 +57,7 @@ REPLACES = (
     "report.json",
     "report.html",
     "figure1.png",
+    "shares.png",
     "comparisons.png",
 )
 SHARED = True  # by its own workers, which lock each job

@@ -51,6 +51,7 @@ def write_report(folder: Path) -> Path:
     }
     write_json(folder / "report.json", {"settings": settings, **tables})
     _plot(folder / "figure1.png", done)
+    plot_shares(folder / "shares.png", done)
     plot_comparisons(folder / "comparisons.png", tables["comparisons"])
     write_text(folder / "report.md", f"# A study of the method on a real model\n\n{render_tables(plan, rows)}\n")
     if tables["methods"] or tables["figure1"]:  # a page needs something to draw
@@ -84,6 +85,22 @@ def _plot(path: Path, rows: Mapping[str, Row]) -> None:
         Sharpness(found["all"]["loss_at_theta"], float("nan"), pairs, curves),
         title=f"Figure 1, {pairs} test pairs",
     )
+
+
+def plot_shares(path: Path, rows: Mapping[str, Row]) -> None:
+    """Figure 1's shares with their intervals, largest first; needs the rises in all neurons and in all parameters."""
+    from shapo.plots import plot_differences
+
+    table = [entry for entry in figure_table(rows, "figure1") if "of_all" in entry and "of_neurons" in entry]
+    radii = sorted({entry["rho"] for entry in table})
+    if not radii:
+        return
+    rho = radii[len(radii) // 2]
+    shown = sorted((e for e in table if e["rho"] == rho), key=lambda e: -e["of_neurons"][0])
+    panels: dict[str, dict[str, Interval]] = {}
+    for whole, title in (("of_neurons", "of the rise in all neurons"), ("of_all", "of the rise in all parameters")):
+        panels[title] = {f"{e['space']} ({e['neurons']})": tuple(100 * x for x in e[whole]) for e in shown}
+    plot_differences(path, panels, label="share, %", title=f"Figure 1 at rho {rho:g} (95 %)", signed=False)
 
 
 def plotted(entry: Mapping[str, Any]) -> bool:
