@@ -26,6 +26,7 @@ TITLES = {
     "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
     "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
     "linear_sequence_logps_step": "Log-probabilities from hidden states, in tiles of a quarter of the logits",
+    "delta_forward": "What delta adds to a forward pass",
     "gpu_updates": "GPU: whole updates",
     "gpu_subspace_update": "GPU: norm, perturb and restore of all layers",
     "gpu_delta_forward": "GPU: what delta adds to a forward pass",
