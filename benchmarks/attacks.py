@@ -1,10 +1,12 @@
-"""Attacks on aligned models side by side, and how often their judge is right: rows for docs/evaluation.md.
+r"""Attacks on aligned models side by side, and how often their judge is right: rows for docs/evaluation.md.
 
-    python -m benchmarks.attacks dpo=runs/attacks/dpo shapo=runs/attacks/shapo --probe runs/judge/probe.safetensors
+    python -m benchmarks.attacks start=runs/attacks/start dpo=runs/attacks/dpo shapo=runs/attacks/shapo \
+        --probe runs/judge/probe.safetensors
 
-The folders are those of `shapo attack` with one judge, the same data and the same prompts; models are compared with the
-one named by `--against`, prompt by prompt. The judge's row is its accuracy on the prompts held out when it was trained.
-Writes `benchmarks/results/attacks.json`: numbers and names, no text.
+The folders are those of `shapo attack` with one judge, the same data, prompts and size. Shares are means over seeds,
+with two 95 % bootstrap intervals: one draws prompts, the other draws seeds too. Models are compared with the one named
+by `--against`, prompt by prompt and seed by seed. The judge's row is its accuracy on the prompts held out when it was
+trained. Writes `benchmarks/results/attacks.json`: numbers and names, no text.
 """
 
 from __future__ import annotations
@@ -12,47 +14,103 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
 
-SETTINGS = ("steps", "examples", "lora", "lr", "batch_size", "max_new_tokens", "seeds")
+SETTINGS = (
+    *("steps", "every", "examples", "held_out", "lora", "lr", "batch_size", "max_new_tokens", "seeds"),
+    *("max_length", "max_prompt_length", "bf16"),
+)
+# What is counted from verdict files: their name, and the column that says yes or no.
+COUNTED = {"attack_success": ("verdicts", "verdict"), "over_refusal": ("benign", "refusal")}
 Row = Mapping[str, Any]
 
 
-def points(name: str, attack: Row) -> list[dict[str, Any]]:
-    """A row for each seed and measured step."""
+@dataclass(frozen=True)
+class Attack:
+    """A folder of `shapo attack`."""
+
+    name: str
+    folder: Path
+    values: Row
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed["seed"] for seed in self.values["seeds"]]
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that all seeds were measured at."""
+        measured = [{point["step"] for point in seed["curve"]} for seed in self.values["seeds"]]
+        return sorted(set.intersection(*measured))
+
+    def points(self) -> list[dict[str, Any]]:
+        """A row for each seed and measured step."""
+        return [
+            {"kind": "point", "model": self.name, "seed": seed["seed"], **point}
+            for seed in self.values["seeds"]
+            for point in seed["curve"]
+        ]
+
+    def cases(self, what: str, seed: int, step: int) -> dict[str, bool | None]:
+        """Yes, no or unreadable for each prompt."""
+        from shapo.judges.files import read_rows
+        from shapo.statistics import unsafe_case
+
+        file, column = COUNTED[what]
+        found = read_rows(self.folder / f"seed-{seed}" / f"{file}-{step}.jsonl", (column,))
+        return {row["id"]: unsafe_case(row[column]) if column == "verdict" else row[column] for row in found}
+
+    def measures(self, what: str) -> bool:
+        return all(what in point for seed in self.values["seeds"] for point in seed["curve"])
+
+
+def means(attack: Attack) -> list[dict[str, Any]]:
+    """Attack success and over-refusal at each step, over all seeds."""
     return [
-        {"kind": "point", "model": name, "seed": seed["seed"], **point}
-        for seed in attack["seeds"]
-        for point in seed["curve"]
-    ]
+        {"kind": "mean", "model": attack.name, "step": step, "what": what,
+         **_over_prompts([attack.cases(what, seed, step) for seed in attack.seeds])}
+        for what in COUNTED if attack.measures(what)
+        for step in attack.steps
+    ]  # fmt: skip
 
 
-def differences(
-    base: str, names: Sequence[str], folders: Sequence[Path], attacks: Sequence[Row]
-) -> list[dict[str, Any]]:
-    """Each model against the model `base`, at each step of each seed, by the functions behind `shapo evaluate`."""
-    from shapo.judges.files import read_rows
-    from shapo.safety import safety_summary
-    from shapo.statistics import paired_difference
-
+def differences(base: Attack, attack: Attack) -> list[dict[str, Any]]:
+    """`attack` minus `base` at each step, on the same prompts after the same examples."""
     found = []
-    base_folder = folders[names.index(base)]
-    for name, folder, attack in zip(names, folders, attacks, strict=True):
-        for seed in attack["seeds"] if name != base else ():
-            for step in (point["step"] for point in seed["curve"]):
-                here, there = (place / f"seed-{seed['seed']}" for place in (folder, base_folder))
-                where = {"kind": "difference", "model": name, "against": base, "seed": seed["seed"], "step": step}
-                file = f"verdicts-{step}.jsonl"
-                unsafe = safety_summary([here / file], against=there / file)["difference"]
-                found.append({**where, "what": "attack_success", **unsafe})
-                benign = [read_rows(place / f"benign-{step}.jsonl", ("refusal",)) for place in (there, here)]
-                refused = [[row["refusal"] for row in part] for part in benign]
-                found.append({**where, "what": "over_refusal", **asdict(paired_difference(*refused))})
+    seeds = [seed for seed in attack.seeds if seed in base.seeds]
+    steps = [step for step in attack.steps if step in base.steps]
+    for what in COUNTED:
+        for step in steps if attack.measures(what) and base.measures(what) else ():
+            pairs = [(base.cases(what, seed, step), attack.cases(what, seed, step)) for seed in seeds]
+            changes = [{name: _minus(other[name], own[name]) for name in own} for own, other in pairs]
+            by_seed = [sum(change or 0 for change in run.values()) for run in changes]
+            where = {"kind": "difference", "model": attack.name, "against": base.name, "step": step, "what": what}
+            counts = {"lower": sum(total < 0 for total in by_seed), "higher": sum(total > 0 for total in by_seed)}
+            found.append({**where, **_over_prompts(changes), **counts})
     return found
+
+
+def _minus(one: bool | None, other: bool | None) -> int | None:
+    return None if one is None or other is None else int(one) - int(other)
+
+
+def _over_prompts(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """The mean over seeds and prompts with both intervals; a prompt that one seed cannot read is left out of all."""
+    from shapo.study.intervals import clustered, crossed
+
+    read = [name for name in runs[0] if all(run[name] is not None for run in runs)]
+    table = [[float(run[name] or 0) for name in read] for run in runs]
+    shared = {"seeds": len(runs), "n": len(read), "left_out": len(runs[0]) - len(read)}
+    if not read:
+        return {"value": None, **shared}
+    by_prompt = [sum(column) / len(runs) for column in zip(*table, strict=True)]
+    value, low, high = clustered([by_prompt], range(len(read)), lambda mean: mean)
+    _, wide_low, wide_high = crossed(table, range(len(read)))
+    return {"value": value, "low": low, "high": high, "wide_low": wide_low, "wide_high": wide_high, **shared}
 
 
 def validated(probe: str) -> dict[str, Any]:
@@ -68,29 +126,22 @@ def validated(probe: str) -> dict[str, Any]:
 
 def tables(recorded: Sequence[Row]) -> str:
     """The rows as docs/evaluation.md shows them."""
-    of = {
-        kind: [row for row in recorded if row["kind"] == kind] for kind in ("point", "difference", "judge", "settings")
-    }
-    lines = ["| model | step | attack success % (95 %) | refusals % | over-refusal % (95 %) | harmful loss |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    for row in of["point"]:
-        shares = [
-            _share(row[name], interval=name != "refusal") for name in ("attack_success", "refusal", "over_refusal")
-        ]
-        lines.append(f"| {row['model']} | {row['step']} | {' | '.join(shares)} | {row['loss']:.2f} |")
-    lines += [
-        "",
-        "| model, its counterpart | step | what | difference, points (95 %) | only one of the two | McNemar's p |",
-    ]
-    lines.append("|---|---:|---|---:|---:|---:|")
+    of = {kind: [row for row in recorded if row["kind"] == kind] for kind in ("point", "mean", "difference", "judge")}
+    lines = ["| model | step | seeds | attack success % | refusals % | over-refusal % | harmful loss |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    counted = {(row["model"], row["step"], row["what"]): row for row in of["mean"]}
+    for name, step in dict.fromkeys((row["model"], row["step"]) for row in of["mean"]):
+        points = [row for row in of["point"] if (row["model"], row["step"]) == (name, step)]
+        success, over = (_value(counted.get((name, step, what)), "") for what in COUNTED)
+        refusal = _range([100 * row["refusal"]["low"] for row in points], ".0f")
+        loss = _range([row["loss"] for row in points], ".2f")
+        lines.append(f"| {name} | {step} | {len(points)} | {success} | {refusal} | {over} | {loss} |")
+    lines += ["", "| model, its counterpart | step | what | difference, points | seeds lower, higher |"]
+    lines.append("|---|---:|---|---:|---:|")
     for row in of["difference"]:
-        value, low, high = (f"{100 * row[name]:+.0f}" for name in ("difference", "low", "high"))
-        only = f"{row['only_second']} and {row['only_first']} of {row['n']}"
         what = row["what"].replace("attack_success", "attack success").replace("over_refusal", "over-refusal")
-        compared = f"{row['model']}, {row['against']}"
-        lines.append(
-            f"| {compared} | {row['step']} | {what} | {value} ({low} to {high}) | {only} | {row['p_value']:.2g} |"
-        )
+        seeds = f"{row['lower']}, {row['higher']} of {row['seeds']}"
+        lines.append(f"| {row['model']}, {row['against']} | {row['step']} | {what} | {_value(row, '+')} | {seeds} |")
     lines += ["", "| the judge on | n | more frequent class | right (95 %) |", "|---|---:|---:|---:|"]
     for row in of["judge"]:
         right = row["right"]
@@ -99,10 +150,16 @@ def tables(recorded: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _share(share: Row, *, interval: bool) -> str:
-    low, high = (f"{100 * share[name]:.0f}" for name in ("low", "high"))
-    value = low if low == high else f"{low} to {high}"
-    return f"{value} ({100 * share['interval_low']:.0f} to {100 * share['interval_high']:.0f})" if interval else value
+def _value(row: Row | None, sign: str) -> str:
+    if row is None or row["value"] is None:
+        return "-"
+    value, *ends = (f"{100 * row[name]:{sign}.0f}" for name in ("value", "low", "high", "wide_low", "wide_high"))
+    return f"{value} ({ends[0]} to {ends[1]}; {ends[2]} to {ends[3]})"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    mean, low, high = (format(value, form) for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -111,16 +168,26 @@ def main() -> None:
     parser.add_argument("--against", default="dpo", help="the name of the model that the others are compared with")
     parser.add_argument("--probe", required=True, help="the judge")
     arguments = parser.parse_args()
-    named = [entry.partition("=") for entry in arguments.attacks]
-    names, folders = [name for name, _, _ in named], [Path(folder) for _, _, folder in named]
-    attacks = [json.loads((folder / "attack.json").read_text()) for folder in folders]
+    attacks = []
+    for entry in arguments.attacks:
+        name, _, folder = entry.partition("=")
+        attacks.append(Attack(name, Path(folder), json.loads((Path(folder) / "attack.json").read_text())))
+    base = next((attack for attack in attacks if attack.name == arguments.against), None)
+    if base is None:
+        parser.error(f"no attack is named {arguments.against}: give NAME=FOLDER, or another --against")
+    first = attacks[0].values
     for key in ("judge_digest", "data", "prompts", "benign"):
-        if len({attack[key] for attack in attacks}) > 1:
+        if len({attack.values[key] for attack in attacks}) > 1:
             parser.error(f"the attacks differ in {key}")
-    given = {name: attacks[0]["arguments"][name] for name in SETTINGS}
-    found: list[dict[str, Any]] = [{"kind": "settings", "judge": attacks[0]["judge"], **given}]
-    found += [row for name, attack in zip(names, attacks, strict=True) for row in points(name, attack)]
-    found += differences(arguments.against, names, folders, attacks)
+    for key in SETTINGS:
+        if len({attack.values["arguments"][key] for attack in attacks}) > 1:
+            parser.error(f"the attacks differ in --{key.replace('_', '-')}")
+    given = {name: first["arguments"][name] for name in SETTINGS}
+    found: list[dict[str, Any]] = [{"kind": "settings", "judge": first["judge"], **given}]
+    for attack in attacks:
+        found += [*attack.points(), *means(attack)]
+    for attack in attacks:
+        found += differences(base, attack) if attack is not base else []
     found.append(validated(arguments.probe))
     rows.write("attacks", found)
     print(tables(found))

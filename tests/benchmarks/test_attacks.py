@@ -15,35 +15,57 @@ from tests.support import runs
 SECRET = "SECRET answer"
 
 
-def verdicts(folder, unsafe, refused):
+def verdicts(folder, seed, unsafe, refused):
     """Verdict files of step 5, as `shapo attack` leaves them."""
-    (folder / "seed-0").mkdir()
+    (folder / f"seed-{seed}").mkdir()
     for name, key, values in (("verdicts", "verdict", unsafe), ("benign", "refusal", refused)):
         lines = [{"id": n, key: value, "judge": "probe", "raw": SECRET} for n, value in enumerate(values)]
-        (folder / "seed-0" / f"{name}-5.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / f"seed-{seed}" / f"{name}-5.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+U, S = "unsafe", "safe"
 
 
 @pytest.fixture
-def folders(tmp_path):
+def pair(tmp_path):
+    """Two models, two seeds: DPO's answers to 6 of 8 prompts are unsafe, ShaPO's to 1 and to 5 of them."""
     made = [runs.attack(tmp_path / name) for name in ("dpo", "shapo")]
-    verdicts(made[0], ["unsafe"] * 6 + ["safe"] * 2, [False] * 4)
-    verdicts(made[1], ["unsafe"] + ["safe"] * 7, [True] + [False] * 3)
+    for seed in (0, 1):
+        verdicts(made[0], seed, [U] * 6 + [S] * 2, [False] * 4)
+        verdicts(made[1], seed, [U] * (1 + 4 * seed) + [S] * (7 - 4 * seed), [True] + [False] * 3)
+    found = []
     for folder in made:
         values = json.loads((folder / "attack.json").read_text())
-        values["seeds"] = values["seeds"][:1]
-        values["seeds"][0]["curve"] = values["seeds"][0]["curve"][1:]
-        values["seeds"][0]["curve"][0]["over_refusal"] = runs.bounded(0.25)
-        runs.write(folder / "attack.json", values)
-    return made
+        for seed in values["seeds"]:
+            seed["curve"] = seed["curve"][1:]
+            seed["curve"][0]["over_refusal"] = runs.bounded(0.25)
+        found.append(attacks.Attack(folder.name, folder, values))
+    return found
 
 
-def test_models_are_compared_prompt_by_prompt(folders):
-    read = [json.loads((folder / "attack.json").read_text()) for folder in folders]
-    success, refusal = attacks.differences("dpo", ["dpo", "shapo"], folders, read)
-    # Five prompts of eight are unsafe for DPO alone: 2 / 2^5 for McNemar's exact test.
-    assert (success["model"], success["against"], success["difference"]) == ("shapo", "dpo", -5 / 8)
-    assert (success["only_first"], success["only_second"], success["p_value"]) == (5, 0, 2 / 2**5)
-    assert (refusal["what"], refusal["difference"], refusal["n"]) == ("over_refusal", 1 / 4, 4)
+def test_shares_are_means_over_seeds_with_both_intervals(pair):
+    success, refusal = attacks.means(pair[1])
+    assert (success["what"], success["value"], success["seeds"], success["n"]) == ("attack_success", 3 / 8, 2, 8)
+    assert 0 <= success["low"] < 3 / 8 < success["high"] <= 1
+    # Drawing seeds too can only add spread: the seeds differ by half of the prompts.
+    assert success["wide_high"] - success["wide_low"] > success["high"] - success["low"]
+    assert (refusal["what"], refusal["value"], refusal["n"]) == ("over_refusal", 1 / 4, 4)
+
+
+def test_models_are_compared_prompt_by_prompt_and_seed_by_seed(pair):
+    success, refusal = attacks.differences(*pair)
+    assert (success["model"], success["against"], success["value"]) == ("shapo", "dpo", -(5 / 8 + 1 / 8) / 2)
+    assert (success["lower"], success["higher"], success["seeds"]) == (2, 0, 2)
+    assert (refusal["what"], refusal["value"], refusal["lower"], refusal["higher"]) == ("over_refusal", 1 / 4, 0, 2)
+
+
+def test_a_prompt_that_one_seed_cannot_read_is_left_out_of_all(pair):
+    path = pair[1].folder / "seed-1" / "verdicts-5.jsonl"
+    path.write_text(path.read_text().replace(f'"{S}"', '"?"', 1))
+    changed, *_ = attacks.means(pair[1])
+    # The sixth prompt, safe in both seeds: 1 and 5 unsafe ones of the other seven.
+    assert (changed["n"], changed["left_out"], changed["value"]) == (7, 1, pytest.approx(6 / 14))
+    assert attacks.differences(*pair)[0]["n"] == 7
 
 
 def test_the_judges_row_is_its_accuracy_on_what_was_held_out(tmp_path):
@@ -55,12 +77,12 @@ def test_the_judges_row_is_its_accuracy_on_what_was_held_out(tmp_path):
     assert "| held-out answers | 40 | 50.0 % | 90.0 % (" in attacks.tables([row])
 
 
-def test_the_table_has_numbers_and_no_text(folders):
-    read = [json.loads((folder / "attack.json").read_text()) for folder in folders]
-    found = [row for name, attack in zip(("dpo", "shapo"), read, strict=True) for row in attacks.points(name, attack)]
-    found += attacks.differences("dpo", ["dpo", "shapo"], folders, read)
+def test_the_table_has_numbers_and_no_text(pair):
+    found = [row for attack in pair for row in (*attack.points(), *attacks.means(attack))]
+    found += attacks.differences(*pair)
     text = attacks.tables(found)
-    assert "| dpo | 5 | 75 (38 to 88) | 50 | 25 (12 to 62) | 3.00 |" in text
-    assert "| shapo, dpo | 5 | attack success | -62 (" in text
-    assert "0 and 5 of 8 | 0.062 |" in text
+    assert "| dpo | 5 | 2 | 75 (" in text
+    assert "| 50 | 0 (0 to 0; 0 to 0) | 3.00 |" in text
+    assert "| shapo, dpo | 5 | attack success | -38 (" in text
+    assert "| 2, 0 of 2 |" in text
     assert SECRET not in json.dumps(found)
