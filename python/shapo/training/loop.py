@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from shapo.tables import counted
 from shapo.training.checkpoint import load, random_state, read_checkpoint, restore, save_checkpoint
 from shapo.training.engine import Engine
 from shapo.training.interrupt import Interruptible
-from shapo.training.metrics import MetricsLog
+from shapo.training.journal import Journal
 from shapo.training.order import DataOrder
-from shapo.training.trackers import Trackers
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -104,24 +102,18 @@ class Loop:
         if done == self.total:
             self._finish(save, check)
         self.engine.model.train(self.config.dropout)
-        main = self._ranks.is_main
+        trackers, shown = self.config.report_to or (), progress and self._ranks.is_main
         with (
-            # First, so that a tracker that does not start leaves no metrics.jsonl, which would pass for a run.
-            Trackers((self.config.report_to or ()) if main else (), self.output, self.run) as trackers,
-            MetricsLog(self.output / METRICS, position=position) if main else nullcontext() as log,
+            Journal(
+                self._ranks, self.output / METRICS, position=position, trackers=trackers, config=self.run
+            ) as journal,
             Interruptible(launched=self._ranks.count > 1) as interrupt,
-            tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not (progress and main)) as bar,
+            tqdm(total=self.total, initial=done, desc=name, unit="update", disable=not shown) as bar,
         ):
-
-            def write(kind: str, values: dict[str, Any]) -> None:
-                if log is not None:
-                    log.write(kind, {"update": done, **values})
-                    trackers.log(kind, values, done)
-
-            if self.about and done == 0 and log is not None:
-                log.write("start", {"update": 0, "updates": self.total, **self.about})
+            if self.about and done == 0:
+                journal.write("start", {"update": 0, "updates": self.total, **self.about}, tracked=False)
             if evaluate and done == 0:
-                write("evaluation", evaluate(0))
+                journal.write("evaluation", {"update": 0, **evaluate(0)})
             while done < self.total:
                 started, cpu_started = time.perf_counter(), time.process_time()
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -133,14 +125,14 @@ class Loop:
                 times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
                 if done == self.total:
                     self._finish(save, check)
-                write("update", {"lr": lr, **values, **times})
+                journal.write("update", {"update": done, "lr": lr, **values, **times})
                 bar.update()
                 bar.set_postfix(_shown(values, times["seconds"]), refresh=False)
                 if evaluate and (done == self.total or _due(done, self.config.eval_every)):
-                    write("evaluation", evaluate(done))
+                    journal.write("evaluation", {"update": done, **evaluate(done)})
                 stop = self._ranks.any(interrupt.requested)
                 if _due(done, self.config.save_every) or stop:
-                    self._save(done, log.position if log is not None else 0)
+                    self._save(done, journal.position)
                 if stop:
                     raise KeyboardInterrupt(self._farewell(done))
 
