@@ -30,7 +30,6 @@ from tests.support.engines import plain_name
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 
-LATE_IMPORTS = ("peft", "deepspeed.runtime.zero.muon.original_muon")
 
 if importlib.util.find_spec("deepspeed"):
     import deepspeed

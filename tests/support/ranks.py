@@ -30,7 +30,7 @@ def run_ranks(folder, world, cases, script="rank_cases.py"):
         start_new_session=True,
     )
     try:
-        error = process.communicate(timeout=200)[1]
+        error = process.communicate(timeout=500)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it, and the ranks where one of them is left
