@@ -13,7 +13,6 @@ import shapo_kernels as sk
 from tests.support.engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
 from tests.support.ranks import on_rank
 
-
 # DeepSpeed's shared-memory collectives are compiled when they are first needed; gloo's do as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 warnings.simplefilter("ignore", FutureWarning)

@@ -30,7 +30,6 @@ from tests.support.engines import plain_name
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 
-
 if importlib.util.find_spec("deepspeed"):
     import deepspeed
 
