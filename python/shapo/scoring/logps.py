@@ -8,8 +8,8 @@ tokens, and computed anew where either differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -115,58 +115,22 @@ def batch_logps(
     model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False, head: FusedHead | None = None
 ) -> PairLogps:
     """One forward pass over a batch of `TokenizedPairs.batch`; gradients flow to the model."""
-    return _pairs(*response_logps(model, batch, bf16=bf16, head=head))
+    sums, counts = response_logps(model, batch, bf16=bf16, head=head)
+    half = sums.shape[0] // 2
+    return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
 
 
 def response_logps(
     model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool, head: FusedHead | None
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities and numbers of tokens of `labels`, without the model's logits where `head` serves it."""
-    with _computing(batch, bf16):
+    device = batch["input_ids"].device
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
         if head is not None and unusable(unwrap(model, for_calls=True)) is None:
-            return head.sequence_logps(model, batch["labels"], **_inputs(batch))
-        logits = model(**_inputs(batch)).logits
+            return head.sequence_logps(model, batch["labels"], **inputs)
+        logits = model(**inputs).logits
     return losses.sequence_logps(logits, batch["labels"])
-
-
-@checked
-def batch_loss(
-    model: torch.nn.Module,
-    batch: dict[str, Tensor],
-    share: Callable[[PairLogps], Tensor],
-    *,
-    bf16: bool,
-    head: FusedHead,
-) -> tuple[Tensor, PairLogps]:
-    """The sum of `share` over the pairs of a batch, given some of them at a time in their order, and their numbers
-    without a gradient. With logits that are cut into parts it saves one product of the head's four: see
-    `losses.linear_preference_loss`. For a head that is trained and `usable_by_pairs`.
-    """
-    with _computing(batch, bf16):
-        loss, *numbers = head.preference_loss(
-            model, batch["labels"], lambda sums, counts, _: share(_pairs(sums, counts)), **_inputs(batch)
-        )
-    return loss, _pairs(*numbers)
-
-
-def usable_by_pairs(model: torch.nn.Module, head: FusedHead | None) -> bool:
-    """Whether `batch_loss` serves a model at this moment, and saves something: a frozen head takes two products."""
-    inner = unwrap(model, for_calls=True)
-    return head is not None and unusable(inner) is None and head.options(inner)["weight"].requires_grad
-
-
-def _computing(batch: dict[str, Tensor], bf16: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(batch["input_ids"].device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-
-
-def _pairs(sums: Tensor, counts: Tensor) -> PairLogps:
-    """Of a batch whose chosen responses come first, then the rejected ones."""
-    half = len(sums) // 2
-    return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
 
 
 @checked
