@@ -25,7 +25,7 @@ TITLES = {
     "reused_prefix": "A ShaPO update above some blocks, these computed twice and once",
     "sequence_logps": "Log-probabilities of sequences from logits, forward and backward",
     "linear_sequence_logps": "A DPO loss from hidden states and the head's weight, forward and backward",
-    "linear_sequence_logps_step": "Log-probabilities from hidden states, in tiles of a quarter of the logits",
+    "linear_sequence_logps_step": "Log-probabilities from hidden states: preference steps, and tiles of a quarter",
     "delta_forward": "What delta adds to a forward pass",
     "gpu_updates": "GPU: whole updates",
     "gpu_subspace_update": "GPU: norm, perturb and restore of all layers",

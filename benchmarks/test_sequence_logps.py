@@ -58,9 +58,15 @@ HEADS = [
     Case("8x64x128256, width 512 fp32", 8, 64, 128256, width=512),
     Case("2x64x128256, width 2048 fp32", 2, 64, 128256, width=2048),
 ]
-# Of a preference step, whose logits do not fit into one tile: here a quarter of them does. Fewer others are held
-# against ours.
+# Of a preference step, whose logits do not fit into one tile: fewer others are held against ours, for a round takes a
+# minute.
 STEPS = [
+    Case("8x512x32000, width 512 fp32", 8, 512, 32000, width=512),
+    Case("8x512x128256, width 256 fp32", 8, 512, 128256, width=256),
+    Case("8x512x128256, width 256 fp32, half ignored", 8, 512, 128256, width=256, kept=0.5),
+]
+# Smaller ones, of whose logits a quarter fits.
+QUARTERS = [
     Case("8x32x64000, width 256 fp32, tiles of a quarter", 8, 32, 64000, width=256),
     Case("8x32x32000, width 1024 fp32, tiles of a quarter", 8, 32, 32000, width=1024),
     Case("8x32x64000, width 256 fp32, half ignored, tiles of a quarter", 8, 32, 64000, width=256, kept=0.5),
@@ -195,26 +201,27 @@ def memory_columns(memory: dict[str, int], name: str, inputs: list[Tensor]) -> d
     }
 
 
-@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*STEPS, *QUARTERS], ids=lambda case: case.name)
 def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
     hidden, labels = make(case, case.width)
     weight = torch.randn(case.vocabulary, case.width, generator=torch.Generator().manual_seed(1)) * case.width**-0.5
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
     upstream = torch.linspace(-1, 1, case.rows)
     quarter = int((labels[:, 1:] != IGNORE).sum()) * case.vocabulary * 4 // 4
+    chunk_bytes = quarter if case in QUARTERS else None
 
     def whole(sums: Tensor) -> Tensor:
         return (sums * upstream).sum()
 
     variants = {
         "eager": lambda: whole(eager(hidden @ weight.t(), labels)),
-        OURS: lambda: whole(losses.linear_sequence_logps(hidden, weight, labels, chunk_bytes=quarter)[0]),
+        OURS: lambda: whole(losses.linear_sequence_logps(hidden, weight, labels, chunk_bytes=chunk_bytes)[0]),
         f"{OURS}, by pairs": lambda: losses.linear_preference_loss(
             hidden,
             weight,
             labels,
             lambda sums, _, prompts: (sums * upstream.view(2, -1)[:, prompts].flatten()).sum(),
-            chunk_bytes=quarter,
+            chunk_bytes=chunk_bytes,
         )[0],
         **{name: run for name, run in peers(hidden, weight, labels, whole).items() if name.startswith("torch")},
     }
@@ -234,7 +241,7 @@ def test_linear_sequence_logps_step(benchmark: Any, case: Case) -> None:
             wrong = (got - expected).norm() / expected.norm()
             assert wrong < 1e-4, f"the gradient of {name} differs from eager's by {wrong:.1e}"
     found.clear()
-    seconds = interleaved(runs, rounds=ROUNDS, warmup=0)
+    seconds = interleaved(runs, rounds=2 if case in STEPS else ROUNDS, warmup=0)
     for name, times in seconds.items():
         columns = {
             "dtype": "float32",
