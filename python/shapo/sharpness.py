@@ -205,7 +205,7 @@ def measure(
     ):
         base, norm = loss.value(), _norm(gradient.values())
 
-        def point(mover: _Mover, rho: float, ratio: float) -> Point:
+        def point(mover: Mover, rho: float, ratio: float) -> Point:
             with mover.moved(rho):
                 increase = loss.value() - base
             if not math.isfinite(increase):
@@ -234,13 +234,20 @@ def _price(model: torch.nn.Module, space: Subspace) -> float | None:
 
 def loss_increase(loss: PairLoss, subspace: Subspace, rho: float) -> float:
     """increase(S, rho) alone; see the module."""
-    with evaluating(loss.model), _movers(loss, [subspace]) as (_, (mover,)):
+    with evaluating(loss.model), moving(loss, subspace) as mover:
         base = loss.value()
         with mover.moved(rho):
             return loss.value() - base
 
 
-class _Mover:
+@contextmanager
+def moving(loss: PairLoss, subspace: Subspace) -> Iterator[Mover]:
+    """A mover of one subspace, for radii that are not known beforehand; hooks are on the model inside."""
+    with _movers(loss, [subspace]) as (_, (mover,)):
+        yield mover
+
+
+class Mover:
     """One subspace of one model, moved along a gradient as an optimizer moves it.
 
     Args:
@@ -342,14 +349,14 @@ class _Mover:
 
 
 @contextmanager
-def _movers(loss: PairLoss, spaces: Sequence[Subspace]) -> Iterator[tuple[dict[str, Tensor], list[_Mover]]]:
+def _movers(loss: PairLoss, spaces: Sequence[Subspace]) -> Iterator[tuple[dict[str, Tensor], list[Mover]]]:
     """The gradient, and a mover for each subspace; hooks are on the model inside."""
-    movers: list[_Mover] = []
+    movers: list[Mover] = []
     try:
         with warnings.catch_warnings():
             # What is rounded is told by `Point.realised`.
             warnings.filterwarnings("ignore", message="the perturbation is lost to rounding")
-            movers.extend(_Mover(loss, space) for space in spaces)
+            movers.extend(Mover(loss, space) for space in spaces)
             gradient = loss.gradient()
             for mover in movers:
                 mover.follow(gradient)

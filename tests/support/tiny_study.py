@@ -18,7 +18,8 @@ import torch
 
 from shapo.data import synthetic
 from shapo.models.loading import save_model
-from shapo.study.plan import Plan, study_jobs
+from shapo.study.jobs import study_jobs
+from shapo.study.plan import Plan
 from shapo.study.queue import run_queue
 from shapo.study.trial import Trial
 from tests.support.llamas import llama
@@ -55,6 +56,9 @@ SMALL = replace(
     slower=(3e-4, 3e-3),
     rewards=True,
     aligned=True,
+    head=True,
+    tuned_losses=True,
+    noises=(0.4, 0.2, 0.0),
     answer_tokens=4,
     yardstick=0.0,
 )

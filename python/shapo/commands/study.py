@@ -6,7 +6,8 @@ Call it several times at once, with the same --output, for several workers.
 
   study   methods x noise x seeds, Figure 1 in full: hours on a CPU
   cpu     methods x seeds at one noise rate, tuned on the selection split first, with their controls, the reward
-          level, and Figure 1 and refusals after training: two hours of one core
+          level, Figure 1 and refusals after training; then the head alone, other noise rates, more seeds: four hours
+          of one core
   real    Figure 1 and one DPO and one ShaPO run at 30 % noise: half an hour on two cores
 
 Writes to --output: rows/, report.md, report.html and report.json with plots, which `--report` makes anew from the rows
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from shapo.errors import UserError
     from shapo.storage.files import require_writable
-    from shapo.study.plan import PLANS, selection_jobs, study_jobs
+    from shapo.study.jobs import selection_jobs, study_jobs
+    from shapo.study.plan import PLANS
     from shapo.study.queue import run_queue
     from shapo.study.report import write_report
     from shapo.study.trial import Trial

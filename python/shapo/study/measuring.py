@@ -19,7 +19,7 @@ from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
 from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint
 from shapo.scoring.rewards import PairRewards, RewardScorer
-from shapo.sharpness import PairLoss
+from shapo.sharpness import moving
 from shapo.study.losses import LanguageLoss, Loss, climb, moved
 from shapo.study.queue import Row, rounded
 from shapo.study.radius import match_radius
@@ -194,18 +194,33 @@ class Measuring:
         return {"rises": rises, "groups": self.data.groups("preference")}
 
     def _match(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        loss, gradient, base = self._climbed("matching")
-        space, start = self.space(settings["space"]), base.mean().item()
-
-        def rise(rho: float) -> float:
-            with evaluating(self.model), moved(self.model, space, gradient, rho):
-                return loss.per_item().mean().item() - start
-
         target = settings["target"] or needs["wider"]["target"]
-        described = self._described(space, gradient)
-        rho, reached, tried = match_radius(rise, target, start=target / described["gradient_norm"])
-        ratio = rho / described["weight_norm"]
-        return {"target": target, "rho": rho, "rise": reached, "ratio": ratio, "tried": tried}
+        space = self.space(settings["space"])
+        if any(space.own_layer(name) for name in space.names):
+            rho, reached, tried, weight_norm = self._matched_alone(space, target)
+        else:
+            loss, gradient, base = self._climbed("matching")
+            start, described = base.mean().item(), self._described(space, gradient)
+
+            def rise(rho: float) -> float:
+                with evaluating(self.model), moved(self.model, space, gradient, rho):
+                    return loss.per_item().mean().item() - start
+
+            rho, reached, tried = match_radius(rise, target, start=target / described["gradient_norm"])
+            weight_norm = described["weight_norm"]
+        return {"target": target, "rho": rho, "rise": reached, "ratio": rho / weight_norm, "tried": tried}
+
+    def _matched_alone(self, space: Subspace, target: float) -> tuple[float, float, int, float]:
+        """`match_radius`, and ||W_S||, of a layer that is moved where a tied weight's other uses are not."""
+        loss = self._subject.loss("matching")
+        with evaluating(self.model), moving(loss, space) as mover:
+            start = loss.value()
+
+            def rise(rho: float) -> float:
+                with mover.moved(rho):
+                    return loss.value() - start
+
+            return *match_radius(rise, target, start=target / mover.gradient_norm), mover.weight_norm
 
     def _described(self, space: Subspace, gradient: Mapping[str, Tensor]) -> Row:
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -237,8 +252,7 @@ class Measuring:
                 loss = self._language_loss("test")
             else:
                 split = "figure" if name == "preference" else name
-                data, reference = self._subject.tokens(split), self._subject.reference(split)
-                loss = PairLoss(self.model, data, reference, beta=self.plan.beta, batch_size=16)
+                loss = self._subject.loss(split)
             found = loss, self._with_evaluation(loss.gradient), self._with_evaluation(loss.per_item)
             self._start = ((name, kept), found)
         return self._start[1]

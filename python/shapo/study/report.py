@@ -17,6 +17,7 @@ from shapo.reporting.page import render
 from shapo.statistics import wilson
 from shapo.storage.files import write_json, write_text
 from shapo.study.intervals import Interval, clustered
+from shapo.study.jobs import study_jobs
 from shapo.study.markdown import interval, markdown
 from shapo.study.methods import (
     TITLES,
@@ -26,7 +27,7 @@ from shapo.study.methods import (
     methods_markdown,
     tuning_markdown,
 )
-from shapo.study.plan import Plan, study_jobs
+from shapo.study.plan import Plan
 from shapo.study.queue import Row, read_rows
 
 

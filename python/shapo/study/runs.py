@@ -16,7 +16,6 @@ from shapo.evaluation import log_ratios
 from shapo.models.modes import evaluating
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
-from shapo.sharpness import PairLoss
 from shapo.study.data import TESTS, drawn, groups
 from shapo.study.losses import moved
 from shapo.study.queue import Row, rounded
@@ -43,7 +42,8 @@ class Training:
             "tune": self._tune,
             "train": self._train,
             "choice": self._choice,
-            "wider": self._wider,
+            "wider": self._best,
+            "best": self._best,
         }
 
     def _tune(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
@@ -81,7 +81,7 @@ class Training:
             summary = train_preferences(
                 self.model,
                 data,
-                loss=_loss(loss, settings["noise"], plan.beta, needs.get("reward", {}).get("beta_reward")),
+                loss=self._loss(settings, needs),
                 loop=LoopConfig(
                     updates=updates,
                     batch_size=plan.batch_size,
@@ -120,6 +120,16 @@ class Training:
             self._subject.restore()
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _loss(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> LossConfig:
+        """rDPO and cDPO are told the noise rate, unless a job tries or chose another."""
+        name, beta = settings.get("loss", "dpo"), self.plan.beta
+        told = {**settings, **needs.get(settings.get("parameter", ""), {})}
+        if name == "drdpo":
+            return LossConfig("dpo", beta=beta, aggregation="drdpo", beta_prime=told.get("beta_prime"))
+        if name in ("rdpo", "cdpo"):
+            return LossConfig(name, beta=beta, epsilon=told.get("epsilon", settings["noise"]))
+        return LossConfig(name, beta=beta, beta_reward=needs.get("reward", {}).get("beta_reward"))
+
     def _measured(self) -> Row:
         """h of every test pair, and the rise of the loss at the yardstick's radius in all parameters."""
         found: Row = {}
@@ -129,8 +139,7 @@ class Training:
             found[split] = {"h": rounded(log_ratios(policy, self._subject.reference(split))), "groups": groups(pairs)}
         if not self.plan.yardstick:
             return found
-        data, reference = self._subject.tokens("matching"), self._subject.reference("matching")
-        loss = PairLoss(self.model, data, reference, beta=self.plan.beta, batch_size=16)
+        loss = self._subject.loss("matching")
         with evaluating(self.model):
             base, gradient = loss.value(), loss.gradient()
             with moved(self.model, Subspace.full(self.model), gradient, self.plan.yardstick):
@@ -155,19 +164,14 @@ class Training:
             "early": {"lr": early[0], "updates": early[1], "loss": means[early]},
         }
 
-    def _wider(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
-        """The rise with the lowest clean selection loss at the end."""
-        tried = [(row["settings"]["target"], row["watched"][-1]["loss"]) for row in needs.values()]
-        target, loss = min(tried, key=lambda found: found[1])
-        return {"target": target, "loss": loss}
-
-
-def _loss(name: str, noise: float, beta: float, beta_reward: float | None = None) -> LossConfig:
-    if name == "drdpo":
-        return LossConfig("dpo", beta=beta, aggregation="drdpo")
-    if name in ("rdpo", "cdpo"):
-        return LossConfig(name, beta=beta, epsilon=noise)
-    return LossConfig(name, beta=beta, beta_reward=beta_reward)
+    def _best(self, settings: Mapping[str, Any], needs: Mapping[str, Row]) -> Row:
+        """Of what was tried of a setting, `target` unless `key` says another, that with the lowest clean selection
+        loss at the end.
+        """
+        key = settings.get("key", "target")
+        tried = [(row["settings"][key], row["watched"][-1]["loss"]) for row in needs.values()]
+        value, loss = min(tried, key=lambda found: found[1])
+        return {key: value, "loss": loss}
 
 
 def _watched(row: Mapping[str, Any]) -> Row:

@@ -35,6 +35,8 @@ class Spaces:
         vectors = selection.value_vectors(self._model)
         if method == "all":
             return Subspace.full(self._model)
+        if method == "head":
+            return Subspace.head(self._model)
         if method == "neurons":
             return selection.full_neurons(self._model)
         if method == "random":

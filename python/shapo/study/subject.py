@@ -13,6 +13,7 @@ from shapo.data.tokens import PairEncoder
 from shapo.errors import UserError
 from shapo.models.loading import load_model, load_tokenizer, save_model
 from shapo.scoring.logps import PairLogps, TokenizedPairs, compute_logps
+from shapo.sharpness import PairLoss
 from shapo.storage.files import write_json
 from shapo.storage.fingerprint import digest_model
 from shapo.study.data import StudyData
@@ -91,6 +92,10 @@ class Subject:
             self._references[split] = self.logps(split, bf16=self.plan.bf16 and split not in ("figure", "matching"))
             self.model.load_state_dict(kept)
         return self._references[split]
+
+    def loss(self, split: str) -> PairLoss:
+        """The preference loss of `tokens(split)`."""
+        return PairLoss(self.model, self.tokens(split), self.reference(split), beta=self.plan.beta, batch_size=16)
 
     def logps(self, split: str, *, bf16: bool) -> PairLogps:
         """Log-probabilities of `tokens(split)` at the present weights."""

@@ -8,8 +8,9 @@ import torch
 
 from shapo.errors import UserError
 from shapo.study.intervals import clustered, crossed
+from shapo.study.jobs import selection_jobs, study_jobs
 from shapo.study.losses import climb
-from shapo.study.plan import PLANS, selection_jobs, study_jobs
+from shapo.study.plan import PLANS
 from shapo.study.radius import match_radius
 from shapo_kernels import Subspace
 

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from shapo.data.noise import flip_labels
+from shapo.sharpness import loss_increase
+from shapo.study.jobs import study_jobs
 from shapo.study.methods import comparison_table
-from shapo.study.plan import study_jobs
 from shapo.study.queue import read_rows
 from shapo.study.report import write_report
 from shapo.study.trial import Trial
@@ -47,6 +48,35 @@ def test_the_lower_rate_is_the_best_of_all_rates_on_the_selection_split(rows):
     assert rows["choice-slower"]["end"] == {"lr": best, "loss": tuned[best]}
     slower = [row for name, row in rows.items() if "-slower-" in name and row["kind"] == "train"]
     assert [row["lr"] for row in slower] == [best] * 3
+
+
+def test_the_head_alone_takes_the_wide_rise_and_leaves_the_tied_embedding_out(rows, folder):
+    trial = Trial(str(folder / "model"), folder / "pairs", folder / "study", SMALL, device="cpu")
+    space = trial.subject.space("head")
+    assert [space.own_layer(name) for name in space.names] == [True]
+    increase = loss_increase(trial.subject.loss("matching"), space, rows["match-wide-head"]["rho"])
+    assert increase == pytest.approx(rows["match-wide-head"]["rise"], rel=1e-4)
+    assert rows["shapo-head-wide-noise0.4-seed0"]["rho"] == rows["match-wide-head"]["rho"]
+
+
+def test_a_parameter_of_a_loss_is_the_best_tried_on_the_selection_split_and_the_one_that_runs_take(rows):
+    for loss, key in (("rdpo", "epsilon"), ("drdpo", "beta_prime")):
+        tuned = {row["settings"][key]: last_loss(row) for name, row in rows.items() if name.startswith(f"tune-{loss}-")}
+        assert len(set(tuned.values())) == 3  # a parameter that never reached the loss would give three equal ones
+        best = min(tuned, key=tuned.get)
+        assert rows[f"best-{loss}"][key] == best
+        plain = {"rdpo": 0.4, "drdpo": 1.0}[loss]
+        same = rows[f"{loss}-tuned-noise0.4-seed0"]["test"]["h"] == rows[f"{loss}-noise0.4-seed0"]["test"]["h"]
+        assert same == (best == plain)
+
+
+def test_other_noise_rates_flip_as_many_labels_and_keep_their_models_apart(rows):
+    assert rows["dpo-noise0.2-seed0"]["flipped"] < rows["dpo-noise0.4-seed0"]["flipped"]
+    assert rows["dpo-noise0-seed0"]["flipped"] == 0
+    assert rows["dpo-noise0-seed0"]["settings"]["keep"] == "dpo-noise0"
+    assert rows["dpo-noise0.4-seed0"]["settings"]["keep"] == "dpo"
+    compared = {(e["method"], e["baseline"]) for e in comparison_table(rows, SMALL.beta) if e["noise"] == 0}
+    assert {(WIDE, "dpo"), (WIDE, "shapo-all-wide"), (WIDE, "shapo-like-probe-10-wide")} <= compared
 
 
 def test_the_wide_round_takes_the_better_rise_and_is_matched_at_it(rows):
