@@ -184,7 +184,8 @@ def _bytes(case: Case, generator: random.Random) -> None:
 
 
 def _weights(case: Case, generator: random.Random) -> None:
-    models = [part for part in case.arguments if part in ("{w}/model", "{w}/reward")]
+    given = zip(case.arguments, case.arguments[1:], strict=False)
+    models = [part for option, part in given if option.endswith("-model") and part in ("{w}/model", "{w}/reward")]
     if models and case.command not in ("data", "plan"):  # which read no weight
         how = generator.choice(("missing", "renamed", "shape", "nan"))
         case.damage.append(f"weights {generator.choice(models)[4:]}/model.safetensors {how}")

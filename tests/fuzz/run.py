@@ -88,6 +88,8 @@ def in_child(call: Callable[[], int], folder: Path, printed: Path) -> int:
     """The exit code of `call` in a child with a folder of its own; negative for a signal."""
     import resource
 
+    import torch
+
     folder.mkdir()
     child = os.fork()
     if child == 0:
@@ -101,6 +103,8 @@ def in_child(call: Callable[[], int], folder: Path, printed: Path) -> int:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             signal.alarm(WALL_SECONDS)
+            # Torch makes its thread pool anew at its first use in a child. Two threads at once can find none.
+            torch.set_num_threads(1)
             used = int(time.process_time())
             resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + 2 * SECONDS))
             code = call()

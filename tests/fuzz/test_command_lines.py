@@ -38,6 +38,15 @@ def test_a_case_is_made_of_the_seed_and_its_number_alone(tmp_path):
     assert len(set(cases)) == 40
 
 
+def test_only_a_command_that_is_given_a_model_must_fail_where_the_model_is_broken(tmp_path):
+    from tests.fuzz.lines import make_case
+
+    cases = [make_case(number, 5, tmp_path) for number in range(3000)]
+    broken = [case.arguments for case in cases if case.must_fail == "a model that is not whole"]
+    assert broken
+    assert all({"--model", "--reward-model"} & set(arguments) for arguments in broken)
+
+
 @pytest.mark.parametrize(
     ("code", "error", "after", "wrong"),
     [
