@@ -7,7 +7,6 @@ The probe judges hidden states; which neurons are opposed to its direction is fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from shapo.checked import checked
+from shapo.data.noise import rank
 from shapo.data.pairs import PreferencePair
 from shapo.data.tokens import Encoded, PairEncoder, warn_of_cuts
 from shapo.errors import UserError
@@ -415,7 +415,7 @@ def _check_settings(lr: float, epochs: int, batch_size: int, validation: float, 
 
 def _held_out(groups: Sequence[Hashable], share: float, seed: int) -> Tensor:
     """`[N]` bool: the rows of the held-out groups, which are the lowest by a hash of (seed, group)."""
-    ranked = sorted(dict.fromkeys(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    ranked = sorted(dict.fromkeys(groups), key=lambda group: rank(seed, group))
     if len(ranked) < 2:
         raise UserError(
             f"the probe's examples have {len(ranked)} different prompts; it needs two or more to hold some out"

@@ -39,9 +39,9 @@ def flip_labels(pairs: Sequence[PreferencePair], rate: float, *, seed: int) -> l
     return [_flip(pair) if position in chosen else pair for position, pair in enumerate(pairs)]
 
 
-def rank(seed: int, position: int) -> bytes:
-    """A place in an order of positions that looks drawn and depends on no random generator."""
-    return hashlib.sha256(f"{seed}:{position}".encode()).digest()
+def rank(seed: int, key: object) -> bytes:
+    """The place of a position or a text in an order that looks drawn and depends on no random generator."""
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
 
 def _flip(pair: PreferencePair) -> PreferencePair:

@@ -18,7 +18,6 @@ The unsafe answers are harmful content, for research on alignment: what a model 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shapo.data.noise import rank
 from shapo.errors import UserError
 from shapo.storage.files import atomic_folder, json_line
 
@@ -80,7 +80,7 @@ def make_safety_pairs(
         if safe.prompt in tests:
             rows["test_attacks"].append(_row(safe, unsafe, ATTACKS, seed))
     rows["benign"] = list(_benign_answers(Path(refusal_direction)))
-    return {split: sorted(found, key=lambda row: _rank(seed, json.dumps(row))) for split, found in rows.items()}
+    return {split: sorted(found, key=lambda row: rank(seed, json.dumps(row))) for split, found in rows.items()}
 
 
 def write_safety_pairs(
@@ -165,7 +165,7 @@ def _cycled(answers: Sequence[_Answer], seed: int) -> Iterator[tuple[_Answer, _A
     for answer in answers:
         groups.setdefault(answer.prompt, {}).setdefault(answer.text, answer)
     for group in groups.values():
-        ordered = sorted(group.values(), key=lambda answer: _rank(seed, answer.text))
+        ordered = sorted(group.values(), key=lambda answer: rank(seed, answer.text))
         safe, unsafe = [a for a in ordered if not a.unsafe], [a for a in ordered if a.unsafe]
         if safe and unsafe:
             for number in range(max(len(safe), len(unsafe))):
@@ -179,7 +179,7 @@ def _splits(answers: Sequence[_Answer], seed: int) -> dict[str, str]:
         prompts.setdefault(safe.category, set()).add(safe.prompt)
     found = {}
     for category, members in prompts.items():
-        ordered = sorted(members, key=lambda prompt: _rank(seed, prompt))
+        ordered = sorted(members, key=lambda prompt: rank(seed, prompt))
         for position, prompt in enumerate(ordered):
             share = (position + 0.5) / len(ordered)
             seen = "train" if share < 0.6 else "selection" if share < 0.8 else "test"
@@ -188,7 +188,7 @@ def _splits(answers: Sequence[_Answer], seed: int) -> dict[str, str]:
 
 
 def _row(safe: _Answer, unsafe: _Answer, source: str, seed: int) -> dict[str, Any]:
-    first = _rank(seed, safe.prompt + safe.text + unsafe.text)[0] % 2  # position of the safe response
+    first = rank(seed, safe.prompt + safe.text + unsafe.text)[0] % 2  # position of the safe response
     pair = (safe, unsafe) if first == 0 else (unsafe, safe)
     return {
         "prompt": safe.prompt,
@@ -207,10 +207,6 @@ def _row(safe: _Answer, unsafe: _Answer, source: str, seed: int) -> dict[str, An
 def _cut(text: str) -> str:
     joined = " ".join(text.split())
     return joined if len(joined) <= _LENGTH else joined[:_LENGTH].rsplit(" ", 1)[0]
-
-
-def _rank(seed: int, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{text}".encode()).digest()
 
 
 def _files(clone: Path, pattern: str, repository: str) -> list[Path]:
