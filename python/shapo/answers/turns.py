@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shapo.data.pairs import ASSISTANT_MARKER
+from shapo.data.pairs import MARKERS
 from shapo.errors import UserError
 
 _PROBE = "8f2c41"  # stands where the answer would; no template writes it by itself
-_NEXT_TURNS = ("\n\nHuman:", "\n\nSystem:", ASSISTANT_MARKER)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def ending(tokenizer: Any, model: Any = None, *, chat_template: bool = False) ->
             f"the model's generation_config.json or config.json has the eos_token_id {wrong[0]!r}, but numbers of "
             "tokens are expected"
         )
-    texts: tuple[str, ...] = _NEXT_TURNS
+    texts: tuple[str, ...] = tuple(MARKERS.values())
     if chat_template:
         end_id, end_text = _template_end(tokenizer)
         ids += [] if end_id is None else [end_id]

@@ -19,6 +19,7 @@ from shapo.errors import UserError
 
 __all__ = [
     "ASSISTANT_MARKER",
+    "MARKERS",
     "ROLES",
     "EvaluationPrompt",
     "PairSet",
@@ -32,10 +33,9 @@ __all__ = [
 
 ASSISTANT_MARKER = "\n\nAssistant:"
 
-ROLES = ("system", "user", "assistant")
-
-_MARKERS = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": ASSISTANT_MARKER}
-_ROLE_OF = {marker: role for role, marker in _MARKERS.items()}
+MARKERS = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": ASSISTANT_MARKER}
+ROLES = tuple(MARKERS)
+_ROLE_OF = {marker: role for role, marker in MARKERS.items()}
 _ANY_MARKER = re.compile("|".join(re.escape(marker) for marker in _ROLE_OF))
 _INNER_MARKER = re.compile(r"\n{2,}(?=(?:Human|Assistant|System):)")
 
@@ -142,10 +142,10 @@ def render_transcript(messages: Sequence[Mapping[str, str]]) -> str:
     parts = []
     for message in messages:
         role = message["role"]
-        if role not in _MARKERS:
-            raise UserError(f"a message has the role {role!r}; expected one of {', '.join(_MARKERS)}")
+        if role not in MARKERS:
+            raise UserError(f"a message has the role {role!r}; expected one of {', '.join(MARKERS)}")
         content = _INNER_MARKER.sub("\n", message["content"])
-        parts.append(f"{_MARKERS[role]} {content}")
+        parts.append(f"{MARKERS[role]} {content}")
     return "".join(parts) + ASSISTANT_MARKER
 
 
