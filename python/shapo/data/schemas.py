@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from shapo.data.chat import common_length
 from shapo.data.pairs import (
     ASSISTANT_MARKER,
     ROLES,
@@ -165,8 +166,7 @@ def _without_system(turns: Sequence[Mapping[str, str]]) -> list[Mapping[str, str
 
 def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The shared beginning up to its last whole word, and the two rests, which begin with the white space behind it."""
-    both = zip(chosen, rejected, strict=False)
-    end = next((index for index, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
+    end = common_length(chosen, rejected)
     if not (chosen[end : end + 1].isspace() and rejected[end : end + 1].isspace()):
         last_space = re.search(r"\s+\S*$", chosen[:end])
         end = last_space.start() if last_space else 0

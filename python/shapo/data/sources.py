@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from shapo.errors import UserError
+from shapo.errors import UserError, first_line
 
 __all__ = ["Row", "read_rows"]
 
@@ -63,7 +63,7 @@ def read_rows(
         return _hub_rows(name, chosen, stream), f"{name} [{chosen}]"
     reader = _reader(path)
     if reader is None:
-        raise UserError(f"{path}: cannot read this type of file; expected one of {', '.join(_suffixes())}")
+        raise UserError(f"{path}: cannot read this type of file; expected one of {', '.join(_READERS)}")
     return _checked(path, reader), str(path)
 
 
@@ -73,7 +73,7 @@ def _no_split(name: str, split: str | None) -> None:
 
 
 def _split_file(folder: Path, split: str) -> Path:
-    found = [folder / f"{split}{suffix}" for suffix in _suffixes() if (folder / f"{split}{suffix}").is_file()]
+    found = [folder / f"{split}{suffix}" for suffix in _READERS if (folder / f"{split}{suffix}").is_file()]
     if len(found) != 1:
         files = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file())[:8]) or "no files"
         problem = "several files" if found else "no file"
@@ -82,7 +82,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_suffixes())
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(_READERS))
 
 
 def _checked(path: Path, reader: Callable[[Path], Iterator[Any]]) -> Iterator[Row]:
@@ -175,7 +175,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
@@ -187,10 +187,6 @@ _READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
     ".csv.gz": _csv_rows,
     ".parquet": _parquet_rows,
 }
-
-
-def _suffixes() -> tuple[str, ...]:
-    return tuple(_READERS)
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Any]] | None:
@@ -226,7 +222,6 @@ def _hub_rows(name: str, split: str, stream: bool) -> Iterator[Row]:
 
 
 def _hub_failure(name: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     hints = {
         "gated": "ask for access on its page and log in with `hf auth login`",
         "offline": "it is not in the local cache and the hub cannot be reached; give a local file",
@@ -234,4 +229,4 @@ def _hub_failure(name: str, error: Exception) -> str:
         "doesn't exist": "no local file and no hub data set has this name",
     }
     hint = next((hint for word, hint in hints.items() if word in f"{type(error).__name__} {error}".lower()), "")
-    return f"cannot load the data set {name}: {reason}" + (f" ({hint})" if hint else "")
+    return f"cannot load the data set {name}: {first_line(error)}" + (f" ({hint})" if hint else "")

@@ -7,7 +7,6 @@ from unsafe. It is a test bed for methods, not a model of real conversations.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shapo.data.pairs import ASSISTANT_MARKER, render_response, render_transcript
 from shapo.data.synthetic_text import DETAILS, NAMES, OPENINGS, REMARKS, REQUESTS, SAFE, SEEN, UNSAFE, UNSEEN, Topic
 from shapo.errors import UserError
-from shapo.storage.files import write_text
+from shapo.storage.files import json_line, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -130,7 +129,7 @@ def write(folder: str | os.PathLike[str], seed: int, **sizes: int) -> dict[str, 
     paths = {}
     for split, rows in generate(seed, **sizes).items():
         paths[split] = Path(folder) / f"{split}.jsonl"
-        write_text(paths[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(paths[split], "".join(map(json_line, rows)))
     return paths
 
 

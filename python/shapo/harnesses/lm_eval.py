@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shapo.checked import checked
-from shapo.errors import UserError
+from shapo.errors import UserError, first_line
 
 
 def require_lm_eval() -> None:
@@ -67,7 +67,7 @@ def run_tasks(
             log_samples=False,
         )
     except (OSError, ConnectionError) as error:
-        raise UserError(f"lm-eval cannot get the tasks' data: {str(error).splitlines()[0]}") from error
+        raise UserError(f"lm-eval cannot get the tasks' data: {first_line(error)}") from error
     return {name: _entry(name, values, results) for name, values in results["results"].items()}
 
 
