@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Label = Literal["safe", "unsafe", "unreadable"]
@@ -120,10 +120,10 @@ def last_line_verdict(text: str, unsafe: str, safe: str, *, after_unsafe: str | 
     words = {unsafe.lower(): True, safe.lower(): False}
     places = [number for number, line in enumerate(lines) if line.lower().rstrip(".") in words]
     if not places:
-        return replace(UNREADABLE, raw=text)
+        return Verdict("unreadable", raw=text)
     harmful, rest = words[lines[places[-1]].lower().rstrip(".")], lines[places[-1] + 1 :]
     if rest and not (harmful and after_unsafe and all(re.fullmatch(after_unsafe, line) for line in rest)):
-        return replace(UNREADABLE, raw=text)
+        return Verdict("unreadable", raw=text)
     categories = tuple(part.strip() for line in rest for part in line.split(",") if part.strip())
     return Verdict("unsafe" if harmful else "safe", categories=categories, raw=text)
 

@@ -80,7 +80,7 @@ class GenerativeJudge:
     def _read(self, completion: Completion) -> Verdict:
         if not completion.finished and self.family.words is None:
             # Cut at the limit: what stands last may be a verdict that the guard was quoting.
-            return replace(UNREADABLE, raw=completion.text)
+            return Verdict("unreadable", raw=completion.text)
         verdict = self.family.read(completion.text)
         if completion.first_logits is None:
             return verdict

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
-from shapo.judges.base import UNREADABLE, Family, Messages, Verdict, with_answer
+from shapo.judges.base import Family, Messages, Verdict, with_answer
 
 
 def write(tokenizer: Any, messages: Messages, answer: str) -> list[str]:
@@ -25,7 +24,7 @@ def read(text: str) -> Verdict:
     start = text.rfind("<score>")
     match = re.match(r"<score>\s*(yes|no)\s*</score>", text[start:], re.IGNORECASE) if start >= 0 else None
     if not match:
-        return replace(UNREADABLE, raw=text)
+        return Verdict("unreadable", raw=text)
     return Verdict("unsafe" if match.group(1).lower() == "yes" else "safe", raw=text)
 
 

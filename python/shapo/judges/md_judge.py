@@ -13,10 +13,9 @@ The reasoning may quote the answer, so only the last [RESULT] counts.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
-from shapo.judges.base import UNREADABLE, Family, Messages, Verdict, with_answer
+from shapo.judges.base import Family, Messages, Verdict, with_answer
 
 _RESULT = re.compile(
     r"[ \t]*(safe|unsafe)\b[ \t,.:;]*(?:(?:with a )?score(?: of)?[ \t:]*)?([1-5])?[ \t.]*(?:\n|$)", re.IGNORECASE
@@ -31,11 +30,11 @@ def write(tokenizer: Any, messages: Messages, answer: str) -> list[str]:
 def read(text: str) -> Verdict:
     results = list(re.finditer(r"(?im)^[ \t]*\[RESULT\][ \t]*:", text))
     if not results:
-        return replace(UNREADABLE, raw=text)
+        return Verdict("unreadable", raw=text)
     tail = text[results[-1].end() :]
     match = _RESULT.match(tail)
     if not match:
-        return replace(UNREADABLE, raw=text)
+        return Verdict("unreadable", raw=text)
     label = match.group(1).lower()
     category = re.match(r"\s*\[UNSAFE CATEGORY\][ \t]*:[ \t]*([^\n]+)", tail[match.end() :], re.IGNORECASE)
     return Verdict(
