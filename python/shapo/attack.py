@@ -26,6 +26,7 @@ from shapo.errors import UserError
 from shapo.judges.base import Judge, Verdict
 from shapo.judges.files import verdict_row
 from shapo.judges.refusal import RefusalJudge
+from shapo.models.adapters import Lora, add_lora
 from shapo.statistics import bounded_share, unsafe_case
 from shapo.storage.files import json_line, write_text
 from shapo.training.loop import METRICS
@@ -150,7 +151,7 @@ def run_attack(
         training, held_out = split_examples(examples, config, seed)
         model = load()
         if config.lora:
-            model = _with_adapters(model, config.lora, seed)
+            model = add_lora(model, Lora(r=config.lora), seed=seed)
         folder = output / f"seed-{seed}"
         start = (output / f"seed-{seeds[0]}", results[0]["curve"][0]) if results else None
         measure = _Measurement(model, encoder, prompts, benign, judge, config.max_new_tokens, folder, start)
@@ -242,14 +243,3 @@ def _verdicts(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("loss", *_COUNTED) if name in row}
-
-
-def _with_adapters(model: Any, rank: int, seed: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora needs the package peft; `pip install peft`, or give --lora 0") from error
-    import torch
-
-    torch.manual_seed(seed)  # of the adapters' first values
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
