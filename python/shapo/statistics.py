@@ -7,7 +7,7 @@ Closed forms, with their sources; nothing here knows files or models.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,8 +194,3 @@ def _bootstrap(minus: int, plus: int, n: int, resamples: int, seed: int) -> tupl
     counts = np.random.default_rng(seed).multinomial(n, [minus / n, plus / n, (n - minus - plus) / n], size=resamples)
     low, high = np.percentile((counts[:, 1] - counts[:, 0]) / n, [2.5, 97.5])
     return float(low), float(high)
-
-
-def mean_and_spread(values: Sequence[float]) -> Mapping[str, float]:
-    """Mean, smallest, largest and number of some seeds' values: few seeds have no interval worth the name."""
-    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}

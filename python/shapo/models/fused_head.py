@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shapo.errors import UserError
 from shapo.libraries.torch import has_hooks, is_sharded_alone
+from shapo.models.modes import evaluating
 from shapo.models.wrappers import unwrap
 from shapo_kernels import losses
 
@@ -127,14 +128,10 @@ def _ask(model: Any, wrapped: Any) -> FusedHead | str:
             logits = theirs(**inputs).logits
         return logits, backbone(**inputs).last_hidden_state
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), _forward_of(model, both):
+        with evaluating(model), torch.no_grad(), _forward_of(model, both):
             logits, hidden = (wrapped if sharded else both)(input_ids=tokens, use_cache=False)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for module in sharded:
             module.reshard()  # the outermost would keep its weights, and not see the next step's
     if len(taken) != 1 or not torch.allclose(taken[0], hidden, rtol=1e-3, atol=1e-5):

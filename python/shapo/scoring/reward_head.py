@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,7 @@ def saturated(rewards: PairRewards, beta_reward: float) -> float:
 def sharpness_hint(rewards: PairRewards) -> float:
     """The beta_reward at which the median pair has the soft label 0.9 or 0.1."""
     median = (rewards.chosen.double() - rewards.rejected.double()).abs().median().item()
-    return 2.1972245773362196 / median if median > 0 else 1.0  # log 9
+    return math.log(9) / median if median > 0 else 1.0
 
 
 def _differences(scorer: RewardScorer, head: nn.Linear, pairs: Sequence[PreferencePair], progress: bool) -> Tensor:

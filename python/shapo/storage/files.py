@@ -96,9 +96,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes `value` as indented JSON, atomically.  NaN and infinity become null: strict readers refuse them."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -147,8 +145,7 @@ def require_replaceable(target: Path) -> None:
 def _temporary(target: Path, ending: str = "tmp") -> Iterator[Path]:
     """A name beside `target` that nobody has; what is there on leaving is removed, and what killed runs have left."""
     _remove_leftovers(target.parent)
-    host = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
-    name = f".shapo-{host}-{os.getpid()}-{os.urandom(8).hex()}.{ending}"
+    name = f".shapo-{_host()}-{os.getpid()}-{os.urandom(8).hex()}.{ending}"
     path = target.with_name(name)
     _in_use.add(name)
     try:
@@ -156,6 +153,10 @@ def _temporary(target: Path, ending: str = "tmp") -> Iterator[Path]:
     finally:
         _in_use.discard(name)
         _remove(path)
+
+
+def _host() -> str:
+    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -172,7 +173,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_abandoned(match: re.Match[str], entry: os.DirEntry[str]) -> bool:
-    if match["host"] != hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest():
+    if match["host"] != _host():
         # Whether a process of another machine, or of a container that is gone, still writes cannot be asked.
         with contextlib.suppress(OSError):
             return time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY

@@ -2,8 +2,7 @@
 
 Rows go into a file beside the output, `<name>.part`, as they come; its first line says what they were made from. Once
 all are there the output is written whole, in the asked order, and the part removed. A run that is stopped or killed
-goes on
-from its part; one of other settings is refused.
+goes on from its part; one of other settings is refused.
 """
 
 from __future__ import annotations
