@@ -92,6 +92,20 @@ def test_an_attack_is_sft_measured_from_its_first_step(lora, tiny_llama, tiny_en
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_what_the_generation_config_stores_changes_no_answer(lora, tiny_llama, tiny_encoder, tmp_path):
+    def answers(folder, **stored):
+        seen, model = [], copy.deepcopy(tiny_llama)
+        model.generation_config.update(**stored)
+        judge = CallableJudge(lambda prompts, answers: seen.extend(answers) or ["safe"] * len(answers))
+        config = AttackConfig(**{**vars(SMALL), "lora": lora, "steps": 1, "max_new_tokens": 16})
+        run_attack(lambda: copy.deepcopy(model), tiny_encoder, EXAMPLES, PROMPTS, judge,
+                   config=config, seeds=[0], output=tmp_path / folder, progress=False)  # fmt: skip
+        return seen
+
+    assert answers("plain") == answers("stored", repetition_penalty=50.0)
+
+
 def test_prompts_that_are_trained_on_are_refused(tiny_llama, tiny_encoder, tmp_path):
     shared = [EvaluationPrompt(EXAMPLES[0][0], "", "0")]
     with pytest.raises(UserError, match="1 of the prompts to answer are prompts of the attack's data"):
