@@ -4,6 +4,11 @@
 
 does the study's main jobs twice, once undisturbed and once with a worker that is killed in the middle of a training,
 followed by two workers at once; it prints what each left behind, as JSON.
+
+    python -m tests.support.tiny_study FOLDER again
+
+does a part of the plan of one core, in a folder that `prepare` made, by workers of which each is killed after a while;
+it prints how many were.
 """
 
 import json
@@ -23,6 +28,9 @@ from shapo.study.plan import Plan
 from shapo.study.queue import run_queue
 from shapo.study.trial import Trial
 from tests.support.llamas import llama
+
+# What of a row differs from one run to the next.
+TIMES = ("seconds", "cpu_seconds", "seconds_per_update")
 
 PLAN = Plan(
     max_length=64,
@@ -99,14 +107,41 @@ def work(folder, output, jobs=None, plan=PLAN, **options):
     return run_queue(chosen, output, trial, **options)
 
 
-def _forked(folder, output, log):
-    """The process of a worker, which writes a line a job to the file `log`."""
+# Of `SMALL`: every kind of job, and what each needs.
+PART = [
+    *("probe", "gradient", "tune-dpo-lr0.001-seed100", "tune-dpo-lr0.01-seed100", "choice"),
+    *("match-0.05-gradient-10", "match-0.1-gradient-10"),
+    *("tune-shapo-gradient-10-rise0.05-seed100", "tune-shapo-gradient-10-rise0.1-seed100", "wider"),
+    *("match-wide-all", "match-wide-head", "dpo-noise0.4-seed0", "shapo-head-wide-noise0.4-seed0"),
+    *("shapo-all-wide-noise0-seed0", "answers-shapo-all-wide-noise0", "aligned-dpo-all"),
+    *("tune-rdpo-0.2-seed100", "tune-rdpo-0.3-seed100", "tune-rdpo-0.4-seed100", "best-rdpo"),
+    *("reward", "dpo-reward-noise0.4-seed0"),
+]
+
+
+def _forked(folder, output, log, jobs=JOBS, plan=PLAN):
+    """The process of a worker, which adds a line a job to the file `log`."""
     pid = os.fork()
     if pid == 0:
-        with open(log, "w") as file:
-            work(folder, output, JOBS, log=lambda line: print(line, file=file, flush=True))
+        with open(log, "a") as file:
+            work(folder, output, jobs, plan, log=lambda line: print(line, file=file, flush=True))
         os._exit(0)
     return pid
+
+
+def killed_again_and_again(folder):
+    """How many workers were killed, each a little later than the one before, until one came to the end."""
+    output, patience, killed = folder / "again", 0.5, 0
+    while True:
+        worker = _forked(folder, output, folder / "again.log", PART, SMALL)
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if os.waitpid(worker, os.WNOHANG)[0]:
+                return killed
+            time.sleep(0.002)
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        killed, patience = killed + 1, 1.25 * patience
 
 
 def killed_and_resumed(folder):
@@ -133,4 +168,5 @@ def killed_and_resumed(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(killed_and_resumed(Path(sys.argv[1]))))
+    done = killed_again_and_again if sys.argv[2:] == ["again"] else killed_and_resumed
+    print(json.dumps(done(Path(sys.argv[1]))))

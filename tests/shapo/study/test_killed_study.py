@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from shapo.study.report import write_report
-from tests.support.tiny_study import JOBS
+from tests.support.tiny_study import JOBS, TIMES
 
 pytestmark = pytest.mark.slow
-
-TIMES = ("seconds", "cpu_seconds", "seconds_per_update")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ from shapo.study.methods import comparison_table
 from shapo.study.queue import read_rows
 from shapo.study.report import write_report
 from shapo.study.trial import Trial
-from tests.support.tiny_study import SMALL, prepare, work
+from tests.support.tiny_study import PART, SMALL, TIMES, prepare, work
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +33,22 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(folder):
     return read_rows(folder / "study")
+
+
+def test_workers_that_are_killed_again_and_again_leave_the_same_rows(folder, rows):
+    command = [sys.executable, "-m", "tests.support.tiny_study", str(folder), "again"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) >= 5
+    found = read_rows(folder / "again")
+    assert sorted(found) == sorted(PART)
+    assert {rows[name]["kind"] for name in PART} == {row["kind"] for row in rows.values()}
+    for name, row in found.items():
+        assert {k: v for k, v in row.items() if k not in TIMES} == {
+            k: v for k, v in rows[name].items() if k not in TIMES
+        }
+    lines = [line.split(":")[0] for line in (folder / "again.log").read_text().splitlines()]
+    assert sorted(lines) == sorted(set(lines))  # a job with a row is not done again
 
 
 def last_loss(row):
@@ -103,6 +122,14 @@ def test_rewards_follow_the_answers_when_a_label_is_flipped(folder):
     assert clean.chosen.tolist() == flipped.rejected.tolist()
     assert clean.rejected.tolist() == flipped.chosen.tolist()
     assert clean.chosen.tolist() != clean.rejected.tolist()
+
+
+def test_the_soft_labels_of_all_training_pairs_are_in_each_histogram(rows, folder):
+    row = rows["reward"]
+    assert [sum(counts) for counts in row["histograms"].values()] == [16] * 4
+    assert list(row["histograms"]) == list(row["saturated"])[:4]
+    write_report(folder / "study")
+    assert (folder / "study" / "soft_labels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_1_after_alignment_is_about_the_trained_model_and_its_own_reference(rows):
