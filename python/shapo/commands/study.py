@@ -59,6 +59,7 @@ REPLACES = (
     "report.html",
     "figure1.png",
     "shares.png",
+    "soft_labels.png",
     "comparisons.png",
 )
 SHARED = True  # by its own workers, which lock each job

@@ -22,7 +22,7 @@ from shapo.errors import UserError, first_line
 from shapo.models.modes import evaluating
 from shapo.scoring.rewards import PairRewards, RewardScorer, pad
 
-__all__ = ["HeadFit", "fit_reward_head", "reward_model_of", "saturated", "sharpness_hint", "soft_labels"]
+__all__ = ["HeadFit", "fit_reward_head", "histogram", "reward_model_of", "saturated", "sharpness_hint", "soft_labels"]
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _FOLDS = 5
@@ -107,6 +107,11 @@ def fit_reward_head(scorer: RewardScorer, pairs: Sequence[PreferencePair], *, pr
 def soft_labels(rewards: PairRewards, beta_reward: float) -> Tensor:
     """q = sigmoid(beta_reward (r_chosen - r_rejected)) of every pair, `[N]` fp64."""
     return torch.sigmoid(beta_reward * (rewards.chosen.double() - rewards.rejected.double()))
+
+
+def histogram(rewards: PairRewards, beta_reward: float) -> list[int]:
+    """How many pairs have a soft label in each twentieth of [0, 1]."""
+    return [int(count) for count in torch.histc(soft_labels(rewards, beta_reward), bins=20, min=0.0, max=1.0)]
 
 
 def saturated(rewards: PairRewards, beta_reward: float) -> float:

@@ -17,7 +17,7 @@ from shapo.data.tokens import PairEncoder
 from shapo.judges.refusal import refuses
 from shapo.models.modes import evaluating
 from shapo.probe import extract_features, probe_examples, train_probe
-from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint
+from shapo.scoring.reward_head import fit_reward_head, histogram, reward_model_of, saturated, sharpness_hint
 from shapo.scoring.rewards import PairRewards, RewardScorer
 from shapo.sharpness import moving
 from shapo.study.losses import LanguageLoss, Loss, climb, moved
@@ -126,14 +126,15 @@ class Measuring:
         fit = fit_reward_head(scorer, self.data.read("selection"), progress=False)
         rewards = scorer.score_pairs(self.data.read("train"), progress=False)
         self.space.save("reward", {"chosen": rewards.chosen, "rejected": rewards.rejected})
-        beta = sharpness_hint(rewards)
+        beta, betas = sharpness_hint(rewards), (0.3, 1.0, 3.0, 10.0)
         return {
             "accuracy": fit.accuracy,
             "penalty": fit.penalty,
             "pairs": fit.pairs,
             "agreement": rewards.agreement(),
             "beta_reward": beta,
-            "saturated": {f"{one:g}": saturated(rewards, one) for one in (0.3, 1.0, 3.0, 10.0, round(beta, 3))},
+            "saturated": {f"{one:g}": saturated(rewards, one) for one in (*betas, round(beta, 3))},
+            "histograms": {f"{one:g}": histogram(rewards, one) for one in betas},
         }
 
     def rewards(self, pairs: Sequence[PreferencePair]) -> PairRewards:

@@ -54,6 +54,7 @@ def write_report(folder: Path) -> Path:
     _plot(folder / "figure1.png", done)
     plot_shares(folder / "shares.png", done)
     plot_comparisons(folder / "comparisons.png", tables["comparisons"])
+    plot_labels(folder / "soft_labels.png", done)
     write_text(folder / "report.md", f"# A study of the method on a real model\n\n{render_tables(plan, rows)}\n")
     if tables["methods"] or tables["figure1"]:  # a page needs something to draw
         write_text(folder / "report.html", render(collect([folder]), title="ShaPO on a real model"))
@@ -102,6 +103,20 @@ def plot_shares(path: Path, rows: Mapping[str, Row]) -> None:
     for whole, title in (("of_neurons", "of the rise in all neurons"), ("of_all", "of the rise in all parameters")):
         panels[title] = {f"{e['space']} ({e['neurons']})": tuple(100 * x for x in e[whole]) for e in shown}
     plot_differences(path, panels, label="share, %", title=f"Figure 1 at rho {rho:g} (95 %)", signed=False)
+
+
+def plot_labels(path: Path, rows: Mapping[str, Row]) -> None:
+    """Figure 5's histograms of the reward model's soft labels, where there is one."""
+    from shapo.plots import plot_soft_labels
+
+    found = rows.get("reward", {}).get("histograms", {})
+    if not found:
+        return
+    labels = {
+        float(beta): np.repeat((np.arange(len(counts)) + 0.5) / len(counts), counts) for beta, counts in found.items()
+    }
+    pairs = sum(next(iter(found.values())))
+    plot_soft_labels(path, labels, title=f"Figure 5, soft labels of {pairs} training pairs")
 
 
 def plotted(entry: Mapping[str, Any]) -> bool:

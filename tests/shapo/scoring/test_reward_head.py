@@ -10,7 +10,14 @@ from shapo.data.formats import load_pairs
 from shapo.data.pairs import PreferencePair
 from shapo.errors import UserError
 from shapo.models.loading import save_model
-from shapo.scoring.reward_head import fit_reward_head, reward_model_of, saturated, sharpness_hint, soft_labels
+from shapo.scoring.reward_head import (
+    fit_reward_head,
+    histogram,
+    reward_model_of,
+    saturated,
+    sharpness_hint,
+    soft_labels,
+)
 from shapo.scoring.rewards import PairRewards, RewardScorer, load_reward_scorer
 
 
@@ -71,6 +78,15 @@ def test_soft_labels_and_their_saturation():
     assert [saturated(rewards, beta) for beta in (1.0, 2.0, 5.0)] == [0.0, 0.25, 0.75]
     median = PairRewards(torch.tensor([2.0, -2.0, 2.0]), torch.zeros(3))
     assert soft_labels(median, sharpness_hint(median)).tolist() == pytest.approx([0.9, 0.1, 0.9])
+
+
+def test_the_histogram_counts_pairs_by_their_soft_label():
+    differences = [math.log(q / (1 - q)) for q in (0.01, 0.04, 0.52, 0.99)]
+    rewards = PairRewards(
+        torch.tensor([*differences, 1000.0], dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    )
+    assert histogram(rewards, 1.0) == [2, *[0] * 9, 1, *[0] * 8, 2]
+    assert sum(histogram(rewards, 1e-9)[9:11]) == 5
 
 
 def test_too_few_prompts_are_refused(scorer, pairs):
