@@ -15,16 +15,20 @@ from shapo.data import synthetic
 from shapo.data.formats import load_pairs
 from shapo.data.noise import flip_labels
 from shapo.data.tokens import PairEncoder
-from shapo.libraries.accelerate import join
+from shapo.libraries.accelerate import join, make_accelerator
 from shapo.models.adapters import Lora, adapters_subspace, add_lora
+from shapo.models.spread import read_once, skeleton
+from shapo.ranks import Ranks
 from shapo.recipe import PRESETS
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
 from shapo.training.metrics import read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft
+from shapo.training.sharding import partition_by_zero3, shard_by_fsdp2
 from shapo_kernels import Subspace
 from tests.support.accelerate_state import accelerate_anew
+from tests.support.heap import peak_bytes
 from tests.support.llamas import llama
 from tests.support.ranks import on_rank
 
@@ -80,6 +84,7 @@ def train(case, folder, *, resume=False):
     loop = LoopConfig(**{**LOOP, **case.get("loop", {})})
     options = {"output": Path(folder), "save": save, "resume": resume, "progress": False}
     if case.get("kind") == "sft":
+        model = skeleton(model) if Ranks.here().rank else model
         examples = [(pair.prompt, pair.chosen) for pair in load_pairs(rows["train"][:PAIRS])]
         train_sft(model, encoder, examples, config=loop, held_out=examples[:3], **options)
         return saved, lines(folder)
@@ -87,6 +92,8 @@ def train(case, folder, *, resume=False):
     loss = LossConfig(**case.get("loss", {}))
     if case.get("lora"):
         model = add_lora(model, Lora(r=2), seed=0)
+    if Ranks.here().rank:
+        model = skeleton(model)  # rank 0 alone reads it
     subspace = None
     if "shapo" in case:
         subspace = adapters_subspace(model) if case.get("lora") else Subspace(case.get("subspace", SUBSPACE))
@@ -121,6 +128,29 @@ def lines(folder):
     return [shared(row) for row in read_metrics(Path(folder) / "metrics.jsonl")]
 
 
+def start(engine):
+    """What this rank has in use at most while a model is read and sharded, the size of the model, and its buffer.
+
+    In bytes; a rank that reads no model has none of its size.
+    """
+    sizes, made = [], []
+    shard = {"fsdp2": shard_by_fsdp2, "zero3": partition_by_zero3}[engine]
+    accelerator = make_accelerator(micro_batch_size=1, clip=0.0, bf16_weights=False)
+
+    def read():
+        model = llama(hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=512)
+        model.register_buffer("kept", torch.tensor(7.0))
+        sizes.extend(weight.nbytes for weight in model.parameters())
+        return model
+
+    def run():
+        model = read_once(Ranks.here(), read)
+        made.append(shard(accelerator, model) or model)
+
+    peak = peak_bytes(lambda: run)
+    return peak, sum(sizes), made[0].kept.item()
+
+
 def on_ranks(case):
     """What `train` returns; with `again` once more, of a run that goes on from the first one's last checkpoint.
 
@@ -131,6 +161,9 @@ def on_ranks(case):
         with accelerate_anew():
             os.environ.update(environment_of(case["engine"]))
             join(cpu=True, timeout=timedelta(seconds=100))
+            if case.get("starts"):
+                results.append(start(case["engine"]))
+                continue
             try:
                 results.append(train(case, case["folder"], resume=bool(again or case.get("resume"))))
             except Exception as error:

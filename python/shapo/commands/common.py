@@ -178,35 +178,47 @@ def run_folder(arguments: argparse.Namespace) -> Path:
     return Ranks.here().on_main(find)
 
 
-def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True, trained: bool = False) -> Any:
+def load_model(name: str, arguments: argparse.Namespace, *, slow: bool = True) -> Any:
     """The model `name` in the precision and on the device of the command line; `slow` if it is to compute much."""
-    from shapo.libraries.accelerate import shards_weights
     from shapo.models import loading
 
-    # A model that is going to be sharded may be too large for one GPU.
-    several = trained and Ranks.here().count > 1
-    sharded, four_bit = several and shards_weights(), trained and arguments.qlora is not None
-    if several and four_bit:
-        raise UserError("--qlora runs in one process; on several ranks use --lora")
-    device = "cpu" if sharded else arguments.device
-    model = loading.load_model(name, dtype=arguments.dtype, device=device, four_bit=four_bit)
+    model = loading.load_model(name, dtype=arguments.dtype, device=arguments.device)
     if slow and not getattr(arguments, "bf16", True):
         loading.hint_at_bf16(model)
     return model
 
 
-def adapted(model: Any, arguments: argparse.Namespace) -> Any:
-    """The model as --attn, --lora or --qlora, and --gradient-checkpointing want it trained.
+def trained_model(arguments: argparse.Namespace) -> Any:
+    """The model as --attn, --lora or --qlora, and --gradient-checkpointing want it trained (a collective).
+
+    Rank 0 alone reads it; on the others its weights are on the meta device.
 
     Raises:
-        UserError: transformers cannot give it, or see `add_lora`.
+        UserError: transformers cannot give it, or see `load_model` and `add_lora`.
     """
-    from shapo.models import adapters, blocks
+    from shapo.libraries.accelerate import shards_weights
+    from shapo.models import adapters, blocks, loading
+    from shapo.models.spread import read_once
 
-    if arguments.attn:
-        blocks.set_attention(model, arguments.attn)
-    if spec := arguments.lora or arguments.qlora:
-        model = adapters.add_lora(model, adapters.Lora.parse(spec), seed=arguments.seed)
+    ranks = Ranks.here()
+    if ranks.count > 1 and arguments.qlora is not None:
+        raise UserError("--qlora runs in one process; on several ranks use --lora")
+    # A model that is going to be sharded may be too large for one GPU.
+    device = "cpu" if ranks.count > 1 and shards_weights() else arguments.device
+
+    def read_model() -> Any:
+        model = loading.load_model(
+            arguments.model, dtype=arguments.dtype, device=device, four_bit=arguments.qlora is not None
+        )
+        if not arguments.bf16:
+            loading.hint_at_bf16(model)
+        if arguments.attn:
+            blocks.set_attention(model, arguments.attn)
+        if spec := arguments.lora or arguments.qlora:
+            model = adapters.add_lora(model, adapters.Lora.parse(spec), seed=arguments.seed)
+        return model
+
+    model = read_once(ranks, read_model)
     if arguments.gradient_checkpointing:
         blocks.checkpoint_blocks(model)
     return model

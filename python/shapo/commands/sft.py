@@ -52,8 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--held-out is {arguments.held_out}, but {len(pairs)} pairs leave room for 0 to {len(pairs) - 1}"
         )
     training, held_out = pairs[: len(pairs) - arguments.held_out], pairs[len(pairs) - arguments.held_out :]
-    model, tokenizer = common.load_model(arguments.model, arguments, trained=True), load_tokenizer(arguments.model)
-    model = common.adapted(model, arguments)
+    model, tokenizer = common.trained_model(arguments), load_tokenizer(arguments.model)
     examples = [(pair.prompt, pair.chosen) for pair in training]
     if arguments.responses == "both":
         examples += [(pair.prompt, pair.rejected) for pair in training]

@@ -127,8 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     subspace = Subspace.load(arguments.subspace) if shapo and arguments.subspace not in named else None
     pairs = flip_labels(list(common.load_data(arguments)), arguments.noise, seed=arguments.noise_seed)
     held_out = common.load_data(arguments, evaluation=True) if arguments.eval_data else []
-    model, tokenizer = common.load_model(arguments.model, arguments, trained=True), load_tokenizer(arguments.model)
-    model = common.adapted(model, arguments)
+    model, tokenizer = common.trained_model(arguments), load_tokenizer(arguments.model)
     if shapo and subspace is None:
         subspace = named[arguments.subspace](model)
     if subspace is not None:

@@ -44,7 +44,7 @@ def join(*, cpu: bool, timeout: timedelta) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    # transformers would load no weights on other ranks than 0, which the loops look at before they are sharded.
+    # transformers would load no weights on other ranks than 0: of reward models neither, which every rank needs.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     by_deepspeed = wanted_engine() == "DeepSpeed"
     if by_deepspeed and importlib.util.find_spec("deepspeed") is None:

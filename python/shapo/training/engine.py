@@ -7,7 +7,6 @@ those of one process.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +19,13 @@ from torch import Tensor, nn
 from shapo.config import LoopConfig
 from shapo.errors import UserError
 from shapo.libraries.accelerate import beneath, make_accelerator, wanted_engine, wanted_precision
+from shapo.models.spread import allocated, replace_parameters, skeleton
 from shapo.notes import note
 from shapo.ranks import Ranks
 from shapo.training.checkpoint import Stateful
-from shapo.training.optimizers import largest_norm, require_finite
+from shapo.training.optimizers import largest_norm, make_optimizer, require_finite
 from shapo.training.rounding import StepRounding
+from shapo.training.sharding import partition_by_zero3, shard_by_fsdp2
 from shapo_kernels.interop.deepspeed import EngineStep
 from shapo_kernels.interop.quantised import is_quantised
 from shapo_kernels.interop.torch_private import is_dtensor
@@ -42,23 +43,23 @@ class Engine:
         base: What a `ShaPOOptimizer` is made around, with `model`.
 
     Args:
-        model: The model, whole, on this rank's device.
-        optimizer: Over its parameters.
-        config: The loop's.
+        model: The model on rank 0, whole; the others may have its `skeleton`. Values are rank 0's.
+        config: The loop's; its optimizer is made over the parameters as they are trained, parts of them where the
+            model is sharded.
         each: Examples of a micro-batch on a rank.
 
     Raises:
         UserError: An engine that the loop cannot use, or an optimizer that cannot step parts of weights.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, each: int) -> None:
+    def __init__(self, model: nn.Module, config: LoopConfig, each: int) -> None:
         self.ranks, self._clip = Ranks.here(), config.clip
         self.model: Any = model
-        self.base: Any = optimizer
         self.kind, self._skeleton = "one", None
         if self.ranks.count == 1:
             if wanted_engine():
                 note(f"one process trains without {wanted_engine()}, whatever the Accelerate config says")
+            self.base: Any = make_optimizer(model.parameters(), config)
             return
         dtype = next(model.parameters()).dtype
         self._accelerator = make_accelerator(
@@ -74,8 +75,19 @@ class Engine:
             )
         # What is sharded is gathered into it when it is saved.
         if self.kind == "fsdp2" or (self.kind == "zero" and self._stage == 3):
-            self._skeleton = _skeleton(model)
-        self.model, prepared = self._accelerator.prepare(model, optimizer)
+            self._skeleton = skeleton(model)
+        if self.kind == "fsdp2":
+            self.model = shard_by_fsdp2(self._accelerator, model)
+            self.base = make_optimizer(self.model.parameters(), config)
+            return
+        if self._skeleton is not None:
+            partition_by_zero3(self._accelerator, model)
+        else:
+            # DDP and DeepSpeed send rank 0's values when they wrap the model.
+            device = self._accelerator.device
+            replace_parameters(model, lambda weight: allocated(weight, device))
+            model.to(device)
+        self.model, prepared = self._accelerator.prepare(model, make_optimizer(model.parameters(), config))
         self.base = prepared if self.kind == "zero" else beneath(prepared)
 
     def _kind(self) -> str:
@@ -294,12 +306,3 @@ def _like(value: Any, sharded: Any) -> Any:
     where = sharded.device_mesh
     # Every rank has read the whole tensor, so none is sent.
     return distribute_tensor(value.to(where.device_type), where, sharded.placements, src_data_rank=None)
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model whose weights take no memory."""
-    weights = {
-        id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
-        for weight in model.parameters()
-    }
-    return copy.deepcopy(model, weights)

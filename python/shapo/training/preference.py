@@ -28,7 +28,7 @@ from shapo.storage.fingerprint import digest_model, digest_rows, digest_tensors
 from shapo.training.engine import Engine
 from shapo.training.loop import METRICS, Loop, Save, read_state
 from shapo.training.metrics import read_metrics
-from shapo.training.optimizers import make_optimizer, make_scheduler
+from shapo.training.optimizers import make_scheduler
 from shapo.training.rounding import StepRounding
 from shapo.training.update import PreferenceUpdate
 from shapo_kernels import ShaPOOptimizer, Subspace
@@ -55,7 +55,7 @@ def train_preferences(
     """Trains `model` in place; as it is given, it is the reference.
 
     Args:
-        model: The policy.
+        model: The policy. On other ranks than 0 its `models.spread.skeleton` does as well: values are rank 0's.
         data: Training pairs; flipped ones are watched: how many of their wrong labels the model comes to agree with.
         loss: The loss and its aggregation.
         loop: Length, batches, optimizer.
@@ -89,8 +89,8 @@ def train_preferences(
     if shapo is not None:
         _require_an_ascent_that_fits(shapo, loss, loop, ranks)
         _require_shapo_updates(shapo, total)
-    start = digest_model(model)
-    base_start = digest_base(model) if is_peft(model) else start
+    start = ranks.on_main(lambda: digest_model(model))
+    base_start = ranks.on_main(lambda: digest_base(model)) if is_peft(model) else start
     run = {
         "kind": "preference",
         "model": start,
@@ -104,7 +104,7 @@ def train_preferences(
     }
     state = read_state(output, run, ranks, resume=resume)
     each = -(-loop.micro_batch(ranks.count) // ranks.count)
-    engine = Engine(model, make_optimizer(model.parameters(), loop), loop, each)
+    engine = Engine(model, loop, each)
     model = engine.model
     head = find_fused_head(model, loop.fused_head)
     precision = {"bf16": loop.bf16, "fused_head": loop.fused_head}

@@ -22,7 +22,7 @@ from shapo.scoring.logps import response_logps
 from shapo.storage.fingerprint import digest_model, digest_rows
 from shapo.training.engine import Engine
 from shapo.training.loop import Loop, Save, read_state
-from shapo.training.optimizers import make_optimizer, make_scheduler
+from shapo.training.optimizers import make_scheduler
 from shapo.training.order import split
 from shapo.training.rounding import StepRounding
 
@@ -57,18 +57,18 @@ def train_sft(
     rows = [encoder.encode(prompt, response) for prompt, response in examples]
     checks = [encoder.encode(prompt, response) for prompt, response in held_out]
     warn_of_cuts([*rows, *checks], encoder.max_length)
+    ranks = Ranks.here()
     run = {
         "kind": "sft",
-        "model": digest_model(model),
+        "model": ranks.on_main(lambda: digest_model(model)),
         "data": digest_rows([row.prompt_length, *row.input_ids] for row in rows),
         **adapter_identity(model),
         **identity(config),
     }
-    ranks = Ranks.here()
     state = read_state(output, run, ranks, resume=resume)
     whole, total_updates = config.micro_batch(ranks.count), config.total_updates(len(rows))
     each = -(-whole // ranks.count)
-    engine = Engine(model, make_optimizer(model.parameters(), config), config, each)
+    engine = Engine(model, config, each)
     head = find_fused_head(engine.model, config.fused_head)
     optimizer = engine.plain()
     scheduler = make_scheduler(optimizer, config, total_updates)

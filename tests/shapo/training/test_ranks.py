@@ -58,7 +58,8 @@ LASTING = {
     "loop": {"optimizer": "adamw", "lr": 1e-2, "save_every": 3},
 }
 DROPOUT = {**LASTING, "loop": {**LASTING["loop"], "dropout": True}, "dropout": 0.2, "again": True}
-RESUMED = [{**DROPOUT, "engine": engine} for engine in sorted({case["engine"] for case in CASES})]
+ENGINES = sorted({case["engine"] for case in CASES})
+RESUMED = [{**DROPOUT, "engine": engine} for engine in ENGINES]
 RESUMED.append({**DROPOUT, "engine": "fsdp2", "kind": "sft"})
 FAILING = [
     {"engine": "fsdp2", "fails": "adafactor cannot step a part of a weight", "loop": {"optimizer": "adafactor"}},
@@ -68,6 +69,7 @@ FAILING = [
         "shapo": {**SHAPO, "ascent": "grad"},
     },
 ]
+STARTING = [{"engine": engine, "starts": True} for engine in ENGINES if engine in ("fsdp2", "zero3")]
 MOVED = {**LASTING, "engine": "fsdp2"}
 FOUR = [case for case in CASES if case["engine"] != "zero2"][2::3]
 
@@ -103,7 +105,7 @@ def alone(tmp_path_factory):
 def ranks(tmp_path_factory):
     """Number of ranks and case -> what each rank's runs saved and logged; and the folder of `MOVED` on two ranks."""
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (2, 4)}
-    two = [*CASES, *RESUMED, *FAILING, MOVED]
+    two = [*CASES, *RESUMED, *FAILING, *STARTING, MOVED]
     given = [{**case, "folder": str(folders[2] / str(number))} for number, case in enumerate(two)]
     results = run_ranks(folders[2], 2, given, "rank_training.py")
     left = folders[2] / str(len(two) - 1)
@@ -146,6 +148,15 @@ def test_ranks_go_on_to_the_bit(case, ranks):
 def test_what_an_engine_cannot_do_is_said_before_the_first_update(case, ranks):
     for said in ranks[0][2, repr(case)]:
         assert case["fails"] in said
+
+
+@pytest.mark.parametrize("case", STARTING, ids=named)
+def test_rank_0_alone_reads_the_model_and_the_others_never_have_all_of_it(case, ranks):
+    ((first, whole, kept),), ((second, read, sent),) = ranks[0][2, repr(case)]
+    assert first > whole > 0
+    assert read == 0
+    assert whole / 2 < second < 0.7 * whole, "its half, and one weight at a time"
+    assert kept == sent == 7
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_with_another_number_of_ranks(alone, ranks, tmp_path):
