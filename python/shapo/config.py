@@ -119,7 +119,7 @@ class LossConfig:
             raise UserError(f"{name} is an option of {' and '.join(told.of)}, not of {whole}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
     """The options of a ShaPO update, for every loop: the command's and the trainers'.
 
@@ -135,28 +135,23 @@ class UpdateOptions:
         parse=radius,
         metavar="RHO",
         optimizers=True,
-        kw_only=True,
     )
     relative: bool = option(
         "--rho is a multiple of the norm of the selected weights",
         False,
         flag="relative_rho",
         optimizers=True,
-        kw_only=True,
     )
-    interval: int = option(
-        "a ShaPO update every N updates, plain ones between", 1, metavar="N", optimizers=True, kw_only=True
-    )
-    plain_updates: int = option("plain updates before the first ShaPO update", 0, metavar="N", kw_only=True)
-    rho_warmup: int = option("then a linear rise of rho over N updates", 0, metavar="N", kw_only=True)
+    interval: int = option("a ShaPO update every N updates, plain ones between", 1, metavar="N", optimizers=True)
+    plain_updates: int = option("plain updates before the first ShaPO update", 0, metavar="N")
+    rho_warmup: int = option("then a linear rise of rho over N updates", 0, metavar="N")
     ascent: str = option(
-        "gradient of the selected neurons alone, or .grad", "selective", choices=ASCENTS, optimizers=True, kw_only=True
+        "gradient of the selected neurons alone, or .grad", "selective", choices=ASCENTS, optimizers=True
     )
     ascent_fraction: float = option(
         "share of a batch's pairs for the ascent, in (0, 1], drawn anew for each update",
         1.0,
         alone="part",
-        kw_only=True,
     )
     ascent_pairs: int | None = option(
         "number of a batch's pairs for the ascent",
@@ -165,26 +160,20 @@ class UpdateOptions:
         metavar="N",
         absent="all",
         alone="part",
-        kw_only=True,
     )
     per_micro_batch: bool = option(
         "a perturbation for each micro-batch, from its own ascent (m-sharpness), not one for the batch",
         False,
-        kw_only=True,
     )
     perturbation: str = option(
-        "write the weights or add in the forward", "auto", choices=PERTURBATIONS, optimizers=True, kw_only=True
+        "write the weights or add in the forward", "auto", choices=PERTURBATIONS, optimizers=True
     )
-    norm: str = option(
-        "over all layers, layer by layer, or none", "global", choices=NORMS, optimizers=True, kw_only=True
-    )
-
+    norm: str = option("over all layers, layer by layer, or none", "global", choices=NORMS, optimizers=True)
     reuse_prefix: bool | str = option(
         "compute the blocks below the lowest selected layer once an update; exact",
         False,
         parse=bool,
         optimizers=True,
-        kw_only=True,
     )
 
     def for_optimizer(self) -> dict[str, Any]:

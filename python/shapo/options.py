@@ -63,12 +63,12 @@ class Option:
     optimizers: bool = False
 
 
-def option(help: str, default: Any = MISSING, *, kw_only: bool = False, **more: Any) -> Any:
+def option(help: str, default: Any = MISSING, **more: Any) -> Any:
     """A dataclass field that is an option; without a default it is required. `more`: see `Option`."""
     if "parse" not in more and isinstance(default, (int, float)):
         more["parse"] = float if isinstance(default, float) else whole
     given: dict[str, Any] = {"default_factory": list} if more.get("repeated") else {"default": default}
-    return dataclasses.field(**given, kw_only=kw_only, metadata={_KEY: Option(help, **more)})
+    return dataclasses.field(**given, metadata={_KEY: Option(help, **more)})
 
 
 def same(table: type, name: str, **changes: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -26,8 +26,9 @@ class ShaPOArguments(UpdateOptions):
     """
 
     subspace: Subspace | None = option("the selected neurons", None, optimizers=True)
-    sync: bool = option("average the direction over the ranks", True, optimizers=True, kw_only=True)
-    seed: int = option("of the rows of a partial ascent, and of the draws from a range of radii", 0, kw_only=True)
+    _: KW_ONLY
+    sync: bool = option("average the direction over the ranks", True, optimizers=True)
+    seed: int = option("of the rows of a partial ascent, and of the draws from a range of radii", 0)
 
     def __post_init__(self) -> None:
         self.part(self.seed)
