@@ -31,7 +31,9 @@ class AttackOptions:
     benign: str | None = option(
         "prompts that should be answered: over-refusal along the way", None, metavar="SOURCE", reads=True
     )
-    benign_limit: int | None = option("the first N of them alone", None, parse=positive_int, metavar="N", absent="all")
+    benign_limit: int | None = option(
+        "the first N of them alone", None, parse=positive_int, metavar="N", absent="all", needs=("benign",)
+    )
     steps: int = option("updates", 50, parse=positive_int)
     examples: int = option("harmful answers to train on", 64, parse=positive_int, metavar="N")
     held_out: int = option("harmful answers kept for the loss", 16, parse=positive_int, metavar="N")
@@ -81,8 +83,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.lora < 0:
         raise UserError(f"--lora is {arguments.lora}, but a rank of at least 1, or 0 for all weights, is expected")
-    if arguments.benign_limit and not arguments.benign:
-        raise UserError("--benign-limit says how many of --benign are answered; give that too")
     output = require_writable(arguments.output, folder=True)
     if (output / "attack.json").exists() and not arguments.overwrite:
         raise UserError(f"{output} already holds an attack; add --overwrite to replace it")

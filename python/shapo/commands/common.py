@@ -71,12 +71,11 @@ class TokenOptions:
         metavar="TOKENS",
         absent="256, at most half of --max-length",
     )
+    chat_template: bool = option("render prompts by the tokenizer's chat template", False)
 
     def prompt_length(self) -> int:
         """What is kept of a prompt that is cut."""
         return min(256, self.max_length // 2) if self.max_prompt_length is None else self.max_prompt_length
-
-    chat_template: bool = option("render prompts by the tokenizer's chat template", False)
 
 
 @dataclass(frozen=True)
@@ -262,15 +261,16 @@ def make_encoder(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> P
 
     if getattr(tokenizer, "chat_template", None) and not arguments.chat_template:
         note("the tokenizer has a chat template, which chat models are trained with; --chat-template uses it")
+    embeddings = len(model.get_input_embeddings().weight)
     encoder = PairEncoder(
         tokenizer,
         max_length=arguments.max_length,
         max_prompt_length=read(TokenOptions, arguments).prompt_length(),
         chat_template=arguments.chat_template,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=embeddings,
         positions=learned_positions(model),
     )
-    if not 0 <= encoder.pad_token_id < (embeddings := len(model.get_input_embeddings().weight)):
+    if not 0 <= encoder.pad_token_id < embeddings:
         raise UserError(
             f"the tokenizer pads with id {encoder.pad_token_id}, but the model has {embeddings} token embeddings; "
             "give the tokenizer another pad_token"

@@ -50,12 +50,9 @@ OPTIONS = (Group(DemoOptions), common.QUIET)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from shapo.errors import UserError
     from shapo.models.loading import device_of
     from shapo.storage.files import require_writable
 
-    if arguments.seed < 0:
-        raise UserError(f"the seed is {arguments.seed}, but a whole number of at least 0 is expected")
     output = require_writable(arguments.output, folder=True)
     device = device_of(arguments.device)
 

@@ -63,16 +63,12 @@ OPTIONS = (
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from shapo.errors import UserError
     from shapo.judges import FAMILIES, load_judge
     from shapo.judges.files import judge_answers, read_rows
     from shapo.notes import note
     from shapo.storage.files import require_writable
 
-    if not 0 < arguments.threshold < 1:
-        raise UserError(f"the threshold is {arguments.threshold}, but a number between 0 and 1 is expected")
     if arguments.raw and (arguments.judge in _WORDLESS or arguments.judge.startswith("judgezoo:")):
         raise UserError(f"--raw has no effect with the judge {arguments.judge}, which writes no text")
     output = require_writable(arguments.output)
@@ -97,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     verdicts = judge_answers(
         judge,
         rows,
-        arguments.output,
+        output,
         key={"raw": arguments.raw},
         batch_size=4 * arguments.batch_size,
         progress=not arguments.quiet,
@@ -111,4 +107,4 @@ def run(arguments: argparse.Namespace) -> None:
     refusals = [row["refusal"] for row in verdicts if row["refusal"] is not None]
     if refusals:
         print(f"refusals: {sum(refusals)} of {len(refusals)}")
-    print(f"verdicts: {Path(arguments.output)}")
+    print(f"verdicts: {output}")

@@ -69,8 +69,11 @@ def load_judge(
         encoder: Options of the probe's `PairEncoder`.
 
     Raises:
-        UserError: An unknown name, a model that is missing or not asked for, or one that cannot be loaded.
+        UserError: An unknown name, a threshold out of range, a model that is missing or not asked for, or one that
+            cannot be loaded.
     """
+    if not 0 < threshold < 1:
+        raise UserError(f"the threshold is {threshold}, but a number between 0 and 1 is expected")
     if name == "refusal-substring" or ":" in name:
         if model:
             raise UserError(f"the judge {name} takes no --model")
@@ -100,10 +103,9 @@ def load_judge(
         from shapo.judges.classifiers import ProbeJudge
         from shapo.probe import Probe
 
-        options = encoder or {}
         loaded = loading.load_model(model, **where)
-        encoder_of = PairEncoder(loading.load_tokenizer(model), **options)
-        return ProbeJudge(loaded, encoder_of, Probe.load(probe or ""), threshold, batch_size)
+        template = PairEncoder(loading.load_tokenizer(model), **(encoder or {}))
+        return ProbeJudge(loaded, template, Probe.load(probe or ""), threshold, batch_size)
     from shapo.judges.generative import GenerativeJudge
 
     loaded = loading.load_model(model, **where)

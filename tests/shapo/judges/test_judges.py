@@ -339,6 +339,7 @@ def test_without_judgezoo_one_line_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"name": "classifier", "model": "x", "threshold": 50}, "threshold is 50, but a number between 0 and 1"),
         ({"name": "gpt"}, "unknown judge 'gpt'"),
         ({"name": "wildguard"}, "needs its model"),
         ({"name": "refusal-substring", "model": "x"}, "takes no --model"),
