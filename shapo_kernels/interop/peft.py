@@ -58,7 +58,3 @@ class Adapters:
         if layer is None:
             return ()
         return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
-
-    def merged(self) -> tuple[str, ...]:
-        """The adapters that are merged into the base weights at this moment."""
-        return self.state()[-1] if self.present else ()

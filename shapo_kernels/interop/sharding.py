@@ -85,7 +85,7 @@ class Layout:
 
     def local(self, parameter: Tensor) -> Tensor:
         """The held part, in this rank's own memory."""
-        return (cast(Any, parameter).to_local() if is_dtensor(parameter) else parameter).detach()
+        return cast(Tensor, local_part(parameter).detach())
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ class Run:
             start=self.start,
             count=self.count,
         )
+
+
+def local_part(tensor: Any) -> Any:
+    """What this rank holds of a DTensor; anything else as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def ranks_are_known() -> bool:

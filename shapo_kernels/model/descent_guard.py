@@ -80,7 +80,7 @@ class DescentGuard:
 
     def end(self) -> str | None:
         """The descent ends. Returns an error message, or `None`: weights are restored before anything is raised."""
-        merged = self.writes and self._adapters.present and self._adapters.merged() != self._adapters_then[-1]
+        merged = self.writes and self._adapters.present and self._adapters.state()[-1] != self._adapters_then[-1]
         self.active, self.writes, self._descent, self._aside = False, False, None, False
         return _MERGED if merged else None
 

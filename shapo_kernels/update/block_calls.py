@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..interop.torch_private import is_dtensor, version
+from ..interop.sharding import local_part
+from ..interop.torch_private import version
 from .random_state import RandomState
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -48,7 +49,7 @@ class Differences:
             given, kept = _bits(given), _bits(kept)
             different = torch.ne(given, kept)
         else:
-            given, kept = _local(given), _local(kept)
+            given, kept = local_part(given), local_part(kept)
             near = 64 * torch.finfo(kept.dtype).eps
             bound = near * kept.nan_to_num(0, 0, 0).abs().amax() if kept.numel() else 0.0
             different = ~((given == kept) | ((given - kept).abs() <= bound) | (given.isnan() & kept.isnan()))
@@ -329,12 +330,8 @@ def _mode(device: torch.device) -> tuple[Any, ...]:
     return enabled, torch.get_autocast_dtype(device.type) if enabled else None
 
 
-def _local(value: Tensor) -> Tensor:
-    return (cast(Any, value).to_local() if is_dtensor(value) else value).detach()
-
-
 def _bits(value: Tensor) -> Tensor:
-    value = _local(value)
+    value = local_part(value)
     if not (value.is_floating_point() or value.is_complex()):
         return value
     if value.is_complex():

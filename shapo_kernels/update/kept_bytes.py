@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..interop.torch_private import call_of, is_dtensor, saved_tensors_are_hooked, storage_place, version
+from ..interop.sharding import local_part
+from ..interop.torch_private import call_of, saved_tensors_are_hooked, storage_place, version
 
 
 class KeptBytes:
@@ -33,7 +34,7 @@ class KeptBytes:
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the memory of these too, once."""
         for tensor in tensors:
-            own = _local(tensor)
+            own = local_part(tensor)
             self._storages[storage_place(own)[0]] = own.untyped_storage().nbytes()
 
     @contextmanager
@@ -46,10 +47,10 @@ class KeptBytes:
         if self._compiled or saved_tensors_are_hooked():
             yield
             return
-        weights = {storage_place(_local(p))[0] for p in block.parameters()}
+        weights = {storage_place(local_part(p))[0] for p in block.parameters()}
 
         def keep(tensor: Tensor) -> tuple[Tensor, int]:
-            if storage_place(_local(tensor))[0] not in weights:
+            if storage_place(local_part(tensor))[0] not in weights:
                 self.add([tensor])
             return tensor, version(tensor)
 
@@ -63,7 +64,3 @@ def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
     if version(tensor) != then:
         raise RuntimeError("a tensor that the backward pass needs was written to in place since the forward pass")
     return tensor
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..interop.torch_private import is_dtensor
+from ..interop.sharding import local_part
 
 CLOSURE = (
     "a GradScaler steps without closures: call opt.step(closure, scaler=scaler) and then scaler.update(), "
@@ -103,8 +103,7 @@ class LossScaling:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
             self._overflow = flag.bool()
         for parameter in (p for group in base.param_groups for p in group["params"]):
-            grad: Any = parameter.grad
-            grad = grad.to_local() if is_dtensor(grad) else grad
+            grad = local_part(parameter.grad)
             if grad is not None and grad.layout == torch.strided and grad.numel():
                 factor = torch.where(self._overflow.to(grad.device), torch.nan, 1.0)
                 grad.mul_(factor.to(grad.dtype))
