@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .model import weight_uses
+from .model.graph import edges, reached
 from .model.targets import Target
 from .ops.subspace_update import compute_dtype_of
 
@@ -231,7 +232,7 @@ def _check_layers_ran(loss: Tensor, idle: Sequence[Target]) -> None:
     """A weight that the loss depends on though its layer did not run is used where no tap sees it."""
     if not idle:
         return
-    variables = {id(getattr(node, "variable", None)) for node in weight_uses.nodes(loss.grad_fn)}
+    variables = {id(getattr(node, "variable", None)) for node in reached(edges([loss]))}
     for target in idle:
         if id(target.parameter) in variables:
             raise RuntimeError(other_use(target))
@@ -239,7 +240,7 @@ def _check_layers_ran(loss: Tensor, idle: Sequence[Target]) -> None:
 
 def _check_no_reentrant_checkpoints(loss: Tensor) -> None:
     """A reentrant checkpoint hides neurons from `autograd.grad`, and the others alone give a wrong direction."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in weight_uses.nodes(loss.grad_fn)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in reached(edges([loss]))):
         raise RuntimeError(
             "the selective ascent cannot see through reentrant checkpointing: checkpoint with use_reentrant=False "
             '(transformers: gradient_checkpointing_enable({"use_reentrant": False})), or use ascent="grad"'

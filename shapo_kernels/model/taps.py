@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..interop.quantised import is_linear_by_features
+from ..interop.sharding import local_part
 from ..interop.torch_private import (
     base_of,
     forward_hooks,
@@ -54,7 +55,8 @@ class Tap:
         self._checked_under: tuple[int, ...] = ()
         #: Whether the layer has run without a graph since the ascent began: for an evaluation, or to be run again.
         self.unrecorded = False
-        #: For each call in the first ascent, where its graph ends and begins; `None` where it has none.
+        #: For each call in the first ascent, the node that its graph ends with and the edge that it begins at; `None`
+        #: where neither is known.
         self.calls: list[tuple[Any, Any] | None] | None = None
         #: Whether the layer has run at all since the ascent, or the update, began.
         self.ran = False
@@ -94,10 +96,10 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Written without a look at what it was: a compiled model would be compiled anew for the look.
         self.compute_dtype, self.ran = output.dtype, True
+        input = args[0] if args else next(iter(kwargs.values()))
         # A checkpoint's recomputation, in a backward pass, is no call of the loss's; noted, its graph would stay.
         if not torch.compiler.is_compiling() and self.calls is not None and not in_backward():
-            taken = args[0] if args else next(iter(kwargs.values()))
-            self.calls.append(None if _transformed() else (output.grad_fn, taken.grad_fn))
+            self.calls.append(None if _transformed() else (output.grad_fn, (input.grad_fn, input.output_nr)))
         if self._direction is not None:
             if not torch.is_grad_enabled():
                 self.unrecorded = True
@@ -105,7 +107,6 @@ class Tap:
                 if present:
                     _check_output_unchanged(module, args, kwargs, output)
                 self._checked_under = present
-            input = args[0] if args else next(iter(kwargs.values()))
             if is_dtensor(output):
                 output = self._on_parts(output, input, self._direction)
             elif self._sharded:
@@ -182,7 +183,7 @@ def _check_output_unchanged(module: nn.Module, args: tuple[Any, ...], kwargs: di
     for each layer and set of hooks, up to rounding.
     """
     with torch.no_grad():
-        own, given = (_local(x) for x in (module.forward(*args, **kwargs), output))
+        own, given = (local_part(x) for x in (module.forward(*args, **kwargs), output))
         same = own.dtype == given.dtype and own.shape == given.shape
         near = 8 * torch.finfo(own.dtype).eps
         largest = own.nan_to_num(0, 0, 0).abs().max().item() if own.numel() else 0.0
@@ -191,10 +192,6 @@ def _check_output_unchanged(module: nn.Module, args: tuple[Any, ...], kwargs: di
                 f"a global forward hook changed the output of a {type(module).__name__} whose neurons are selected: "
                 "register it on the layer itself"
             )
-
-
-def _local(x: Any) -> Tensor:
-    return x.to_local() if is_dtensor(x) else x
 
 
 def _copied_tap(features_first: bool, axis: int, index: Tensor | None, sharded: bool) -> Tap:

@@ -5,25 +5,13 @@ The graph is walked in Python, so this is done in the first ascent only, or befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .graph import edges, reached
 from .targets import Target
-
-
-def nodes(start: Any, stop: Collection[Any] = ()) -> Iterator[Any]:
-    """Every node of a graph, once, from `start` on and up to those in `stop`."""
-    seen: set[Any] = {None, *stop}
-    pending = [start]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(next_node for next_node, _ in node.next_functions)
 
 
 def note_calls(targets: Sequence[Target]) -> None:
@@ -52,10 +40,13 @@ def used_beside_calls(loss: Any, targets: Sequence[Target]) -> list[Target]:
     if not watched:
         return []
     inside = {
-        node for t in watched.values() for put_out, taken in filter(None, calls[t]) for node in nodes(put_out, [taken])
+        node
+        for t in watched.values()
+        for put_out, taken in filter(None, calls[t])
+        for node in reached([(put_out, 0)], [taken])
     }
     found = {}
-    walked = list(nodes(loss.grad_fn))
+    walked = list(reached(edges([loss])))
     for node in walked:
         if node in inside or node.name().startswith("CompiledFunction"):
             continue
