@@ -96,8 +96,9 @@ def test_detach_leaves_the_model_as_it_was_found(toy, batch, loss, subspace):
 def test_a_perturbation_lost_to_rounding_warns_once(toy, batch, loss, subspace):
     model = toy(torch.bfloat16)
     opt = wrap(model, subspace, rho=1e-4, perturbation="in_place")
-    with pytest.warns(UserWarning, match="lost to rounding"):
+    with pytest.warns(UserWarning, match="lost to rounding") as warned:
         update(opt, model, batch(dtype=torch.bfloat16), loss)
+    assert warned[0].filename == update.__code__.co_filename
     assert opt.stats["realised_cosine"] < 0.9
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,7 +5,6 @@ It knows no update, no interval and no base optimizer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ascent import Ascent, GradAscent, SelectiveAscent, other_use
 from ..distributed import average, selected_weight_squared_norms, total_over_parts
-from ..errors import SubspaceError
+from ..errors import SubspaceError, warn
 from ..interop import fsdp
 from ..interop.discovery import check_supported
 from ..interop.sharding import ranks_are_known
@@ -262,11 +261,10 @@ class BoundSubspace:
         if lower and not self._warned:
             self._warned = True
             target, dtype = lower[0]
-            warnings.warn(
+            warn(
                 f"the descent computed {target.name!r} in {target.forward_dtype} and the ascent in {dtype}, in which "
                 "the perturbation was chosen and measured: run both under the same autocast, or use "
-                "perturbation='delta'",
-                stacklevel=2,
+                "perturbation='delta'"
             )
 
     def _choose(self, targets: list[Target]) -> Perturbation:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from ..errors import warn
 
 #: Below this cosine between intended and realised perturbation most of its length no longer points where it should.
 COSINE_WARNING = 0.9
@@ -83,10 +83,9 @@ class UpdateStats:
         if not cosine >= COSINE_WARNING:
             self._warned = True
             share = (realised / epsilon) ** 0.5
-            warnings.warn(
+            warn(
                 f"the perturbation is lost to rounding: what reaches the forward pass has cosine {cosine:.2f} with the "
-                f"intended eps and {share:.2f} of its norm; use perturbation='delta', or a larger rho",
-                stacklevel=2,
+                f"intended eps and {share:.2f} of its norm; use perturbation='delta', or a larger rho"
             )
 
     def __getstate__(self) -> dict[str, object]:

@@ -55,6 +55,15 @@ def test_features_are_means_of_the_hidden_states_of_each_text_alone(
     assert found.dtype == torch.float32
 
 
+def test_a_warning_of_cut_texts_names_the_callers_line(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: Any, examples: list[ProbeExample]
+) -> None:
+    encoder = PairEncoder(tiny_tokenizer, max_length=8, max_prompt_length=4)
+    with pytest.warns(UserWarning, match="texts have more than 8 tokens") as warned:
+        extract_features(tiny_llama, encoder, examples[:2], progress=False)
+    assert warned[0].filename == __file__
+
+
 def test_extraction_leaves_the_model_as_it_was(
     tiny_llama: LlamaForCausalLM, tiny_encoder: PairEncoder, examples: list[ProbeExample]
 ) -> None:

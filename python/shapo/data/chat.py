@@ -8,12 +8,12 @@ nor `{% generation %}` marks is refused. Lengths are for `tokens`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shapo.errors import UserError
+from shapo_kernels.errors import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,11 +110,10 @@ class ChatTemplate:
             length = self._marked(turn, answered)
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "the chat template writes the generation prompt otherwise than the beginning of an answered turn, or a "
                 "token lies across the two; training leaves out "
-                f"{self._tokenizer.decode(list(opened[length:]))!r}, which stands before every generated answer",
-                stacklevel=2,
+                f"{self._tokenizer.decode(list(opened[length:]))!r}, which stands before every generated answer"
             )
         return length
 

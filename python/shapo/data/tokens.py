@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from shapo.checked import checked
 from shapo.data.chat import ChatTemplate, Message, Turn, common_length
 from shapo.data.pairs import parse_transcript
 from shapo.errors import UserError
+from shapo_kernels.errors import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -288,10 +288,7 @@ def warn_of_cuts(examples: Iterable[Encoded], max_length: int) -> None:
     if cut:
         prompts = sum(example.prompt_cut > 0 for example in cut)
         responses = sum(example.response_cut > 0 for example in cut)
-        warnings.warn(
-            f"{len(cut)} texts have more than {max_length} tokens: {prompts} prompts, {responses} responses are cut",
-            stacklevel=3,
-        )
+        warn(f"{len(cut)} texts have more than {max_length} tokens: {prompts} prompts, {responses} responses are cut")
 
 
 def without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:

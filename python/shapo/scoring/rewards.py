@@ -9,7 +9,6 @@ one, its own end-of-sequence token.  A cost model (higher is worse) is told by `
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from shapo.models.modes import evaluating
 from shapo.ranks import ALONE, Ranks
 from shapo.storage.caches import load_cached, save_cached
 from shapo.storage.fingerprint import digest_model, digest_rows
+from shapo_kernels.errors import warn
 
 SIGNS = ("reward", "cost")
 
@@ -146,10 +146,9 @@ class RewardScorer:
         """`encode` of every response; warns of those that the length has cut."""
         encoded = [self._encoded(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         if cut := sum(is_cut for _, is_cut in encoded):
-            warnings.warn(
+            warn(
                 f"{cut} of {len(encoded)} texts have more than the {self.max_length} tokens that the reward model is "
-                "given: they are cut",
-                stacklevel=2,
+                "given: they are cut"
             )
         return [ids for ids, _ in encoded]
 

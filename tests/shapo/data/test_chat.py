@@ -126,8 +126,9 @@ MARKED = (
 def test_generation_marks_tell_the_answer_where_the_prompt_is_no_prefix() -> None:
     tokenizer = chat_tokenizer(MARKED)
     conversation = render_transcript(CONVERSATIONS["turns"])
-    with pytest.warns(UserWarning, match="writes the generation prompt otherwise"):
+    with pytest.warns(UserWarning, match="writes the generation prompt otherwise") as warned:
         pair = PairEncoder(tokenizer, chat_template=True).encode_pair(conversation, " Yes.", " No.")
+    assert warned[0].filename == __file__
     for encoded, answer in zip(pair, ("Yes.", "No."), strict=True):
         prompt, trained = encoded.input_ids[: encoded.prompt_length], encoded.input_ids[encoded.prompt_length :]
         assert tokenizer.decode(trained) == f"{answer}</assistant>"

@@ -56,8 +56,9 @@ def test_long_texts_keep_bos_and_the_response_and_are_counted(reward_model, plai
     whole = RewardScorer(reward_model, plain_tokenizer).encode(pairs[0].prompt, pairs[0].chosen)
     bos = [plain_tokenizer.bos_token_id] if whole[0] == plain_tokenizer.bos_token_id else []
     assert scorer.encode(pairs[0].prompt, pairs[0].chosen) == [*bos, *whole[len(whole) - 5 + len(bos) :]]
-    with pytest.warns(UserWarning, match="4 of 4 texts have more than the 5 tokens that the reward model is given"):
+    with pytest.warns(UserWarning, match="4 of 4 texts have more than the 5 tokens") as warned:
         scorer.score_pairs(pairs[:2], progress=False)
+    assert warned[0].filename == __file__
 
 
 def test_under_a_chat_template_the_header_stays_and_the_oldest_exchange_goes_first(reward_model, plain_tokenizer):
