@@ -188,7 +188,7 @@ def plot_differences(
         _label(axis, label, "")
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.set_title(panel, fontsize=10)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 

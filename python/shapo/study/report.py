@@ -120,8 +120,12 @@ def plot_labels(path: Path, rows: Mapping[str, Row]) -> None:
 
 
 def plotted(entry: Mapping[str, Any]) -> bool:
-    """Whether a comparison is drawn: those with plain DPO, and of a selection with a control."""
-    return bool(entry["baseline"] == "dpo" or entry["baseline"].startswith("shapo-"))
+    """Whether a comparison is drawn: those with plain DPO, and of a selection with a control.
+
+    The reward level, which sees no flipped label, is many times further from DPO: beside it nothing else could be read.
+    """
+    same_labels = not entry["method"].endswith("-reward")
+    return bool(same_labels and (entry["baseline"] == "dpo" or entry["baseline"].startswith("shapo-")))
 
 
 def plot_comparisons(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
@@ -129,7 +133,7 @@ def plot_comparisons(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     from shapo.plots import plot_differences
 
     panels: dict[str, dict[str, Interval]] = {title: {} for title in TITLES.values()}
-    for entry in sorted(table, key=lambda entry: entry["baseline"] != "dpo"):
+    for entry in sorted(table, key=lambda entry: (-entry["noise"], entry["baseline"] != "dpo")):
         if plotted(entry):
             name = f"{entry['method']} - {entry['baseline']}"
             name += f", {len(entry['seeds'])} seeds, {100 * entry['noise']:g} % flipped"
