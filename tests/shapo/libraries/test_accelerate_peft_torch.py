@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +30,14 @@ def test_the_accelerator_has(name):
     from accelerate import Accelerator
 
     assert hasattr(Accelerator(cpu=True), name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed takes the GPU and prints nothing")
+def test_deepspeed_does_not_print_that_it_takes_the_cpu():
+    pytest.importorskip("deepspeed")
+    program = "from shapo.libraries.accelerate import quiet_deepspeed; quiet_deepspeed(); import deepspeed"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Setting accelerator to CPU" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", accelerate.STATE)
