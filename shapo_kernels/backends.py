@@ -54,10 +54,18 @@ def serving(device_type: str) -> str:
 
 def function(device: torch.device, name: str) -> Callable[..., Any]:
     """The operator of that name in the backend that serves a device, or in the next one that has it."""
+    found = find(device, name)
+    if found is None:
+        raise AssertionError(f"the reference has no operator {name!r}")
+    return found
+
+
+def find(device: torch.device, name: str) -> Callable[..., Any] | None:
+    """The same, or `None`: of a kernel that does several operators' work, which only some backends have."""
     for backend in _order(device.type):
         if name in _functions[backend]:
             return _functions[backend][name]
-    raise AssertionError(f"the reference has no operator {name!r}")
+    return None
 
 
 def _order(device_type: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from shapo_kernels.triton import subspace_kernels, tables
 
 # By path: the package's attributes of these names are the functions.
 sequence_logps = importlib.import_module("shapo_kernels.triton.sequence_logps")
+linear_tile = importlib.import_module("shapo_kernels.triton.linear_tile")
 subspace_update = importlib.import_module("shapo_kernels.triton.subspace_update")
 
 TARGETS = {
@@ -73,7 +74,7 @@ class Resources:
 def specialisations() -> Iterator[Specialisation]:
     yield from _subspace()
     yield from _logps()
-    yield from _logps_into()
+    yield from _tiles()
 
 
 _SUBSPACE_TYPES = {
@@ -160,13 +161,60 @@ def _logps() -> Iterator[Specialisation]:
             )
 
 
-def _logps_into() -> Iterator[Specialisation]:
-    """The head's tiles, whose slopes are written as factors of a product."""
-    for half in (torch.bfloat16, torch.float16):
-        for spec in _logps():
-            if spec.kernel is sequence_logps.slope_kernel and spec.label == "fp32":
-                types = {**spec.types, "slopes": f"*{_NAMES[half]}"}
-                yield replace(spec, label=f"fp32 into {_NAMES[half]}", types=types, core=half == torch.bfloat16)
+def _tiles() -> Iterator[Specialisation]:
+    """The head's tiles: one among several, the last, and one that is computed again; then further options."""
+    kernel = linear_tile.tile_kernel
+    walked, last = {"SEE": True}, {"SEE": True, "LAST": True}
+    again: dict[str, bool] = {}
+    capped = {"BIASED": True, "SCALED": True, "CAPPED": True}
+    for half, label, asked, columns, options in (
+        ("bf16", "walked", walked, 2048, {}),
+        ("bf16", "walked, long", walked, 8192, {}),
+        ("bf16", "last, long", last, 8192, {}),
+        ("bf16", "again, long", again, 8192, {}),
+        ("fp16", "walked", walked, 2048, {}),
+        ("fp32", "last", last, 2048, {}),
+        ("fp32", "again", again, 2048, {}),
+        ("bf16", "walked, bias, scaled, capped", walked, 2048, capped),
+        ("bf16", "last, bias, scaled, capped", last, 2048, capped),
+        ("bf16", "again, bias, scaled, capped", again, 2048, capped),
+        ("bf16", "last, statistics", last, 2048, {"STATISTICS": True}),
+        ("fp32", "last, bias, scaled, capped, statistics", last, 2048, {**capped, "STATISTICS": True}),
+    ):
+        config = linear_tile.configuration(columns)
+        names = ("SEE", "LAST", "WRITE", "SCALE_SUMS", "STATISTICS", "BIASED", "SCALED", "CAPPED", "EMULATE")
+        constants = {
+            **dict.fromkeys(names, False),
+            "WRITE": True,
+            "SCALE_SUMS": asked != again,
+            "PTX": True,
+            "LANES": config.pop("LANES"),
+            "TOGETHER": sequence_logps.together(torch.float32),
+            **asked,
+            **options,
+        }
+        types = {
+            "tile": "*fp32",
+            "factors": f"*{half}",
+            "targets": "*i64",
+            "bias": "*fp32" if half == "fp32" or "bias" not in label else f"*{half}",
+            "state": "*fp64" if asked != again else "*fp32",
+            "per_token": "*fp32",
+            "sums": "*fp32",
+            **dict.fromkeys(("scale", "softcap"), "fp32"),
+        }
+        own = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+        aligned = frozenset({"tile", "factors", "bias", "state", "sums", "columns", "width"})
+        yield Specialisation(
+            kernel,
+            f"fp32 into {half}, {label}",
+            own,
+            constants,
+            aligned,
+            config,
+            wide=True,
+            core=half == "bf16",
+        )
 
 
 def violations(specialisation: Specialisation, target: str, found: Resources) -> list[str]:

@@ -44,17 +44,30 @@ class Binary:
 
 @dataclass(frozen=True)
 class Part:
-    """A launch: its kernel, the elements it works on, by loads of how many bytes, and the bytes it must move."""
+    """A launch: its kernel, the elements it works on, by loads of how many bytes, and the bytes it must move.
+
+    `row`: the elements of a program that does much once for all of them, in `loops` over them; 0 if only loops count.
+    """
 
     binary: Callable[[], Binary]
     elements: int
     itemsize: int
     width: int
     moved: tuple[int, int]  # by sectors of 32 and of 64 bytes
+    row: int = 0
+    loops: int = 1
+
+    def instructions(self) -> float:
+        """An element."""
+        binary = self.binary()
+        if not self.row:
+            return sass.count(binary.code, self.width).per_element(self.itemsize)
+        step = sass.row(binary.code, self.width, self.loops, 1).loaded // self.itemsize * binary.threads
+        counted = sass.row(binary.code, self.width, self.loops, -(-self.row // step))
+        return counted.instructions * binary.threads / self.row
 
     def issue_seconds(self) -> float:
-        each = sass.count(self.binary().code, self.width).per_element(self.itemsize)
-        return each * self.elements / LANES / SCHEDULERS / CLOCK
+        return self.instructions() * self.elements / LANES / SCHEDULERS / CLOCK
 
 
 @dataclass(frozen=True)
@@ -208,28 +221,35 @@ def _logps() -> list[Work]:
 
 
 def _head() -> list[Work]:
-    """Products of the library into float32 tiles; between them a kernel reads a tile, and another makes it factors."""
+    """Products of the library into float32 tiles; a kernel between them reads a tile and makes it factors."""
     suite, width, vocabulary, tokens = "gpu_linear_sequence_logps", 2048, 128256, 8 * 384  # a quarter is prompt
     name = lambda frozen: f"8 x 512 x {vocabulary}, width {width}{frozen}, bfloat16"  # noqa: E731
     logits = tokens * vocabulary
     product = 2 * logits * width
 
-    def parts(again: float) -> list[Part]:
-        """`again`: the share of the logits that the backward pass computes a second time."""
-        slopes = round(logits * (1 + again))
-        return [
-            Part(_triton("normalize_kernel[fp32]"), logits, 4, 16, (4 * logits,) * 2),
-            Part(_triton("slope_kernel[fp32 into bf16]"), slopes, 4, 16, ((4 + 2) * slopes,) * 2),
-        ]
+    def walked(label: str, tiles: int) -> Part:
+        # A token's sum is scaled where its maximum rises, in the k-th tile with probability 1/k, and in the last one.
+        sums = round(8 * tokens * width * sum(1 / k for k in range(1, tiles + 1)))
+        return _tile(f"walked{label}", logits, 4 + 2, vocabulary // tiles, sums)
 
     tiles = -(-logits // (2**27 // 4))  # half of 256 MiB each; the last is kept
-    again, trained = 1 - 1 / tiles, name("")
-    pairs = "shapo_kernels, by pairs"
+    again = 1 - 1 / tiles
+    trained = [walked(", long", tiles), _tile("again, long", round(logits * again), 4 + 2, vocabulary // tiles)]
+    # All columns of a part's tokens in one tile: a row is too long for a cache and is read twice.
+    pairs = [_tile("last, long", logits, 4 + 4 + 2, vocabulary)]
+    frozen = [walked("", -(-logits // (2**25 // 4)))]
+    base = "shapo_kernels"
     return [
-        Work("the head", suite, trained, "shapo_kernels", parts(again), operations=round((3 + again) * product)),
-        Work("the head, by pairs", suite, trained, pairs, parts(0), operations=3 * product),
-        Work("the head, frozen", suite, name(", head frozen"), "shapo_kernels", parts(0), operations=2 * product),
+        Work("the head", suite, name(""), base, trained, operations=round((3 + again) * product)),
+        Work("the head, by pairs", suite, name(""), f"{base}, by pairs", pairs, operations=3 * product),
+        Work("the head, frozen", suite, name(", head frozen"), base, frozen, operations=2 * product),
     ]
+
+
+def _tile(label: str, elements: int, moved: int, row: int, more: int = 0) -> Part:
+    binary = _triton(f"tile_kernel[fp32 into bf16, {label}]")
+    total = moved * elements + more
+    return Part(binary, elements, 4, 16, (total, total), row, loops=1 if label.startswith("again") else 2)
 
 
 # -- the table
@@ -244,9 +264,9 @@ def table() -> str:
     for work in works():
         for part in work.parts:
             binary = part.binary()
-            each = sass.count(binary.code, part.width).per_element(part.itemsize)
             lines.append(
-                f"| {work.title} | {binary.name} | {binary.registers} | {binary.occupancy()} | {each:.1f} | "
+                f"| {work.title} | {binary.name} | {binary.registers} | {binary.occupancy()} | "
+                f"{part.instructions():.1f} | "
                 f"{_gb(part.moved)} | {1e3 * part.moved[0] / COPY:.3f} | {1e3 * part.issue_seconds():.3f} | | |"
             )
         name = "together" if work.parts else "passes over memory"

@@ -72,15 +72,32 @@ def count(code: list[Instruction], width: int) -> Count:
     return found
 
 
+def row(code: list[Instruction], width: int, loops: int, steps: int) -> Count:
+    """Of a program that takes `steps` in each of the largest `loops` of its loops, and all else once.
+
+    Raises:
+        ValueError: it has fewer loops that load by accesses of `width` bytes.
+    """
+    found = sorted(_loops(code, width), key=lambda c: c.instructions)
+    if len(found) < loops:
+        raise ValueError(f"{len(found)} loops load {width} bytes at a time, {loops} expected")
+    within = sum(c.instructions for c in found[-loops:])
+    return Count(len(code) - sum(c.instructions for c in found) + steps * within, steps * found[-1].loaded)
+
+
 def _in_loop(code: list[Instruction], width: int) -> Count | None:
     """The smallest loop that loads."""
+    return min(_loops(code, width), key=lambda c: c.instructions, default=None)
+
+
+def _loops(code: list[Instruction], width: int) -> list[Count]:
     bodies = [
         [i for i in code if branch.target <= i.address <= branch.address]
         for branch in code
         if branch.target is not None and branch.target < branch.address
     ]
     counts = [Count(len(body), sum(i.loaded for i in body if i.loaded == width)) for body in bodies]
-    return min((c for c in counts if c.loaded), key=lambda c: c.instructions, default=None)
+    return [c for c in counts if c.loaded]
 
 
 def _on_path(code: list[Instruction], width: int) -> Count | None:

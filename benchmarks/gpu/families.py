@@ -15,7 +15,10 @@ FAMILIES: dict[str, tuple[Check, ...]] = {
     "neurons": (checks.neuron_operators_err_no_more_than_eager,),
     "cosine": (checks.cosine_equals_fp64,),
     "logps": (checks.logps_err_no_more_than_eager,),
-    "head": (whole_checks.linear_logps_err_no_more_than_the_models_own,),
+    "head": (
+        whole_checks.linear_logps_err_no_more_than_the_models_own,
+        whole_checks.a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit,
+    ),
     "updates": (whole_checks.an_update_is_the_textbooks,),
     "streams": (
         checks.nothing_waits_for_the_device,
@@ -30,6 +33,7 @@ FAMILIES: dict[str, tuple[Check, ...]] = {
 ANYWHERE: tuple[Check, ...] = (
     *checks.ANYWHERE,
     whole_checks.linear_logps_err_no_more_than_the_models_own,
+    whole_checks.a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit,
     whole_checks.an_update_is_the_textbooks,
 )
 #: Small, and together through every kernel: what compute-sanitizer is to watch.

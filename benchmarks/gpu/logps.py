@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.baselines import IGNORE, eager, peers
 from benchmarks.gpu.bench import Bench, Case, Run, Variant, name_of
-from shapo_kernels import losses
+from shapo_kernels import backends, losses
 
 LOGITS = ((8, 512, 32000), (4, 512, 128256))
 # Rows, tokens, vocabulary, width, and whether the head is frozen as in a selective ascent.
@@ -116,6 +116,7 @@ def linear_sequence_logps(bench: Bench) -> None:
             *bench.ours(_head(_by_tiles), check),
             *bench.ours(_head(partial(_by_tiles, chunk_bytes=logits // 32)), check, ", tiles of 1/32 of the logits"),
             *([] if frozen else bench.ours(_loss(_by_pairs), check, ", by pairs")),
+            *bench.ours(_several_launches_a_tile(_head(_by_tiles)), check, ", several launches a tile"),
             Variant("eager", _head(lambda h: eager(h.hidden @ h.weight.t(), h.labels)), check),
             *(Variant(name, bind, check, later=later) for name, bind, later in _peers(bench)),
         ]
@@ -138,6 +139,26 @@ def _by_pairs(head: Head) -> Tensor:
         return dpo(sums) * (len(sums) / rows)
 
     return losses.linear_preference_loss(head.hidden, head.weight, head.labels, share, chunk_bytes=room)[0]
+
+
+def _several_launches_a_tile(bind: Callable[[Head], Run]) -> Callable[[Head], Run]:
+    """As where no backend has one kernel for a tile: what that saves."""
+
+    def bound(head: Head) -> Run:
+        run = bind(head)
+
+        def without() -> tuple[Tensor, ...]:
+            functions = backends._functions.get("triton", {})
+            kernel = functions.pop("linear_tile", None)
+            try:
+                return run()
+            finally:
+                if kernel is not None:
+                    functions["linear_tile"] = kernel
+
+        return without
+
+    return bound
 
 
 def _head(sums: Callable[[Head], Tensor]) -> Callable[[Head], Run]:

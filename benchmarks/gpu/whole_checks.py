@@ -57,6 +57,50 @@ def _sums_and_gradients(
     return (sums.detach(), *torch.autograd.grad((sums * upstream).sum(), wanted))
 
 
+def a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit(device: torch.device) -> None:
+    """Bias, scale, soft cap and statistics, by one tile, by long rows and by short ones."""
+    rows, tokens, vocabulary, width, scale, softcap = 2, 40, 9000, 32, 0.5, 6.0
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    tensors = make(rows, tokens, width), make(vocabulary, width), make(vocabulary)
+    labels = torch.randint(0, vocabulary, (rows, tokens), generator=generator).to(device)
+    labels[:, 1:9] = IGNORE
+    targets, counted = labels[:, 1:].clamp(min=0), labels[:, 1:] != IGNORE
+
+    def gradients(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=device).view_as(value)
+        return torch.autograd.grad((value * upstream).sum(), inputs)
+
+    def exact() -> tuple[Tensor, ...]:
+        hidden, weight, bias = inputs = [x.double().requires_grad_() for x in tensors]
+        logits = softcap * torch.tanh((hidden @ weight.t() + bias) * scale / softcap)[:, :-1]
+        every = torch.log_softmax(logits, -1)
+        picked = torch.where(counted, every.gather(2, targets[..., None])[..., 0], 0.0)
+        facts = -(every.exp() * every).sum(-1), logits.mean(-1), (logits.argmax(-1) == targets).double()
+        found = (picked, *(torch.where(counted, fact, 0.0) for fact in facts))
+        padded = [nn.functional.pad(x, (0, 1)) for x in found]
+        return (*(x.detach() for x in padded), *gradients(padded[0], inputs))
+
+    def ours(chunk_bytes: int) -> tuple[Tensor, ...]:
+        hidden, weight, bias = inputs = [x.clone().requires_grad_() for x in tensors]
+        options = {"bias": bias, "scale": scale, "softcap": softcap, "chunk_bytes": chunk_bytes}
+        found = losses.linear_token_logps(hidden, weight, labels, statistics=True, **options)
+        assert found.entropy is not None
+        assert found.mean_logit is not None
+        assert found.is_top is not None
+        facts = found.entropy, found.mean_logit, found.is_top.float()
+        return (found.logps.detach(), *facts, *gradients(found.logps, inputs))
+
+    truth = exact()
+    for chunk_bytes in (1 << 26, 1 << 20, 1 << 17):
+        first = ours(chunk_bytes)
+        for number, (mine, again, right) in enumerate(zip(first, ours(chunk_bytes), truth, strict=True)):
+            said = f"tiles of {chunk_bytes} bytes, result {number}"
+            assert torch.equal(mine, again), f"{said}: other bits the second time"
+            error = ((mine.double() - right).norm() / right.norm().clamp(min=1)).item()
+            assert error <= 2e-5, f"{said}: error {error:.1e}, 2.0e-05 allowed"
+
+
 class _Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

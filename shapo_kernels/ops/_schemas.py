@@ -28,8 +28,8 @@ class Operator(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether a C++ library implements it. The head's are Python; its tiles of another dtype are Triton's alone."""
-        return not self.name.startswith("linear_") and self.name != "token_logps_gradient_into"
+        """Whether a C++ library implements it. The head's are Python."""
+        return not self.name.startswith("linear_")
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -125,14 +125,6 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     "int ignore_index, int shift, int first) -> ()"
 )
 def _(logits: Tensor, *_: Any) -> None:
-    return None
-
-
-@_operator(
-    "token_logps_gradient_into(Tensor logits, Tensor(a!) to, Tensor labels, Tensor logps, Tensor normalizers, "
-    "Tensor grad, int ignore_index, int shift, int first) -> ()"
-)
-def _(logits: Tensor, to: Tensor, *_: Any) -> None:
     return None
 
 

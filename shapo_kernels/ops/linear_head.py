@@ -34,7 +34,7 @@ from . import linear_tiles as tiling
 from ._checks import check_first_order, check_label_values
 from ._schemas import OPERATORS
 from .linear_tiles import HeadOptions, Tiles
-from .linear_walk import Walk
+from .linear_walk import Walk, walk
 from .products import add_product_, multiply, put_product_, unit_of
 
 
@@ -78,30 +78,21 @@ def _forward(
     spare = buffer if tiles.factor == tiles.tile else torch.empty_like(buffer, dtype=tiles.factor)
     with torch.autocast(hidden.device.type, enabled=False):
         inputs = tiling.labelled_inputs(hidden, where, head, tiles)
+        offsets = tiling.rounded(bias, tiles)
         for part in tiles.token_parts():
-            walk = Walk(inputs[part], targets[part], held[part], tiles, head.statistics)
+            seen = walk(inputs[part], targets[part], held[part], tiles, head)
             sums = directions[part].zero_() if keep_hidden else None
             for columns in tiles.column_parts():
                 factor = tiling.weight_rows(weight, columns, head, tiles)
-                logits = tiling.project(walk.inputs, factor, bias, columns, head, buffer)
-                bend = tiling.bend_of(logits, head.softcap) if keep_hidden or keep_weight else None
-                walk.see(logits, columns)
-                last = columns.stop == tiles.columns
-                if last:
-                    per_token[:, part] = walk.end(group)
-                if not (keep_hidden or (keep_weight and tiles.is_last(part, columns))):
-                    continue
-                if last:
-                    slope = tiling.slope(logits, spare, walk.targets, columns, per_token[:, part], head.scale, bend)
-                else:
-                    slope = tiling.exponentials(logits, spare, walk.highest, bend)
-                if sums is not None:
-                    sums.mul_(walk.rescale(last, per_token[:, part], head.scale)[:, None])
+                tile = tiling.project(seen.inputs, factor, buffer)
+                to = spare if keep_hidden or (keep_weight and tiles.is_last(part, columns)) else None
+                slope = seen.take(tile, offsets, columns, to, sums, per_token[:, part], group)
+                if sums is not None and slope is not None:
                     add_product_(sums, slope, factor)
             if sums is not None and tiles.columns:
-                _add_label_rows_(sums, walk, weight, per_token[0, part], head, tiles)
+                _add_label_rows_(sums, seen, weight, per_token[0, part], head, tiles)
             if head.statistics:
-                facts[:, part] = walk.facts()
+                facts[:, part] = seen.facts()
     logps = per_token.new_zeros(rows * length)
     logps[index] = per_token[0, : len(index)]
     spread = facts.new_zeros((len(facts), rows * length))
@@ -189,6 +180,7 @@ def put_weight_gradient_(
         wider = grad_weight is None or grad_weight.dtype != tiles.factor
         unit = unit_of(g) if tiles.factor == torch.float16 and wider else None
         g = g if unit is None else g / unit
+        offsets = tiling.rounded(bias, tiles)
         for part in tiles.token_parts():
             weighted = (rows[part].to(tiles.sum) * g[part, None]).to(tiles.factor)
             for columns in tiles.column_parts():
@@ -197,9 +189,8 @@ def put_weight_gradient_(
                     slope = slopes[: shape[0] * shape[1]].view(shape)
                 else:
                     factor = tiling.weight_rows(weight, columns, head, tiles)
-                    logits = tiling.project(rows[part], factor, bias, columns, head, buffer)
-                    bend = tiling.bend_of(logits, head.softcap)
-                    slope = tiling.slope(logits, spare, targets[part], columns, per_token[:, part], head.scale, bend)
+                    tile = tiling.project(rows[part], factor, buffer)
+                    slope = tiling.slopes(tile, spare, targets[part], offsets, columns, per_token[:, part], head)
                 if grad_weight is not None:
                     put_product_(grad_weight[columns], slope.t(), weighted, add=add, rows=rows_at_once, unit=unit)
                 if grad_bias is not None:
@@ -211,14 +202,14 @@ linear_token_logps = _custom_op("linear_token_logps", _forward)
 linear_token_logps_gradient = _custom_op("linear_token_logps_gradient", _gradient)
 
 
-def _add_label_rows_(sums: Tensor, walk: Walk, weight: Tensor, logps: Tensor, head: HeadOptions, tiles: Tiles) -> None:
+def _add_label_rows_(sums: Tensor, seen: Walk, weight: Tensor, logps: Tensor, head: HeadOptions, tiles: Tiles) -> None:
     """Adds `(1 - p_y) W_y` where the last tile, which has its labels in place, has not done so."""
     last = (tiles.columns - 1) // tiles.columns_of_tile * tiles.columns_of_tile
     share = -head.scale * torch.expm1(logps)
     if head.softcap is not None:
-        share = share * (1 - (walk.label_logit / head.softcap).square()).to(share.dtype)
-    elsewhere = ~walk.held | (walk.targets >= last)
-    rows = walk.targets.masked_fill(elsewhere, 0)
+        share = share * (1 - (seen.label_logit / head.softcap).square()).to(share.dtype)
+    elsewhere = ~seen.held | (seen.targets >= last)
+    rows = seen.targets.masked_fill(elsewhere, 0)
     share = share.masked_fill(elsewhere, 0.0)
     for part in tiling.parts(len(sums), max(1, tiling.BLOCK_ELEMENTS // max(1, weight.shape[1]))):
         sums[part] += weight.detach()[rows[part]].to(head.dtype).to(sums.dtype).mul_(share[part, None])

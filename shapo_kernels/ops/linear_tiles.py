@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -158,22 +158,57 @@ def weight_rows(weight: Tensor, rows: slice, head: HeadOptions, tiles: Tiles) ->
     return weight.detach()[rows].to(head.dtype).to(tiles.factor)
 
 
-def project(
-    inputs: Tensor, factor: Tensor, bias: Tensor | None, columns: slice, head: HeadOptions, buffer: Tensor
+def rounded(bias: Tensor | None, tiles: Tiles) -> Tensor | None:
+    return None if bias is None else bias.detach().to(tiles.factor)
+
+
+def project(inputs: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
+    """A tile `[n, columns]` of products in the memory of `buffer`; the logits but for bias, scale and soft cap."""
+    tile = buffer[: len(inputs) * len(factor)].view(len(inputs), len(factor))
+    if tile.dtype == factor.dtype:
+        return torch.mm(inputs, factor.t(), out=tile)
+    return torch.mm(inputs, factor.t(), out_dtype=tile.dtype, out=tile)
+
+
+def kernel(tile: torch.dtype, device: torch.device) -> Callable[..., None] | None:
+    """What does all the work on a tile in one launch, where a backend has that."""
+    return backends.find(device, "linear_tile") if tile == torch.float32 else None
+
+
+def slopes(
+    tile: Tensor,
+    spare: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    columns: slice,
+    per_token: Tensor,
+    head: HeadOptions,
 ) -> Tensor:
-    """A tile `[n, columns]` of logits in the memory of `buffer`."""
-    logits = buffer[: len(inputs) * len(factor)].view(len(inputs), len(factor))
-    if logits.dtype == factor.dtype:
-        torch.mm(inputs, factor.t(), out=logits)
-    else:
-        torch.mm(inputs, factor.t(), out_dtype=logits.dtype, out=logits)
+    """`scale * ([v = y] - p_v) * bend` of a tile of products as a factor in the memory of `spare`, maybe its own."""
+    fused = kernel(tile.dtype, tile.device)
+    if fused is None:
+        logits = finish_(tile, bias, columns, head)
+        return slope(logits, spare, targets, columns, per_token, head.scale, bend_of(logits, head.softcap))
+    factor = like(tile, spare)
+    own = None if bias is None else bias[columns]
+    fused(tile, factor, targets, own, columns.start, head.scale, head.softcap, per_token)
+    return factor
+
+
+def like(tile: Tensor, spare: Tensor) -> Tensor:
+    """As many elements of `spare` in the tile's shape."""
+    return spare[: tile.numel()].view_as(tile)
+
+
+def finish_(tile: Tensor, bias: Tensor | None, columns: slice, head: HeadOptions) -> Tensor:
+    """Products become logits."""
     if bias is not None:
-        logits.add_(bias.detach()[columns].to(factor.dtype))
+        tile.add_(bias[columns])
     if head.scale != 1:
-        logits.mul_(head.scale)
+        tile.mul_(head.scale)
     if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
+        tile.div_(head.softcap).tanh_().mul_(head.softcap)
+    return tile
 
 
 def bend_of(logits: Tensor, softcap: float | None) -> Tensor | None:
@@ -184,7 +219,7 @@ def bend_of(logits: Tensor, softcap: float | None) -> Tensor | None:
 def slope(
     logits: Tensor, spare: Tensor, targets: Tensor, columns: slice, per_token: Tensor, scale: float, bend: Tensor | None
 ) -> Tensor:
-    """`scale * ([v = y] - p_v) * bend` of a tile as a factor, in the memory of `spare`, maybe the logits'."""
+    """As `slopes`, of logits that are finished."""
     # A label that lies elsewhere counts and is not held; the kernels take none that is negative.
     logps, normalizers = per_token[:1].contiguous(), per_token[1:, None].contiguous()
     arguments = targets[None], logps, normalizers, torch.full_like(logps, scale), COUNTED, 0, columns.start
@@ -201,12 +236,7 @@ def exponentials(logits: Tensor, spare: Tensor, highest: Tensor, bend: Tensor | 
 
 
 def _gradient(logits: Tensor, spare: Tensor, arguments: tuple[Any, ...], bend: Tensor | None) -> Tensor:
-    factor = spare[: logits.numel()].view_as(logits)
-    if logits.dtype == spare.dtype or bend is not None:
-        backends.function(logits.device, "token_logps_gradient_")(logits[None], *arguments)
-        if bend is not None:
-            logits.mul_(bend)
-        return logits if logits.dtype == spare.dtype else factor.copy_(logits)
-    # Cast by the kernel that has the numbers at hand: a traversal of the tile less to read and one less to write.
-    backends.function(logits.device, "token_logps_gradient_into")(logits[None], factor[None], *arguments)
-    return factor
+    backends.function(logits.device, "token_logps_gradient_")(logits[None], *arguments)
+    if bend is not None:
+        logits.mul_(bend)
+    return logits if logits.dtype == spare.dtype else like(logits, spare).copy_(logits)

@@ -5,7 +5,7 @@ documented once, at the public functions of :mod:`shapo_kernels.ops`.
 """
 
 from .column_cosine import column_cosine
-from .sequence_logps import token_logps, token_logps_gradient, token_logps_gradient_, token_logps_gradient_into
+from .sequence_logps import token_logps, token_logps_gradient, token_logps_gradient_
 from .subspace_update import (
     gather_into,
     perturb_,
@@ -27,5 +27,4 @@ __all__ = [
     "token_logps",
     "token_logps_gradient",
     "token_logps_gradient_",
-    "token_logps_gradient_into",
 ]

@@ -51,7 +51,7 @@ def token_logps_gradient(
     first: int,
 ) -> Tensor:
     slopes = torch.empty_like(logits)
-    token_logps_gradient_into(logits, slopes, labels, logps, normalizers, grad, ignore_index, shift, first)
+    _put_gradient(logits, slopes, labels, logps, normalizers, grad, ignore_index, shift, first)
     return slopes
 
 
@@ -65,10 +65,10 @@ def token_logps_gradient_(
     shift: int,
     first: int,
 ) -> None:
-    token_logps_gradient_into(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
+    _put_gradient(logits, logits, labels, logps, normalizers, grad, ignore_index, shift, first)
 
 
-def token_logps_gradient_into(
+def _put_gradient(
     logits: Tensor,
     to: Tensor,
     labels: Tensor,
@@ -79,7 +79,7 @@ def token_logps_gradient_into(
     shift: int,
     first: int,
 ) -> None:
-    """`to` may be the logits themselves, or of another dtype."""
+    """`to` may be the logits themselves."""
     targets = _targets(labels, ignore_index, shift)
     for part in _parts(logits):
         counted, local, held = _locate(targets[part], ignore_index, first, logits.shape[2])

@@ -7,6 +7,7 @@ reference serves.
 """
 
 from . import sequence_logps as _sequence_logps
+from .linear_tile import linear_tile
 from .registration import opaque
 from .subspace_update import (
     gather_into,
@@ -20,10 +21,10 @@ from .subspace_update import (
 token_logps = opaque(_sequence_logps.token_logps)
 token_logps_gradient = opaque(_sequence_logps.token_logps_gradient)
 token_logps_gradient_ = opaque(_sequence_logps.token_logps_gradient_)
-token_logps_gradient_into = opaque(_sequence_logps.token_logps_gradient_into)
 
 __all__ = [
     "gather_into",
+    "linear_tile",
     "perturb_",
     "perturbation_scale",
     "restore_",
@@ -32,5 +33,4 @@ __all__ = [
     "token_logps",
     "token_logps_gradient",
     "token_logps_gradient_",
-    "token_logps_gradient_into",
 ]

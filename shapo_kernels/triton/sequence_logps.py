@@ -266,15 +266,15 @@ def token_logps(
 
 def token_logps_gradient(logits: Tensor, *arguments: Any) -> Tensor:
     slopes = torch.empty_like(logits)
-    token_logps_gradient_into(logits, slopes, *arguments)
+    _put_gradient(logits, slopes, *arguments)
     return slopes
 
 
 def token_logps_gradient_(logits: Tensor, *arguments: Any) -> None:
-    token_logps_gradient_into(logits, logits, *arguments)
+    _put_gradient(logits, logits, *arguments)
 
 
-def token_logps_gradient_into(
+def _put_gradient(
     logits: Tensor,
     slopes: Tensor,
     labels: Tensor,
@@ -285,7 +285,7 @@ def token_logps_gradient_into(
     shift: int,
     first: int,
 ) -> None:
-    """`slopes` may be the logits themselves, or of another dtype."""
+    """`slopes` may be the logits themselves."""
     if not logits.numel():
         return
     rows, length, held = logits.shape

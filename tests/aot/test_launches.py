@@ -22,6 +22,7 @@ F64 = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, F64)
 subspace = importlib.import_module("shapo_kernels.triton.subspace_update")
 logps = importlib.import_module("shapo_kernels.triton.sequence_logps")
+tiles = importlib.import_module("shapo_kernels.triton.linear_tile")
 
 
 class NoDriver:
@@ -65,7 +66,7 @@ def launches(monkeypatch):
 
 
 def forget_devices():
-    for kernel in [*vars(aot.subspace_kernels).values(), *vars(logps).values()]:
+    for kernel in [*vars(aot.subspace_kernels).values(), *vars(logps).values(), *vars(tiles).values()]:
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
 
@@ -117,9 +118,26 @@ def test_the_log_probabilities(launches, dtype):
         if logits.is_contiguous():  # a gradient that is made is contiguous, whatever the logits are
             logps.token_logps_gradient(logits, *rest)
         logps.token_logps_gradient_(logits, *rest)
-    if dtype == torch.float32:
-        for half in DTYPES[1:3]:
-            logps.token_logps_gradient_into(torch.randn(2, 3, 64), torch.empty(2, 3, 64, dtype=half), *rest)
     for launch in launches:  # on the CPU the kernels are told that they are interpreted; on a GPU they are not
+        launch[2].update(EMULATE=False, PTX=True)
+    assert_all_known(launches)
+
+
+@pytest.mark.parametrize("columns", [2048, 8192])
+def test_a_tile_of_the_head(launches, columns):
+    tile, targets, per_token = torch.randn(2, columns), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2)
+    state, sums, half = torch.zeros(7, 2, dtype=F64), torch.zeros(2, 64), torch.empty(2, columns, dtype=torch.bfloat16)
+    common = targets, None, 16, 1.0, None, per_token
+    tiles.linear_tile(tile, half, *common, state, sums)
+    tiles.linear_tile(tile, half, *common, state, sums, last=columns == 8192, statistics=False)
+    if columns == 2048:
+        tiles.linear_tile(tile, tile, *common, state, sums, last=True)
+        tiles.linear_tile(tile, tile, *common)
+        tiles.linear_tile(tile, half, targets, half[0], 16, 0.5, 3.0, per_token, state, sums)
+        tiles.linear_tile(tile, half, targets, half[0], 16, 0.5, 3.0, per_token)
+        tiles.linear_tile(tile, half, *common, state, sums, last=True, statistics=True)
+    else:
+        tiles.linear_tile(tile, half, *common)
+    for launch in launches:
         launch[2].update(EMULATE=False, PTX=True)
     assert_all_known(launches)

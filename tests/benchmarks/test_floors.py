@@ -49,6 +49,14 @@ def test_a_kernel_with_a_loop_is_counted_by_its_body():
     assert counted.per_element(2) == 0.5
 
 
+def test_a_program_of_a_short_row_is_charged_with_what_it_does_once():
+    code = sass.instructions(LOOP)
+    # Four of the loop in each of three steps, and the two around it; 16 bytes a step.
+    assert sass.row(code, 16, 1, 3) == sass.Count(14, 48)
+    with pytest.raises(ValueError, match="1 loops load 16 bytes at a time, 2 expected"):
+        sass.row(code, 16, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "threads", "warps"),
     # As CUDA's occupancy calculator has them for compute capability 9.0.

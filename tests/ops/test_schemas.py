@@ -42,7 +42,8 @@ def test_the_reference_has_every_operator_with_the_arguments_of_its_schema():
 
 def test_every_backend_has_operators_of_the_list_only_and_the_reference_fills_the_gaps():
     for name in backends.available():
-        assert set(backends._functions[name]) <= set(reference.__all__)
+        # A tile of the head is no operator: it does the work of several, and the walk has a form without it.
+        assert set(backends._functions[name]) - {"linear_tile"} <= set(reference.__all__)
         with backends.use(name):
             device = torch.device("cpu")
             if not backends._serves(name, "cpu"):
