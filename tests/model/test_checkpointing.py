@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shapo_kernels as sk
 from benchmarks.measure import peak_extra_bytes
-from tests.support.updates import COMBINATIONS, update
+from tests.support.updates import COMBINATIONS, closure_for, update
 
 
 class Checkpointed(nn.Module):
@@ -78,14 +78,7 @@ def test_a_closure_sees_through_both_kinds(toy, batch, loss, subspace, perturbat
     plain, other, _ = build(toy, subspace, perturbation=perturbation)
     for step in range(3):
         for o, m in ((opt, seen), (other, plain)):
-
-            def closure(o=o, m=m, step=step):
-                o.zero_grad()
-                value = loss(m, batch(step))
-                value.backward()
-                return value
-
-            o.step(closure)
+            o.step(closure_for(o, m, batch(step), loss))
     assert_same(model, plain)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import shapo_kernels as sk
+from tests.support.updates import closure_for
 
 
 @pytest.mark.parametrize("perturbation", ["in_place", "delta"])
@@ -55,14 +56,7 @@ def test_plain_updates_between_compile_one_more_graph_at_most(toy, batch, loss, 
         # Two plain updates, then the first ShaPO update; after that, all has been seen.
         with torch._dynamo.config.patch(error_on_recompile=step > 2):
             for o, forward in ((opt, compiled), (plain, eager)):
-
-                def closure(o=o, forward=forward, step=step):
-                    o.zero_grad()
-                    value = loss(forward, batch(step))
-                    value.backward()
-                    return value
-
-                o.step(closure)
+                o.step(closure_for(o, forward, batch(step), loss))
     for a, b in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 

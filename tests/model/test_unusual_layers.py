@@ -15,6 +15,7 @@ from tests.support.updates import (
     assert_as_written_out,
     between,
     bits,
+    closure_for,
     refuses_in_one_line,
     same_bits,
     update,
@@ -67,14 +68,8 @@ def test_a_weight_that_is_used_without_its_layer_is_refused_where_taps_would_mis
         return
     opt, before = wrap(model, subspace, ascent=ascent, perturbation=perturbation), bits(model)
 
-    def closure():
-        opt.zero_grad()
-        value = loss(model, batch())
-        value.backward()
-        return value
-
     with refuses_in_one_line(r"out_proj\.weight' without calling its layer"):
-        opt.step(closure) if form == "closure" else update(opt, model, batch(), loss)
+        opt.step(closure_for(opt, model, batch(), loss)) if form == "closure" else update(opt, model, batch(), loss)
     assert same_bits(model, before)
     assert not opt.is_perturbed
 
@@ -100,14 +95,8 @@ def test_a_weight_that_is_used_beside_its_layers_calls_is_refused_where_taps_wou
         return
     opt, before = wrap(model, LAYER, ascent=ascent, perturbation=perturbation), bits(model)
 
-    def closure():
-        opt.zero_grad()
-        value = loss(model, batch())
-        value.backward()
-        return value
-
     with refuses_in_one_line(r"'layer\.weight' beside its layer's calls .* ascent='grad' with perturbation='in_place'"):
-        opt.step(closure) if form == "closure" else update(opt, model, batch(), loss)
+        opt.step(closure_for(opt, model, batch(), loss)) if form == "closure" else update(opt, model, batch(), loss)
     assert same_bits(model, before)
     assert not opt.is_perturbed
 
@@ -187,14 +176,8 @@ def test_a_loss_of_another_model_is_refused_at_its_first_use(toy, batch, loss, s
     opt = sk.ShaPOOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), model, subspace, rho=0.3, ascent=ascent)
     before = bits(other)
 
-    def closure():
-        opt.zero_grad()
-        value = loss(other, batch())
-        value.backward()
-        return value
-
     with refuses_in_one_line("depends on no selected neuron"):
-        opt.step(closure) if form == "closure" else update(opt, other, batch(), loss)
+        opt.step(closure_for(opt, other, batch(), loss)) if form == "closure" else update(opt, other, batch(), loss)
     assert same_bits(other, before)
 
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import shapo_kernels as sk
 from tests.support.engines import AXES, INDICES, LR, RHO, batches, build, groups, mse, plain_name
 from tests.support.ranks import on_rank
+from tests.support.updates import closure_for
 
 
 def wrap(model, engine, policy=None):
@@ -79,16 +80,6 @@ def wrap(model, engine, policy=None):
     return model, ways, mesh.get_coordinate()[0]
 
 
-def closure(model, opt, data):
-    def run():
-        opt.zero_grad()
-        loss = mse(model, data)
-        loss.backward()
-        return loss
-
-    return run
-
-
 def clip(parameters, most):
     """torch's clip_grad_norm_ takes parameters of one mesh; these are its two halves for each of several."""
     by_mesh = {}
@@ -103,7 +94,7 @@ def clip(parameters, most):
 def update(model, opt, case, data):
     pieces = case.get("accumulate", 1)
     if case.get("closure"):
-        opt.step(closure(model, opt, data))
+        opt.step(closure_for(opt, model, data, mse))
         return
     mine = [part.chunk(pieces) for part in data]
     with opt.ascent():

@@ -30,6 +30,16 @@ def update(opt, model, data, loss, *, moves=True):
     opt.zero_grad()
 
 
+def closure_for(opt, model, data, loss):
+    def closure():
+        opt.zero_grad()
+        value = loss(model, data)
+        value.backward()
+        return value
+
+    return closure
+
+
 def assert_moved(opt):
     """Two ways of an update agree where nothing moves too: the last one must have moved something."""
     assert opt.stats["epsilon_norm"] > 0

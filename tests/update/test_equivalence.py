@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shapo_kernels as sk
-from tests.support.updates import assert_moved
+from tests.support.updates import assert_moved, closure_for
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 
@@ -35,13 +35,7 @@ def by_context(opt, model, data, loss):
 
 
 def by_closure(opt, model, data, loss):
-    def closure():
-        opt.zero_grad()
-        value = loss(model, data)
-        value.backward()
-        return value
-
-    opt.step(closure)
+    opt.step(closure_for(opt, model, data, loss))
     assert_moved(opt)
     opt.zero_grad()
 

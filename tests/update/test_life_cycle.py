@@ -13,22 +13,13 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import shapo_kernels as sk
+from tests.support.updates import closure_for
 
 
 def make(toy, subspace, seed=0, **options):
     model = toy(seed=seed)
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
     return model, sk.ShaPOOptimizer(base, model, subspace, **{"rho": 0.3, **options})
-
-
-def closure_for(opt, model, data, loss):
-    def closure():
-        opt.zero_grad()
-        value = loss(model, data)
-        value.backward()
-        return value
-
-    return closure
 
 
 def run(opt, model, batch, loss, steps):

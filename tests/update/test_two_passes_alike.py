@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import shapo_kernels as sk
+from tests.support.updates import closure_for
 
 
 class Masks(nn.Module):
@@ -30,14 +31,7 @@ def build(**options):
 
 def drive(form, opt, model, data, loss):
     if form == "closure":
-
-        def closure():
-            opt.zero_grad()
-            value = loss(model, data)
-            value.backward()
-            return value
-
-        opt.step(closure)
+        opt.step(closure_for(opt, model, data, loss))
         return
     with opt.ascent():
         for _ in range(2):  # micro-batches
