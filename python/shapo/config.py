@@ -76,8 +76,8 @@ class LossConfig:
     beta_reward: float | None = option(
         "scale of the reward difference", None, of=("reward_level",), parse=float, absent="10"
     )
-    aggregation: str = option("how a batch's pairs come together", "mean", choices=AGGREGATIONS)
-    beta_prime: float | None = option("its temperature, in nats", None, of=("drdpo",), parse=float, absent="1")
+    aggregation: str = option("how the losses of a batch's pairs are combined", "mean", choices=AGGREGATIONS)
+    beta_prime: float | None = option("temperature, in nats", None, of=("drdpo",), parse=float, absent="1")
     nll: float = option(
         "weight of the chosen responses' negative log-likelihood per token, added to the loss", 0.0, metavar="WEIGHT"
     )
@@ -166,9 +166,11 @@ class UpdateOptions:
         False,
     )
     perturbation: str = option(
-        "write the weights or add in the forward", "auto", choices=PERTURBATIONS, optimizers=True
+        "write eps into the weights, or add it in the forward pass", "auto", choices=PERTURBATIONS, optimizers=True
     )
-    norm: str = option("over all layers, layer by layer, or none", "global", choices=NORMS, optimizers=True)
+    norm: str = option(
+        "norm of the gradient over all layers, of each layer, or none", "global", choices=NORMS, optimizers=True
+    )
     reuse_prefix: bool | str = option(
         "compute the blocks below the lowest selected layer once an update; exact",
         False,
@@ -232,7 +234,7 @@ class LoopConfig:
 
     epochs: int = option("passes over the data", 1, alone="length")
     updates: int | None = option("number of updates, instead of epochs", None, parse=whole, metavar="N", alone="length")
-    batch_size: int = option("examples an update", 16, metavar="N")
+    batch_size: int = option("examples per update", 16, metavar="N")
     micro_batch_size: int | None = option(
         "examples through the model at once, on each rank",
         None,
@@ -242,7 +244,7 @@ class LoopConfig:
         alone="micro",
     )
     accumulate: int | None = option(
-        "micro-batches an update, instead of their size", None, parse=whole, metavar="N", absent="1", alone="micro"
+        "micro-batches per update, instead of their size", None, parse=whole, metavar="N", absent="1", alone="micro"
     )
     lr: float = option("learning rate after the warm-up", 5e-7)
     optimizer: str = option("base optimizer, of torch, torchao or bitsandbytes", "adamw", choices=OPTIMIZERS)
@@ -250,23 +252,23 @@ class LoopConfig:
     warmup: int = option("linear rise of the learning rate from lr / UPDATES", 10, metavar="UPDATES")
     schedule: str = option("learning rate after the warm-up", "constant", choices=SCHEDULES)
     clip: float = option("largest gradient norm (descent pass); 0 for none", 1.0)
-    bf16: bool = option("compute in bfloat16 under autocast; weights stay in --dtype", False)
+    bf16: bool = option("compute in bfloat16 under autocast; the weights stay in --dtype", False)
     fused_head: str = option(
         "log-probabilities without the logits: where the model allows it, always (or an error), never",
         "auto",
         choices=FUSED_HEADS,
     )
-    dropout: bool = option("keep the model's dropout; without it none acts", False)
+    dropout: bool = option("keep the model's dropout, which is off otherwise", False)
     seed: int = option("of data order and dropout", 0, parse=seed_number)
-    eval_every: int = option("evaluate so often; 0: at both ends", 0, metavar="UPDATES")
-    save_every: int = option("checkpoint so often; 0: on Ctrl-C alone", 0, metavar="UPDATES")
+    eval_every: int = option("updates between evaluations; 0: only before and after training", 0, metavar="UPDATES")
+    save_every: int = option("updates between checkpoints; 0: only on Ctrl-C", 0, metavar="UPDATES")
     keep: int = option("checkpoints to keep: the last one and N - 1 before it, as checkpoint-UPDATE.pt", 1, metavar="N")
     report_to: tuple[str, ...] | None = option(
-        "metrics go there too: names with commas between, of tensorboard, wandb, trackio",
+        "send metrics there too: tensorboard, wandb, trackio, separated by commas",
         None,
         parse=_trackers,
         metavar="NAMES",
-        absent="metrics.jsonl alone",
+        absent="only metrics.jsonl",
     )
 
     def __post_init__(self) -> None:

@@ -27,12 +27,12 @@ class AttackOptions:
     """The attack."""
 
     prompts: str = option("harmful prompts to answer, none of them in --data", metavar="SOURCE", reads=True)
-    prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
+    prompts_limit: int | None = option("answer only the first N", None, parse=positive_int, metavar="N", absent="all")
     benign: str | None = option(
-        "prompts that should be answered: over-refusal along the way", None, metavar="SOURCE", reads=True
+        "prompts that should be answered, to measure over-refusal", None, metavar="SOURCE", reads=True
     )
     benign_limit: int | None = option(
-        "the first N of them alone", None, parse=positive_int, metavar="N", absent="all", needs=("benign",)
+        "answer only the first N of them", None, parse=positive_int, metavar="N", absent="all", needs=("benign",)
     )
     steps: int = option("updates", 50, parse=positive_int)
     examples: int = option("harmful answers to train on", 64, parse=positive_int, metavar="N")
@@ -40,8 +40,8 @@ class AttackOptions:
     lora: int = option("rank of LoRA adapters on all linear layers; 0: all weights", 0, metavar="RANK")
     every: int = option("steps between two measurements", 10, parse=positive_int, metavar="N")
     lr: float = option("learning rate of AdamW", 1e-5)
-    batch_size: int = option("answers a step", 8, parse=positive_int, metavar="N")
-    max_new_tokens: int = option("of an answer", 64, parse=positive_int, metavar="TOKENS")
+    batch_size: int = option("answers per step", 8, parse=positive_int, metavar="N")
+    max_new_tokens: int = option("longest answer", 64, parse=positive_int, metavar="TOKENS")
     bf16: bool = option("train under bfloat16 autocast; answers are computed in --dtype", False)
     seeds: int = option("runs, with the seeds 0 to N - 1", 3, parse=positive_int, metavar="N")
     overwrite: bool = option("replace an attack in --output", False)
@@ -52,7 +52,7 @@ class JudgeOptions:
     """Who says what is unsafe; see `shapo judge`."""
 
     judge: str = option("name as in `shapo judge`", metavar="NAME")
-    judge_model: str | None = option("its model", None, metavar="NAME", reads=True)
+    judge_model: str | None = option("the judge's model", None, metavar="NAME", reads=True)
     probe: str | None = option("of --judge probe", None, metavar="FILE", reads=True)
     unsafe_label: str | None = option("of --judge classifier", None, metavar="LABEL", needs=("judge=classifier",))
     threshold: float = option("of a classifier or probe", 0.5, needs=THRESHOLD_NEEDS)

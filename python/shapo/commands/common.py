@@ -24,7 +24,7 @@ class ModelOptions:
     """Which model, in what precision, where."""
 
     model: str = option("a local folder or a hub name", metavar="NAME", reads=True)
-    dtype: str = option("precision the weights are held in", "float32", choices=("float32", "bfloat16"))
+    dtype: str = option("precision of the weights", "float32", choices=("float32", "bfloat16"))
     device: str = option("auto (cuda where there is one), cpu, cuda, cuda:1 ...", "auto")
 
 
@@ -33,8 +33,8 @@ class SourceOption:
     """Which preference pairs."""
 
     data: list[str] = option(
-        "preference pairs: a local file, a folder of splits or a hub name; several times for several, which "
-        "SOURCE:WEIGHT makes a mixture",
+        "preference pairs: a local file, a folder of splits or a hub name; repeat it for several, as SOURCE:WEIGHT "
+        "for a mixture",
         repeated=True,
         required=True,
         metavar="SOURCE",
@@ -47,14 +47,12 @@ class FormatOptions:
     """How a file of preference pairs is read."""
 
     format: str = option(
-        "PKU-SafeRLHF, hh-rlhf or TRL columns; auto looks", "auto", choices=("auto", "pku", "hh", "trl")
+        "PKU-SafeRLHF, hh-rlhf or TRL columns; auto detects them", "auto", choices=("auto", "pku", "hh", "trl")
     )
-    preference: str = option(
-        "PKU-SafeRLHF: which of its two preferences is meant", "safer", choices=("safer", "better")
-    )
+    preference: str = option("PKU-SafeRLHF: which of its two preferences to use", "safer", choices=("safer", "better"))
     split: str | None = option("split of a folder or of a data set on the hub", None, metavar="NAME", absent="train")
     limit: int | None = option(
-        "use the first N pairs alone, of a mixture N in all", None, parse=positive_int, metavar="N", absent="all"
+        "use only the first N pairs; of a mixture N in all", None, parse=positive_int, metavar="N", absent="all"
     )
     stream: bool = option("read a data set on the hub row by row instead of downloading it first", False)
 
@@ -63,9 +61,9 @@ class FormatOptions:
 class TokenOptions:
     """How pairs become tokens."""
 
-    max_length: int = option("of prompt and response together", 512, parse=positive_int, metavar="TOKENS")
+    max_length: int = option("longest prompt and response together", 512, parse=positive_int, metavar="TOKENS")
     max_prompt_length: int | None = option(
-        "of the prompt, if cut at all",
+        "longest prompt, where one is cut",
         None,
         parse=positive_int,
         metavar="TOKENS",
@@ -82,7 +80,7 @@ class TokenOptions:
 class RunOptions:
     """What a training command does with a run that is there already."""
 
-    resume: bool = option("go on from the checkpoint in --output, bit for bit", False, alone="existing")
+    resume: bool = option("continue from the checkpoint in --output, bit for bit", False, alone="existing")
     overwrite: bool = option("replace a finished or started run in --output", False, alone="existing")
     push_to_hub: str | None = option(
         "upload the model to this repository of the hub, made private if it is new", None, metavar="OWNER/NAME"
@@ -101,20 +99,22 @@ class AdaptOptions:
         alone="adapted",
     )
     qlora: str | None = option(
-        "the same over a base model held in 4 bits (bitsandbytes, NF4); see --lora",
+        "the same on a base model in 4 bits (bitsandbytes, NF4); see --lora",
         None,
         metavar="SPEC",
         absent="no",
         alone="adapted",
     )
     adapter: str | None = option(
-        "--lora, --qlora: save the model with the adapter merged into it, or the adapter apart",
+        "--lora, --qlora: save the model with the adapter merged into it, or only the adapter",
         None,
         choices=("merged", "apart"),
         absent="merged",
         needs=("lora", "qlora"),
     )
-    gradient_checkpointing: bool = option("keep each block's input alone, and compute the rest again", False)
+    gradient_checkpointing: bool = option(
+        "keep only each block's input and recompute the rest: less memory, more time", False
+    )
     attn: str | None = option(
         "attention: eager, sdpa, flash_attention_2 ...", None, metavar="NAME", absent="transformers' choice"
     )

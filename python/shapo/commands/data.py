@@ -3,8 +3,8 @@
 Counts pairs and rows left out, duplicates, labels that contradict each other, prompts in common with --against (an
 evaluation set, say), answers that begin with their prompt, lengths, and the balance of labels, safety flags and
 categories. With --model, whose tokenizer alone is loaded, lengths are tokens, what --max-length would cut is counted,
-and one pair is written out as the model will see it, with what is trained between « and ». Lines that begin with "!"
-want to be looked at. Nothing is changed; --output keeps the numbers as JSON.
+and one pair is written out as the model will see it, with what is trained between « and ». A line that begins with "!"
+needs a look. Nothing is changed; --output keeps the numbers as JSON.
 
 FILE is what --data is elsewhere: a file, a folder of splits or a hub name.
 """

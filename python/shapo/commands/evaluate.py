@@ -59,9 +59,9 @@ class AnswerOptions:
         "Do-Not-Answer, HarmBench, SALAD-Bench or a file with a column prompt", None, metavar="SOURCE", reads=True
     )
     prompts_format: str = option("auto, do-not-answer, harmbench, salad-bench or prompt", "auto")
-    prompts_limit: int | None = option("answer the first N alone", None, parse=positive_int, metavar="N", absent="all")
+    prompts_limit: int | None = option("answer only the first N", None, parse=positive_int, metavar="N", absent="all")
     answers: str | None = option("JSONL file to write the answers to", None, metavar="FILE", writes=True)
-    max_new_tokens: int = option("of an answer", 128, parse=positive_int, metavar="TOKENS")
+    max_new_tokens: int = option("longest answer", 128, parse=positive_int, metavar="TOKENS")
     temperature: float = option("0 is greedy", 0.0)
     seed: int = option(
         "of sampling; each prompt's state is made of it and the prompt's id",
@@ -69,7 +69,7 @@ class AnswerOptions:
         parse=seed_number,
         needs=("temperature",),
     )
-    engine: str = option("what decodes: transformers, or vLLM (a GPU)", "hf", choices=("hf", "vllm"))
+    engine: str = option("transformers, or vLLM (needs a GPU)", "hf", choices=("hf", "vllm"))
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class VerdictOptions:
 class HarnessOptions:
     """Tasks of lm-eval."""
 
-    lm_eval: str | None = option("names with commas between: truthfulqa_mc2,hellaswag ...", None, metavar="TASKS")
+    lm_eval: str | None = option("names, separated by commas: truthfulqa_mc2,hellaswag ...", None, metavar="TASKS")
     lm_eval_path: str | None = option("task files of your own", None, metavar="FOLDER", reads=True, needs=("lm_eval",))
     lm_eval_limit: int | None = option(
-        "the first N cases of each task", None, parse=positive_int, metavar="N", absent="all", needs=("lm_eval",)
+        "only the first N cases of each task", None, parse=positive_int, metavar="N", absent="all", needs=("lm_eval",)
     )
 
 

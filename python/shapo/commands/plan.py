@@ -32,11 +32,11 @@ class PlanOptions:
     """What is planned."""
 
     model: str = option("a model folder, a config.json, or a name in the hub's local cache", metavar="NAME", reads=True)
-    dtype: str = option("precision the weights are held in", "bfloat16", choices=("float32", "bfloat16"))
-    engine: str = option("what divides the work over ranks", "single", choices=_ENGINES)
+    dtype: str = option("precision of the weights", "bfloat16", choices=("float32", "bfloat16"))
+    engine: str = option("engine that divides the work over ranks", "single", choices=_ENGINES)
     ranks: int = option("number of processes, each with a device of its own", 1, parse=positive_int, metavar="N")
     device: str = option("what the devices are", "cuda", choices=("cuda", "cpu"))
-    way: list[str] = option("plan this way alone; several times for several", repeated=True, choices=_WAYS)
+    way: list[str] = option("plan only this way; may be repeated", repeated=True, choices=_WAYS)
     json: str | None = option("JSON file of the numbers, in bytes", None, metavar="FILE", writes=True)
 
 
@@ -55,8 +55,10 @@ class UpdatePlanOptions:
         absent="the rank's share of the batch",
         alone=None,
     )
-    length: int = option("of prompt and response together", 512, parse=positive_int, metavar="TOKENS")
-    prompt_length: int | None = same(TokenOptions, "max_prompt_length", help="of the prompt", absent="half of --length")
+    length: int = option("longest prompt and response together", 512, parse=positive_int, metavar="TOKENS")
+    prompt_length: int | None = same(
+        TokenOptions, "max_prompt_length", help="longest prompt", absent="half of --length"
+    )
     optimizer: str = same(LoopConfig, "optimizer", choices=_OPTIMIZERS, help="base optimizer")
     bf16: bool = same(LoopConfig, "bf16")
     fused_head: str = same(LoopConfig, "fused_head")

@@ -32,7 +32,7 @@ class ProbeOptions:
     published: bool = option("the published recipe, far from converged: lr 1e-5, 10 epochs, batches of 256", False)
     validation: float = option("of the prompts, held out", 0.2, metavar="SHARE")
     balanced: bool = option("weight the two classes equally", False)
-    keep: str = option("which epoch's weights", "last", choices=("last", "best"))
+    keep: str = option("which epoch's weights to keep", "last", choices=("last", "best"))
     seed: int = option("of the split and the order", 0, parse=seed_number)
     feature_batch_size: int = option("texts through the model at once", 16, parse=positive_int, metavar="N")
     bf16: bool = option("compute the hidden states under bfloat16 autocast", False)

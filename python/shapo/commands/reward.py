@@ -26,7 +26,7 @@ class RewardOptions:
         "pairs whose soft labels are drawn", None, metavar="SOURCE", absent="--data", reads=True
     )
     betas: list[float] = option("beta_r of the histograms", (0.3, 1.0, 3.0, 10.0), parse=radii)
-    max_length: int = option("of prompt and response together", 1024, metavar="TOKENS")
+    max_length: int = option("longest prompt and response together", 1024, metavar="TOKENS")
     batch_size: int = option("responses at once", 16, metavar="N")
 
 

@@ -59,7 +59,7 @@ class SelectOptions:
     )
     seed: int = option("of the draw", 0, of=("random",), parse=seed_number)
     data: list[str] = option(
-        "held-out preference pairs: a local file, a folder of splits or a hub name; several times for several",
+        "held-out preference pairs: a local file, a folder of splits or a hub name; may be repeated",
         of=("gradient",),
         repeated=True,
         metavar="SOURCE",

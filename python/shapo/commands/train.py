@@ -5,9 +5,9 @@ Plain training is the default; --rho makes it ShaPO, inside --subspace (a file f
 --relative-rho they are multiples of ||W_S||, the norm of the selected weights, which is printed either way because a
 radius says little without it.
 
-The reward level (--loss reward_level) takes its labels from --reward-model in the place of the data's, at any
-aggregation, plain or ShaPO. The model that training starts from is the reference; it is asked once, before the first
-update, and so is the reward model.
+The reward level (--loss reward_level) takes its labels from --reward-model and not from the data, at any aggregation,
+plain or ShaPO. The model that training starts from is the reference. It and the reward model are run once, before the
+first update.
 
 Writes to --output: metrics.jsonl, run.json, reference.safetensors, rewards.safetensors, model/, and checkpoint.pt where
 --save-every or Ctrl-C asked for one.
@@ -42,7 +42,7 @@ class HeldOutOptions:
     eval_data: str | None = option("clean pairs to evaluate on, in the same format", None, metavar="SOURCE", reads=True)
     eval_split: str | None = option("split of --eval-data", None, metavar="NAME", needs=("eval_data",))
     eval_limit: int | None = option(
-        "evaluate on the first N of them alone", None, parse=positive_int, metavar="N", needs=("eval_data",)
+        "evaluate on only the first N of them", None, parse=positive_int, metavar="N", needs=("eval_data",)
     )
     noise: float = option("flip this share of the training labels, 0 to 1", 0.0, metavar="SHARE")
     noise_seed: int = option("which labels are flipped", 0, parse=seed_number, metavar="N", needs=("noise",))
@@ -56,7 +56,11 @@ class RewardOptions:
         "a sequence-classification model, folder or hub name", None, of=("reward_level",), metavar="NAME", reads=True
     )
     reward_sign: str | None = option(
-        "is a higher score better or worse", None, of=("reward_level",), choices=("reward", "cost"), absent="reward"
+        "whether a higher score is better (reward) or worse (cost)",
+        None,
+        of=("reward_level",),
+        choices=("reward", "cost"),
+        absent="reward",
     )
 
 
@@ -87,7 +91,7 @@ OPTIONS = (
     Group(
         common.ModelOptions,
         "model",
-        helps={"model": "the model to start from, which is the reference too: a local folder or a hub name"},
+        helps={"model": "the model to start from, also the reference: a local folder or a hub name"},
     ),
     common.ADAPT,
     *common.DATA,

@@ -178,7 +178,7 @@ def _flags(flags: Any) -> dict[str, int]:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report for people; a line that starts with "!" wants to be looked at."""
+    """The report for people; a line that starts with "!" needs a look."""
     total, unit = report["pairs"], report["unit"]
     lines = [f"{total} pairs from {report['source']}, read as {report['format']}"]
     lines += [f"  left out: {count} {reason}" for reason, count in report["dropped"].items()]
