@@ -87,9 +87,9 @@ def test_a_damaged_configuration_is_one_line(plan, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_table_in_the_documents_is_what_the_command_says():
+@pytest.mark.parametrize(("model", "ways"), [("8B", ("plain", "lora", "reuse")), ("70B", ("plain",))])
+def test_the_tables_in_the_documents_are_what_the_command_says(model, ways):
     text = (Path(__file__).parents[3] / DOCUMENT).read_text()
-    ways = ("plain", "lora", "reuse")
-    rows = [line for line in table_lines("8B", ways) if line.startswith(tuple(f"| {way} " for way in ways))]
-    assert len(rows) == 3
-    assert set(rows) <= set(rows_of(text, "8B"))
+    rows = [line for line in table_lines(model, ways) if line.startswith(("Llama", *(f"| {way} " for way in ways)))]
+    assert len(rows) == 1 + len(ways)
+    assert set(rows) <= set(rows_of(text, model))
