@@ -138,6 +138,7 @@ def test_an_interrupted_launch_goes_on_to_the_bits_of_one_that_was_not(report, f
     [
         ("killed", "shapo: error: another rank was lost"),
         ("out of memory", "shapo: error: out of memory"),
+        ("full disk", "shapo: error: cannot write .*checkpoint.pt: "),
         ("no such file", "shapo: error: no such file: nowhere.jsonl"),
         ("there already", "shapo: error: .* already holds a run"),
         ("misspelt", "shapo: error: .*--modle|shapo: error: the following arguments are required"),
@@ -152,7 +153,7 @@ def test_an_end_of_one_rank_is_one_line_and_the_end_of_all(name, message, report
     assert report[name]["seconds"] < 10
 
 
-@pytest.mark.parametrize("name", ["killed", "out of memory", "mistaken"])
+@pytest.mark.parametrize("name", ["killed", "out of memory", "mistaken", "full disk"])
 def test_a_lost_rank_leaves_the_last_checkpoint_whole(name, report, folder):
     state = torch.load(folder / name / "checkpoint.pt", weights_only=True)
     assert state["update"] == 2

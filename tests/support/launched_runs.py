@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -71,6 +72,9 @@ def happens(event, rank):
                 raise MemoryError("not enough memory: you tried to allocate 1 byte")
             if event["what"] == "mistake":
                 raise KeyError("mine")
+            if event["what"] == "full":  # for the checkpoint, which is larger than that
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+                return made(self, indices)
             for _ in range(event.get("times", 1)):
                 os.kill(os.getpid(), getattr(signal, event["what"]))
         return made(self, indices)
@@ -163,6 +167,7 @@ def main(folder):
         "killed": {**one, "what": "SIGKILL"},
         "out of memory": {**one, "what": "raise"},
         "mistaken": {**one, "what": "mistake"},
+        "full disk": {"rank": 0, "what": "full"},
     }.items():
         report[name] = launch(folder, name, [*train, *output(name)], event)
     os.environ["ACCELERATE_USE_FSDP"] = "true"
