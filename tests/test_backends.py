@@ -46,7 +46,7 @@ def test_the_environment_names_a_backend(value, expected):
     assert expected in printed
 
 
-def test_the_diagnosis_survives_a_backend_that_is_none():
+def test_the_diagnosis_survives_an_unknown_backend():
     environment = {**os.environ, "SHAPO_BACKEND": "nope"}
     run = subprocess.run([sys.executable, "-m", "shapo_kernels"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0

@@ -45,6 +45,6 @@ def test_tables_are_those_of_the_recorded_rows(document, arguments, tmp_path):
     assert copy.read_text() == written
 
 
-def test_the_readme_speaks_of_the_gpu_as_the_recorded_rows_allow():
+def test_the_readme_claims_gpu_runs_only_where_rows_are_recorded():
     recorded = any((report.RESULTS / f"{suite}.json").exists() for suite in report.GPU)
     assert recorded != ("there is no such row yet" in README.read_text())

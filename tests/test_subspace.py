@@ -151,7 +151,7 @@ def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", None])
-def test_loading_something_else_is_one_clear_line(tmp_path, content):
+def test_loading_something_else_gives_one_clear_line(tmp_path, content):
     path = tmp_path / "x.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -214,7 +214,7 @@ def test_a_module_really_called_module_keeps_its_name():
         ("metadata", "[" * 100_000),
     ],
 )
-def test_a_header_that_says_something_else_is_one_error(entry, text, tmp_path):
+def test_a_damaged_header_gives_one_error(entry, text, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 

@@ -195,7 +195,7 @@ def test_a_loop_follows_the_schedule_of_the_radius(tiny_llama, pairs, tmp_path):
         ),
     ],
 )
-def test_ascents_that_cannot_be_are_refused_before_anything_is_written(
+def test_impossible_ascents_are_refused_before_anything_is_written(
     options, loop, loss, message, tiny_llama, pairs, tmp_path
 ):
     with pytest.raises(UserError, match=message):

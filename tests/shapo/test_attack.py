@@ -44,7 +44,7 @@ def test_seeds_draw_other_examples_and_share_what_is_held_out():
         assert not {prompt for prompt, _ in training} & {prompt for prompt, _ in held}
 
 
-def test_too_few_answers_are_told():
+def test_too_few_answers_are_reported():
     with pytest.raises(UserError, match="needs 8 harmful answers"):
         split_examples(EXAMPLES[:8], SMALL, 0)
 

@@ -43,7 +43,7 @@ def test_a_reader_that_leaves_costs_no_result(sft, tmp_path, monkeypatch, capsys
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_full_output_is_told_once_all_is_saved(sft, tmp_path, monkeypatch, capsys):
+def test_a_full_output_is_reported_once_everything_is_saved(sft, tmp_path, monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(sft) == 2

@@ -146,7 +146,7 @@ def test_an_interrupted_launch_goes_on_to_the_bits_of_one_that_was_not(report, f
         ("alone only", "shapo: error: shapo data runs in one process: start it without the launcher"),
     ],
 )
-def test_an_end_of_one_rank_is_one_line_and_the_end_of_all(name, message, report):
+def test_one_ranks_end_gives_one_line_and_ends_all(name, message, report):
     (line,) = lines_of(report[name])
     assert re.match(message, line)
     assert 0 not in report[name]["codes"]

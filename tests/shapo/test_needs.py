@@ -61,7 +61,7 @@ def test_a_folder_that_is_filled_has_its_names_listed(command):
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command in LINES])
-def test_an_option_without_an_effect_is_one_line_before_anything_is_read(command, capsys, tmp_path, monkeypatch):
+def test_an_option_without_an_effect_gives_one_line_before_anything_is_read(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parsed = cli.build_parser().parse_args([command, *LINES[command]])
     idle = [(name, field, told) for group, name, field, told in found(command) if unmet(group, name, parsed)]
@@ -74,7 +74,7 @@ def test_an_option_without_an_effect_is_one_line_before_anything_is_read(command
     assert not list(tmp_path.iterdir())
 
 
-def test_the_options_that_were_once_ignored_are_told(capsys):
+def test_options_that_were_once_ignored_are_reported(capsys):
     for line, message in (
         ("evaluate --output o --verdicts v --beta 0.2", "--beta has no effect without --data"),
         ("evaluate --output o --verdicts v --batch-size 2", "--batch-size has no effect without --data"),

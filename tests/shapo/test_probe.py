@@ -273,7 +273,7 @@ def write_damaged(path: Path) -> None:
     ],
     ids=["missing", "garbage", "other", "damaged"],
 )
-def test_a_file_that_is_no_probe_is_one_clear_line(
+def test_a_file_that_is_no_probe_gives_one_clear_line(
     write: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "probe.safetensors")
@@ -332,7 +332,7 @@ def test_the_default_recipe_reaches_the_minimum_and_the_published_one_stops_far_
         lambda tensors, record: record.pop("epoch"),
     ],
 )
-def test_a_probe_file_that_says_something_else_is_one_line(change: Any, tmp_path: Path) -> None:
+def test_a_damaged_probe_file_gives_one_line(change: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}

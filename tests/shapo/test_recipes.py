@@ -169,7 +169,7 @@ def test_values_are_read_as_yaml_writes_them(tmp_path):
         ("lr: !!python/object:os.system 1", "is not YAML in line 1: could not determine a constructor"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+def test_an_impossible_recipe_gives_one_line(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(text)
     assert main(["train", "--config", "r.yaml", "--output", "out"]) == 2

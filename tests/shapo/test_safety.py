@@ -42,7 +42,7 @@ def test_benchmarks_and_categories_are_counted_apart(verdicts):
     assert (found["mine"]["low"], found["mine"]["judge"]) == (0.0, "j")
 
 
-def test_over_refusal_stands_beside_attack_success_or_is_said_to_be_missing(verdicts):
+def test_over_refusal_is_shown_beside_attack_success_or_named_as_missing(verdicts):
     a = verdicts("a.jsonl", ["unsafe"])
     assert safety_summary([a])["over_refusal"] == NOT_MEASURED
     benign = verdicts("b.jsonl", ["safe"] * 4, refusals=[True, False, False, None])

@@ -162,7 +162,7 @@ class LinearLoss:
         return {"0.weight": self.t[:, None] * self.x.float()}
 
 
-def test_an_eps_that_bfloat16_weights_cannot_hold_is_measured_all_the_same():
+def test_an_eps_too_small_for_bfloat16_weights_is_still_measured():
     loss = LinearLoss(4096)
     norm = float(loss.gradient()["0.weight"].norm())
     weight, neurons = loss.model[0].weight.detach().clone(), Subspace({"0.weight": list(range(4096))})
@@ -199,7 +199,7 @@ def test_batches_do_not_change_the_gradient(loss, tiny_llama):
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, math.nan, math.inf])
-def test_a_radius_that_is_none_is_refused(radius, loss):
+def test_an_invalid_radius_is_refused(radius, loss):
     with pytest.raises(UserError, match="a radius is"):
         measure(loss, {}, rhos=[radius], progress=False)
 

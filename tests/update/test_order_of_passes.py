@@ -98,7 +98,7 @@ def test_a_copy_begins_its_update_anew(toy, batch, loss, subspace):
 
 
 @pytest.mark.parametrize("perturbation", ["in_place", "delta"])
-def test_a_forward_pass_before_the_ascent_is_told_where_it_belongs(toy, batch, loss, subspace, perturbation):
+def test_a_forward_pass_before_the_ascent_raises_and_says_where_it_belongs(toy, batch, loss, subspace, perturbation):
     model = toy()
     opt, value = wrap(model, subspace, perturbation=perturbation), loss(model, batch())
     with refuses_in_one_line(r"run the forward pass inside `with opt\.ascent\(\):`"), opt.ascent():

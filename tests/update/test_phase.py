@@ -103,7 +103,7 @@ def test_a_step_inside_a_closures_ascent_is_refused(toy, batch, loss, subspace):
 
 
 @pytest.mark.parametrize("zero_grad", [True, False])
-def test_first_step_clears_gradients_as_it_is_told(toy, batch, loss, subspace, zero_grad):
+def test_first_step_clears_gradients_as_asked(toy, batch, loss, subspace, zero_grad):
     model = toy()
     opt = wrap(model, subspace, rho=0.1, ascent="grad")
     loss(model, batch()).backward()

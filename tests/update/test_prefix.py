@@ -347,7 +347,7 @@ def test_an_ascent_on_a_part_of_the_rows_runs_the_blocks_below_for_all_of_them(s
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
-def test_of_a_micro_batch_that_no_row_is_drawn_from_the_blocks_below_run_all_the_same():
+def test_the_blocks_below_run_for_a_micro_batch_that_no_row_is_drawn_from():
     def part(opt, model, batches, loss):
         with opt.ascent():
             with opt.ascent_part(lambda: model(batches[0]), torch.tensor([], dtype=torch.int64)):

@@ -179,7 +179,7 @@ def test_without_vllm_one_line_says_what_to_do(monkeypatch, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("value", ["x", {"a": 1}, [[1]], [1, None]])
-def test_an_end_that_is_no_token_is_one_line(value, tiny_llama, tiny_tokenizer):
+def test_an_end_that_is_no_token_gives_one_line(value, tiny_llama, tiny_tokenizer):
     tiny_llama.generation_config.eos_token_id = value
     with pytest.raises(UserError, match=r"has the eos_token_id .*, but numbers of tokens are expected"):
         ending(tiny_tokenizer, tiny_llama)

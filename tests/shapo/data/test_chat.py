@@ -147,7 +147,7 @@ def test_generation_marks_tell_the_answer_where_the_prompt_is_no_prefix() -> Non
     ],
     ids=["another-prompt", "no-content", "raises", "undefined", "broken", "no-default"],
 )
-def test_a_template_that_cannot_be_used_is_one_line(template: Any, message: str) -> None:
+def test_an_unusable_template_gives_one_line(template: Any, message: str) -> None:
     tokenizer = chat_tokenizer(ROLES)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message) as error:

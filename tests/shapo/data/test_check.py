@@ -133,7 +133,7 @@ def test_the_command_prints_the_counts_and_keeps_them(files: dict[str, str], cap
         (["--against", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
     ],
 )
-def test_a_check_that_cannot_be_made_is_one_line(
+def test_an_impossible_check_gives_one_line(
     options: list[str], message: str, files: dict[str, str], capsys: Any
 ) -> None:
     options = [part.replace("{model}", files["model"]) for part in options]

@@ -292,7 +292,7 @@ def test_limit_stops_after_that_many_pairs() -> None:
         ),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments: dict[str, Any], message: str) -> None:
+def test_bad_input_gives_one_clear_line(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_pairs(**arguments)
     assert "\n" not in str(error.value)

@@ -54,7 +54,7 @@ def test_a_share_is_spread_over_the_file_and_grows_by_adding(files: dict[str, st
     assert max(small) > 45 > min(small)
 
 
-def test_what_was_left_out_and_taken_is_told(files: dict[str, str]) -> None:
+def test_the_summary_says_what_was_left_out_and_taken(files: dict[str, str]) -> None:
     found = load_mixture([f"{files['a']}:0.5", f"{files['b']}:0.5"])
     expected = f"60 pairs from 30 of {files['a']} (0.5, 90 pairs) + 30 of {files['b']} (0.5, 30 pairs)"
     assert found.summary() == f"{expected} (left out: 1 with an empty response)"
@@ -92,6 +92,6 @@ def test_a_file_of_that_very_name_has_no_weight(tmp_path: Path) -> None:
         (["a:1e999", "b:1"], "the weight of a:1e999 is 1e999"),
     ],
 )
-def test_sources_that_cannot_be_meant_are_refused(sources: list[str], message: str, files: dict[str, str]) -> None:
+def test_contradictory_sources_are_refused(sources: list[str], message: str, files: dict[str, str]) -> None:
     with pytest.raises(UserError, match=message):
         load_mixture([source.format(**files) for source in sources], limit=5)

@@ -123,7 +123,7 @@ def test_real_clones_give_the_shared_pairs_and_those_of_one_more_model_in_the_te
         ),
     ],
 )
-def test_a_clone_of_another_form_is_one_line(name, damage, message, clones, tmp_path):
+def test_a_clone_of_another_form_gives_one_line(name, damage, message, clones, tmp_path):
     path = tmp_path / name
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
     with pytest.raises(UserError, match=message):

@@ -82,7 +82,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_file_gives_one_clear_line(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -95,12 +95,12 @@ def test_a_broken_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
     "name",
     ["missing.jsonl", "./missing", "/missing/data", "a/b/c", "~/missing", "~nobody-of-that-name/x", "what is this?"],
 )
-def test_a_missing_file_is_one_clear_line(name: str) -> None:
+def test_a_missing_file_gives_one_clear_line(name: str) -> None:
     with pytest.raises(UserError, match="no such file: "):
         read_rows(name)
 
 
-def test_a_name_that_is_too_long_is_one_clear_line() -> None:
+def test_too_long_a_name_gives_one_clear_line() -> None:
     with pytest.raises(UserError, match=r"^cannot read .*: File name too long$"):
         read_rows("/tmp/" + "x" * 5000 + ".jsonl")
 
@@ -162,7 +162,7 @@ def test_the_train_split_is_the_default_and_a_folder_serves_as_configuration(hub
         (ValueError('Unknown split "dev". Should be one of [...]'), 'Unknown split "dev"'),
     ],
 )
-def test_a_hub_failure_is_one_clear_line(hub: Callable[..., Hub], failure: Exception, hint: str) -> None:
+def test_a_hub_failure_gives_one_clear_line(hub: Callable[..., Hub], failure: Exception, hint: str) -> None:
     hub(failure)
     with pytest.raises(UserError, match="cannot load the data set owner/name: ") as error:
         load_pairs("owner/name")
@@ -200,7 +200,7 @@ def test_a_hub_data_set_is_read_whole_or_row_by_row(hub_of_a_folder: list[bool],
     assert hub_of_a_folder == [stream] * 3
 
 
-def test_a_failure_while_rows_are_streamed_is_one_clear_line(hub: Callable[..., Hub]) -> None:
+def test_a_failure_while_rows_are_streamed_gives_one_clear_line(hub: Callable[..., Hub]) -> None:
     def rows() -> Any:
         yield {"prompt": "p", "chosen": "a", "rejected": "b"}
         raise ConnectionError("Couldn't connect\nlong trace")

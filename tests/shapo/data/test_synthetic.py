@@ -128,7 +128,7 @@ def test_written_files_load_as_pairs(tmp_path: Path) -> None:
         ({"sft": 10**6}, r"rows were asked for in sft, train.*there are"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], message: str) -> None:
+def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         synthetic.generate(0, **sizes)
 

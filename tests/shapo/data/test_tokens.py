@@ -226,6 +226,6 @@ def test_settings_change_with_everything_that_decides_the_ids(tiny_tokenizer: Pr
         (Stub(eos=1), {"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tokenizer: Stub, arguments: dict[str, int], message: str) -> None:
+def test_impossible_settings_are_refused(tokenizer: Stub, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PairEncoder(tokenizer, **arguments)

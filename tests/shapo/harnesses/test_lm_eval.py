@@ -79,7 +79,7 @@ def test_the_command_puts_the_tasks_into_its_result(task, tiny_llama, tiny_token
     assert found["metrics"]["acc,none"] in (0.0, 1.0)
 
 
-def test_an_unknown_task_is_one_line(task, tiny_llama, tiny_tokenizer):
+def test_an_unknown_task_gives_one_line(task, tiny_llama, tiny_tokenizer):
     with pytest.raises(UserError, match="lm-eval has no task 'no_such_task'"):
         run_tasks(tiny_llama, tiny_tokenizer, ["no_such_task"], folder=task)
 

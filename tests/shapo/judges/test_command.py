@@ -86,7 +86,7 @@ def test_judging_goes_on_where_it_stopped(answers, tmp_path):
     assert rows(output) == whole
 
 
-def test_a_part_of_a_judge_whose_files_changed_is_not_gone_on_with(answers, tmp_path, tiny_llama, tiny_tokenizer):
+def test_a_run_does_not_resume_once_its_judges_files_changed(answers, tmp_path, tiny_llama, tiny_tokenizer):
     folder, output = tmp_path / "guard", tmp_path / "j.jsonl"
     tiny_tokenizer.save_pretrained(folder)
 
@@ -123,7 +123,7 @@ def test_a_part_of_a_judge_whose_files_changed_is_not_gone_on_with(answers, tmp_
         ('{"id": 1, "prompt": "a", "answer": "b"}\n{"id": "1", "prompt": "a", "answer": "b"}', "same id"),
     ],
 )
-def test_a_bad_answers_file_is_one_line(lines, message, tmp_path, capsys):
+def test_a_bad_answers_file_gives_one_line(lines, message, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(lines)
     arguments = ["judge", "--answers", str(tmp_path / "a.jsonl"), "--judge", "refusal-substring"]
     assert main([*arguments, "--output", str(tmp_path / "o.jsonl")]) == 2

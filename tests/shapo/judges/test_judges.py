@@ -347,7 +347,7 @@ def test_without_judgezoo_one_line_says_what_to_install(monkeypatch):
         ({"name": "harmbench", "model": "./nowhere"}, "there is no such folder"),
     ],
 )
-def test_a_judge_that_cannot_be_is_refused_in_one_line(arguments, message):
+def test_an_impossible_judge_is_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         load_judge(**arguments)
 
@@ -371,7 +371,7 @@ def _classifier(tokenizer, labels):
     return model.eval()
 
 
-def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path):
+def test_half_of_a_surrogate_pair_is_reported_with_its_line(tmp_path):
     from shapo.judges.files import read_rows
 
     path = tmp_path / "a.jsonl"

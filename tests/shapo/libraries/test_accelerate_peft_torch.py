@@ -57,7 +57,7 @@ def test_the_state_of_a_process_has(name):
         (KeyError("gloo"), False),
     ],
 )
-def test_a_lost_rank_is_told_from_other_errors(error, lost):
+def test_a_lost_rank_is_distinguished_from_other_errors(error, lost):
     assert ours.lost_a_rank(error) is lost
 
 

@@ -55,7 +55,7 @@ def test_weights_can_be_stored_in_bfloat16(model, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_an_architecture_that_transformers_does_not_read_is_one_line(model, tmp_path):
+def test_an_architecture_that_transformers_does_not_read_gives_one_line(model, tmp_path):
     write_gguf(tmp_path / "m.gguf", model, architecture="rwkv9")
     with pytest.raises(UserError, match=r"transformers cannot read .*rwkv9"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")

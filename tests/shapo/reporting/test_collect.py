@@ -151,7 +151,7 @@ def test_attacks_judged_by_another_probe_are_shown_apart(tmp_path):
     assert len(collect(paths).sections) == 2
 
 
-def test_over_refusal_stands_beside_attack_success_or_is_said_to_be_missing(tmp_path):
+def test_over_refusal_is_shown_beside_attack_success_or_named_as_missing(tmp_path):
     path = runs.attack(tmp_path / "a")
     (section,) = collect([path]).sections
     assert any("Over-refusal was not measured" in limit for limit in section.limits)

@@ -133,7 +133,7 @@ def test_rewards_that_are_no_numbers_are_refused_by_the_pair(reward_model, tiny_
         RewardScorer(reward_model, tiny_tokenizer).score_pairs(pairs[:4], progress=False)
 
 
-def test_a_chat_template_that_refuses_a_conversation_is_one_line(reward_model, plain_tokenizer, pairs):
+def test_a_chat_template_that_refuses_a_conversation_gives_one_line(reward_model, plain_tokenizer, pairs):
     plain_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if messages | length > 2 %}{{ raise_exception('no') }}"
         "{% endif %}"
@@ -149,13 +149,13 @@ def test_a_model_with_several_labels_is_no_reward_model(reward_model, tiny_token
         RewardScorer(reward_model, tiny_tokenizer)
 
 
-def test_a_tokenizer_without_padding_is_told(reward_model, plain_tokenizer):
+def test_a_tokenizer_without_padding_is_reported(reward_model, plain_tokenizer):
     reward_model.config.pad_token_id = plain_tokenizer.pad_token = None
     with pytest.raises(UserError, match="padding token"):
         RewardScorer(reward_model, plain_tokenizer)
 
 
-def test_a_missing_reward_model_is_one_line(tmp_path):
+def test_a_missing_reward_model_gives_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot load the reward model") as error:
         load_reward_scorer(str(tmp_path / "nothing"), sign="reward", device=torch.device("cpu"))
     assert "\n" not in str(error.value)

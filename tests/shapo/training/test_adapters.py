@@ -127,7 +127,7 @@ def test_a_run_with_an_adapter_resumes_to_the_bit_and_with_another_one_is_refuse
         (["--optimizer", "bnb_adamw_8bit"], "the optimizer bnb_adamw_8bit needs a GPU, but the weights are on cpu"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(more, message, shapo, tmp_path):
+def test_an_impossible_recipe_gives_one_line(more, message, shapo, tmp_path):
     code, error = shapo("train", "out", *more)
     assert (code, error.count("shapo: error:")) == (2, 1)
     assert message in error
