@@ -117,10 +117,8 @@ class PairEncoder:
     @property
     def pad_token_id(self) -> int:
         """The id that fills batches: the pad token's, else EOS's, else 0. It is masked everywhere."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in known if token is not None))
 
     def encode(self, prompt: str, response: str) -> Encoded:
         """Encode one prompt with one response. For the two responses of a pair use `encode_pair`."""
