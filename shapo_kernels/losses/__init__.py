@@ -6,7 +6,7 @@ term in `aggregation`, sequence log-probabilities in `logps`. `registry` names t
 
 from ..ops import TokenLogps, linear_token_logps
 from .aggregation import WholeBatch, chosen_nll, drdpo, mean, whole_batch
-from .linear_preference import linear_preference_loss
+from .linear_preference import linear_preference_loss, saves_a_product
 from .logps import linear_sequence_logps, sequence_logps
 from .preference import cdpo, dpo, hinge, ipo, rdpo, reward_level, simpo, soft_preference, token_mean
 from .registry import AGGREGATIONS, PAIRWISE, LossSpec, PreferenceBatch, PreferenceLoss, PreferenceOutput
@@ -32,6 +32,7 @@ __all__ = [
     "mean",
     "rdpo",
     "reward_level",
+    "saves_a_product",
     "sequence_logps",
     "simpo",
     "soft_preference",

@@ -9,7 +9,7 @@ there, both products of the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,24 @@ def linear_preference_loss(
         raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
     loss, sums, counts = _Loss.apply(hidden, weight, bias, labels, share, responses, head, torch.is_grad_enabled())
     return loss, sums, counts
+
+
+def saves_a_product(
+    tokens: Sequence[int], weight: Tensor, *, dtype: torch.dtype | None = None, chunk_bytes: int | None = None
+) -> bool:
+    """Whether :func:`linear_preference_loss` computes less than :func:`linear_sequence_logps` for a trained head.
+
+    Logits that fit into one tile are kept by both, and then walking parts of the batch only costs more: the weight is
+    read for each. A prompt whose own logits do not fit has them computed twice by both.
+
+    Args:
+        tokens: labelled tokens of each prompt, all its responses together.
+        weight: `[V, H]`.
+        dtype: that the head is computed in, the weight's by default.
+        chunk_bytes: as for :func:`linear_sequence_logps`.
+    """
+    fits = tiling.room(weight.device, dtype or weight.dtype, chunk_bytes) // max(1, len(weight))
+    return max(tokens, default=0) <= fits < sum(tokens)
 
 
 class _Loss(torch.autograd.Function):

@@ -116,8 +116,13 @@ def capacity(tokens: Any, weight: Tensor, head: HeadOptions) -> Any:
 
 def limit(weight: Tensor, head: HeadOptions) -> int:
     """Elements that a tile may have."""
-    _, tile, _ = dtypes(weight.device, head.dtype)
-    return max(1, (head.chunk_bytes or default_chunk_bytes(weight.device)) // tile.itemsize)
+    return room(weight.device, head.dtype, head.chunk_bytes)
+
+
+def room(device: torch.device, dtype: torch.dtype, chunk_bytes: int | None) -> int:
+    """The same for any weight of a device, multiplied in `dtype`."""
+    _, tile, _ = dtypes(device, dtype)
+    return max(1, (chunk_bytes or default_chunk_bytes(device)) // tile.itemsize)
 
 
 def dtypes(device: torch.device, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:

@@ -290,3 +290,15 @@ def test_what_does_not_fit_raises(change, message):
     tensors, labels = make()
     with pytest.raises(ValueError, match=message):
         losses.linear_preference_loss(**{**leaves(tensors), "labels": labels, "share": dpo, **change})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "saves"),
+    [([], False), ([0, 0], False), ([5, 5], False), ([5, 6], True), ([10, 1], True), ([11], False), ([11, 3], False)],
+)
+def test_walking_by_pairs_saves_a_product_where_a_pair_fits_and_the_batch_does_not(tokens, saves):
+    """Counted in products too: three where it saves one; what does not is walked as well or better by the sums."""
+    weight = torch.randn(V, 4)
+    room = 4 * V * 10  # of ten tokens
+    assert losses.saves_a_product(tokens, weight, chunk_bytes=room) is saves
+    assert losses.saves_a_product(tokens, weight, dtype=torch.float64, chunk_bytes=2 * room) is saves

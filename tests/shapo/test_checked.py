@@ -33,7 +33,7 @@ def with_switches():
             own = getattr(found, "__module__", None) == f"shapo.{module}" and not name.startswith("_")
             if own and (inspect.isfunction(found) or inspect.isclass(found)) and name not in INNER:
                 given = inspect.get_annotations(found.__init__ if inspect.isclass(found) else found)
-                if any("bool" in str(annotation).split(" | ") for annotation in given.values()):
+                if any("bool" in str(kind).split(" | ") for option, kind in given.items() if option != "return"):
                     yield name, found
 
 

@@ -30,8 +30,7 @@ _PROBES = (-37.0, -2.5, -0.125, 0.0, 0.25, 1.0, 4.0, 55.0, 1e6)
 class _Output(NamedTuple):
     """What a model puts out under the fused head; hooks on the model see it, and logits of no vocabulary."""
 
-    sums: Tensor
-    counts: Tensor
+    found: tuple[Tensor, ...]
     logits: Tensor
 
 
@@ -44,16 +43,29 @@ class FusedHead:
 
     def sequence_logps(self, model: nn.Module, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """As `losses.sequence_logps`, by a forward pass through `model` and whatever is wrapped around it."""
+        sums, counts = self._through(model, losses.linear_sequence_logps, inputs, labels=labels)
+        return sums, counts
+
+    def preference_loss(
+        self, model: nn.Module, labels: Tensor, share: Callable[..., Tensor], **inputs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `losses.linear_preference_loss`, likewise."""
+        loss, sums, counts = self._through(model, losses.linear_preference_loss, inputs, labels=labels, share=share)
+        return loss, sums, counts
+
+    def _through(
+        self, model: nn.Module, function: Callable[..., tuple[Tensor, ...]], inputs: Any, *, labels: Tensor, **more: Any
+    ) -> tuple[Tensor, ...]:
         inner = unwrap(model, for_calls=True)
 
         def forward(*args: Any, **kwargs: Any) -> _Output:
             hidden = inner.base_model(*args, **kwargs).last_hidden_state
-            sums, counts = losses.linear_sequence_logps(hidden, labels=labels.to(hidden.device), **self.options(inner))
-            return _Output(sums, counts, hidden.new_empty(*hidden.shape[:2], 0))
+            found = function(hidden, labels=labels.to(hidden.device), **more, **self.options(inner))
+            return _Output(found, hidden.new_empty(*hidden.shape[:2], 0))
 
         with _forward_of(inner, forward):
-            output = model(**inputs)
-        return output.sums, output.counts
+            output: _Output = model(**inputs)
+        return output.found
 
     def options(self, model: Any) -> dict[str, Any]:
         """The arguments of `losses.linear_sequence_logps` that are the model's own."""

@@ -8,8 +8,8 @@ tokens, and computed anew where either differs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,11 @@ class TokenizedPairs:
         """Tokens of the chosen responses of `indices` that have a log-probability: not one at position 0."""
         return sum(len(row) - max(row.prompt_length, 1) for row in (self.chosen[index] for index in indices))
 
+    def response_tokens(self, indices: Iterable[int]) -> list[int]:
+        """Of each pair, the tokens of both responses that have a log-probability."""
+        both = ((self.chosen[index], self.rejected[index]) for index in indices)
+        return [sum(len(row) - max(row.prompt_length, 1) for row in pair) for pair in both]
+
     def length(self, index: int) -> int:
         """Tokens of the longer response with its prompt."""
         return max(len(self.chosen[index]), len(self.rejected[index]))
@@ -115,22 +120,70 @@ def batch_logps(
     model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool = False, head: FusedHead | None = None
 ) -> PairLogps:
     """One forward pass over a batch of `TokenizedPairs.batch`; gradients flow to the model."""
-    sums, counts = response_logps(model, batch, bf16=bf16, head=head)
-    half = sums.shape[0] // 2
-    return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
+    return _pairs(*response_logps(model, batch, bf16=bf16, head=head))
 
 
 def response_logps(
     model: torch.nn.Module, batch: dict[str, Tensor], *, bf16: bool, head: FusedHead | None
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities and numbers of tokens of `labels`, without the model's logits where `head` serves it."""
-    device = batch["input_ids"].device
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+    with _computing(batch, bf16):
         if head is not None and unusable(unwrap(model, for_calls=True)) is None:
-            return head.sequence_logps(model, batch["labels"], **inputs)
-        logits = model(**inputs).logits
+            return head.sequence_logps(model, batch["labels"], **_inputs(batch))
+        logits = model(**_inputs(batch)).logits
     return losses.sequence_logps(logits, batch["labels"])
+
+
+@checked
+def batch_loss(
+    model: torch.nn.Module,
+    batch: dict[str, Tensor],
+    share: Callable[[PairLogps], Tensor],
+    *,
+    bf16: bool,
+    head: FusedHead,
+) -> tuple[Tensor, PairLogps]:
+    """The sum of `share` over the pairs of a batch, given some of them at a time in their order, and their numbers
+    without a gradient. With logits that are cut into parts it saves one product of the head's four: see
+    `losses.linear_preference_loss`. For a head that is trained and `usable_by_pairs`.
+    """
+    with _computing(batch, bf16):
+        loss, *numbers = head.preference_loss(
+            model, batch["labels"], lambda sums, counts, _: share(_pairs(sums, counts)), **_inputs(batch)
+        )
+    return loss, _pairs(*numbers)
+
+
+@checked
+def usable_by_pairs(
+    model: torch.nn.Module, head: FusedHead | None, tokens: Sequence[int], *, bf16: bool = False
+) -> bool:
+    """Whether `batch_loss` serves a model at this moment and saves a product, given each pair's labelled tokens.
+
+    A frozen head takes two products anyway. The gradient of a 16-bit weight would be kept in fp32 through the backward
+    pass, which is more memory than `shapo plan` and the other form count.
+    """
+    inner = unwrap(model, for_calls=True)
+    if head is None or unusable(inner) is not None:
+        return False
+    weight = head.options(inner)["weight"]
+    dtype = torch.bfloat16 if bf16 else weight.dtype
+    kept_as_it_is = weight.requires_grad and weight.dtype in (torch.float32, torch.float64)
+    return kept_as_it_is and losses.saves_a_product(tokens, weight, dtype=dtype)
+
+
+def _computing(batch: dict[str, Tensor], bf16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(batch["input_ids"].device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+
+
+def _pairs(sums: Tensor, counts: Tensor) -> PairLogps:
+    """Of a batch whose chosen responses come first, then the rejected ones."""
+    half = len(sums) // 2
+    return PairLogps(sums[:half], sums[half:], counts[:half], counts[half:])
 
 
 @checked

@@ -29,7 +29,7 @@ from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead
 from shapo.models.modes import evaluating
 from shapo.ranks import Ranks
-from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps
+from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps, batch_loss, usable_by_pairs
 from shapo.scoring.objective import make_batch, make_loss
 from shapo.scoring.rewards import PairRewards
 from shapo.training.engine import Engine
@@ -188,7 +188,12 @@ class PreferenceUpdate:
         whole = self._whole_batch([(own, None) for own in parts], indices)
         for number, own in enumerate(parts):
             with self.engine.accumulating(last=ends and number + 1 == len(parts)):
-                self.engine.backward(self._loss(own, whole, seen))
+                tokens = self.data.response_tokens(own)
+                if whole is not None and usable_by_pairs(self._model, self.head, tokens, bf16=self.loop.bf16):
+                    loss = self._loss_by_pairs(own, whole, seen)
+                else:
+                    loss = self._loss(own, whole, seen)
+                self.engine.backward(loss)
 
     def _loss(
         self, own: Sequence[int], whole: losses.WholeBatch | None, seen: Pass, rows: Sequence[int] | None = None
@@ -196,6 +201,21 @@ class PreferenceUpdate:
         policy, output = self._forward(own, whole, rows)
         seen.add(own if rows is None else [own[i] for i in rows], policy, output)
         return output.loss
+
+    def _loss_by_pairs(self, own: Sequence[int], whole: losses.WholeBatch, seen: Pass) -> Tensor:
+        """As `_loss`, each pair's loss asked for while the head has the pair's logits: see `batch_loss`."""
+        left = list(own)
+
+        def share(policy: PairLogps) -> Tensor:
+            pairs, left[:] = left[: len(policy.chosen)], left[len(policy.chosen) :]
+            output = self._output(policy, pairs, whole)
+            seen.add(pairs, policy, output)
+            return output.loss
+
+        assert self.head is not None
+        batch = self.data.batch(own, self._device)
+        loss, _ = batch_loss(self._model, batch, share, bf16=self.loop.bf16, head=self.head)
+        return loss
 
     def _aggregate(self, seen: Pass, indices: Sequence[int]) -> float:
         loss = self._numbers.aggregate(seen.of(seen.per_pair, indices)).item()
@@ -241,9 +261,14 @@ class PreferenceUpdate:
         counted = own if rows is None else [own[i] for i in rows]
         if not counted:
             policy = policy[[]]
-        reference = None if self.reference is None else self.reference[counted]
-        rewards = None if self.rewards is None else self.rewards[counted]
-        return policy, self._objective(make_batch(policy, reference, rewards), whole=whole)
+        return policy, self._output(policy, counted, whole)
+
+    def _output(
+        self, policy: PairLogps, pairs: Sequence[int], whole: losses.WholeBatch | None
+    ) -> losses.PreferenceOutput:
+        reference = None if self.reference is None else self.reference[pairs]
+        rewards = None if self.rewards is None else self.rewards[pairs]
+        return self._objective(make_batch(policy, reference, rewards), whole=whole)
 
     def _logps(self, micro: Sequence[int], rows: Sequence[int] | None = None) -> PairLogps:
         batch = self.data.batch(micro, self._device)

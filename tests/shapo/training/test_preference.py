@@ -16,11 +16,13 @@ from shapo.data.noise import flip_labels
 from shapo.errors import UserError
 from shapo.scoring.logps import TokenizedPairs
 from shapo.scoring.rewards import PairRewards
+from shapo.training import update
 from shapo.training.metrics import MetricsLog, read_metrics
 from shapo.training.preference import train_preferences
 from shapo.training.sft import train_sft
 from shapo.training.update import Pass
 from shapo_kernels import Subspace, losses
+from shapo_kernels.ops import linear_tiles
 
 NEURONS = {f"model.layers.{layer}.mlp.down_proj.weight": list(range(0, 64, 7)) for layer in range(2)}
 
@@ -63,6 +65,51 @@ def test_the_loss_names_are_those_of_the_kernel_library():
     for name in LOSSES:
         assert LossConfig(name).uses_reference == losses.PAIRWISE[name].uses_reference
         assert LossConfig(name).uses_rewards == losses.PAIRWISE[name].uses_rewards
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("shapo", [None, ShaPOConfig(rho=0.1)], ids=["plain", "shapo"])
+def test_a_trained_head_is_walked_by_pairs_and_trains_as_by_sums(
+    shapo, aggregation, tiny_llama, pairs, rewards, tmp_path, monkeypatch
+):
+    """Micro-batches of several pairs, of which a tile holds one; the numbers that are logged are the same too."""
+    # Each pair's logits fit, in float64, and those of a micro-batch of several do not.
+    room = 8 * tiny_llama.config.vocab_size * max(pairs.response_tokens(range(len(pairs))))
+    monkeypatch.setattr(linear_tiles, "default_chunk_bytes", lambda device: room)
+    parts, walk = [], losses.linear_preference_loss
+
+    def watched(hidden, weight, labels, share, **options):
+        def seen(sums, *more):
+            parts.append(len(sums) // 2)
+            return share(sums, *more)
+
+        return walk(hidden, weight, labels, seen, **options)
+
+    monkeypatch.setattr(losses, "linear_preference_loss", watched)
+    loss = LossConfig("reward_level", aggregation=aggregation, nll=0.1)
+    loop = LoopConfig(updates=2, batch_size=7, micro_batch_size=4, lr=1e-3, warmup=0)
+
+    def trained(folder):
+        model = copy.deepcopy(tiny_llama).double()
+        train(model, pairs, folder, loss=loss, loop=loop, shapo=shapo, rewards=rewards)
+        lines = read_metrics(folder / "metrics.jsonl", "update")
+        return state_of(model), torch.tensor([[x[n] for n in ("loss", "accuracy", "margin", "nll")] for x in lines])
+
+    by_pairs, numbers = trained(tmp_path / "pairs")
+    assert sum(parts) == 11  # of 12: the last micro-batch is one pair
+    assert max(parts) < 4
+    monkeypatch.setattr(update, "usable_by_pairs", lambda *_, **__: False)
+    by_sums, expected = trained(tmp_path / "sums")
+    assert sum(parts) == 11
+    torch.testing.assert_close(numbers, expected, rtol=1e-6, atol=1e-9)
+    for name, value in by_pairs.items():
+        torch.testing.assert_close(value, by_sums[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_micro_batch_whose_logits_fit_one_tile_is_not_walked_by_pairs(tiny_llama, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "linear_preference_loss", None)
+    loop = LoopConfig(updates=1, batch_size=4, micro_batch_size=4, lr=1e-3, warmup=0)
+    train(copy.deepcopy(tiny_llama), pairs, tmp_path, loss=LossConfig("dpo"), loop=loop)
 
 
 @pytest.mark.parametrize("shapo", [None, ShaPOConfig(rho=0.1)], ids=["plain", "shapo"])
