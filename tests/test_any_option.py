@@ -56,6 +56,7 @@ CALLS = {
     losses.sequence_logps: (lambda **o: losses.sequence_logps(*LOGITS, **o), {}),
     losses.linear_sequence_logps: (lambda **o: losses.linear_sequence_logps(*HEAD, **o), {}),
     losses.linear_preference_loss: (lambda **o: losses.linear_preference_loss(*HEAD, lambda s, *_: s.sum(), **o), {}),
+    losses.saves_a_product: (lambda **o: losses.saves_a_product(weight=HEAD[1], **o), {"tokens": [1]}),
     ops.linear_token_logps: (lambda **o: ops.linear_token_logps(*HEAD, **o), {}),
     ops.token_logps: (lambda **o: ops.token_logps(*LOGITS, **o), {}),
     ops.neuron_update: (lambda **o: ops.neuron_update(*(torch.zeros(4, 4) for _ in range(3)), **o), {}),

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from ..interop.torch_private import group_of_name
 from ..ops import linear_tiles as tiling
-from ..ops._checks import check_first_order, check_whole
+from ..ops._checks import check_first_order, check_floating, check_whole
 from ..ops.linear_head import linear_token_logps as _token_logps
 from ..ops.linear_head import put_weight_gradient_
 from ..ops.linear_logps import describe, gathered
 from ..ops.linear_tiles import HeadOptions
+from .logps import linear_sequence_logps
 
 Share = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@torch.compiler.disable
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -59,6 +59,9 @@ def linear_preference_loss(
         responses: of a prompt. 2 for pairs, 1 for a likelihood.
         chunk_bytes: as for :func:`linear_sequence_logps`. If one prompt's logits do not fit, they are computed twice.
 
+    In a graph of `torch.compile` it is :func:`linear_sequence_logps` and one call of `share`, with four products where
+    the logits do not fit into `chunk_bytes`: a graph holds no function that asks for parts of unknown number.
+
     Returns:
         `(loss, sums, counts)`: the loss, differentiable once in `hidden`, `weight` and `bias`; `sums` and `counts` of
         all rows, without a gradient. A 16-bit weight's gradient is summed in float32, which is kept until the backward
@@ -74,8 +77,45 @@ def linear_preference_loss(
     check_whole("responses", responses, least=1)
     if len(hidden) % responses or not len(hidden):
         raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
+    if torch.compiler.is_compiling():
+        return _in_a_graph(hidden, weight, labels, share, responses, bias, head, group)
     loss, sums, counts = _Loss.apply(hidden, weight, bias, labels, share, responses, head, torch.is_grad_enabled())
     return loss, sums, counts
+
+
+def _in_a_graph(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    share: Share,
+    responses: int,
+    bias: Tensor | None,
+    head: HeadOptions,
+    group: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same loss as torch.compile traces it: `share` of all prompts at once, part of the graph with what it holds.
+
+    An operator cannot take a function, and how many parts there are is known from the labels' values only.
+    """
+    sums, counts = linear_sequence_logps(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        softcap=head.softcap,
+        scale=head.scale,
+        chunk_bytes=head.chunk_bytes,
+        ignore_index=head.ignore_index,
+        group=group,
+    )
+    value = share(sums, counts, torch.arange(len(hidden) // responses, device=hidden.device))
+    _check_scalar(value)
+    return value.to(sums.dtype), sums.detach(), counts
+
+
+def _check_scalar(value: Tensor) -> None:
+    if value.dim():
+        raise ValueError(f"share returned the shape {list(value.shape)}: expected a scalar")
 
 
 def saves_a_product(
@@ -91,7 +131,16 @@ def saves_a_product(
         weight: `[V, H]`.
         dtype: that the head is computed in, the weight's by default.
         chunk_bytes: as for :func:`linear_sequence_logps`.
+
+    Raises:
+        TypeError, ValueError: numbers of tokens that are no whole numbers of 0 or more, and other arguments as they are
+            refused there.
     """
+    check_floating("weight", weight)
+    for number in tokens:
+        check_whole("tokens", number, least=0)
+    if chunk_bytes is not None:
+        check_whole("chunk_bytes", chunk_bytes, least=1)
     fits = tiling.room(weight.device, dtype or weight.dtype, chunk_bytes) // max(1, len(weight))
     return max(tokens, default=0) <= fits < sum(tokens)
 
@@ -140,8 +189,7 @@ class _Loss(torch.autograd.Function):
             sums[rows] = found
             with torch.set_grad_enabled(recording):
                 value = share(found.requires_grad_(recording), counts[rows], prompts)
-            if value.dim():
-                raise ValueError(f"share returned the shape {list(value.shape)}: expected a scalar")
+            _check_scalar(value)
             loss.add_(value.detach())
             if not value.requires_grad:
                 if to_hidden is not None:

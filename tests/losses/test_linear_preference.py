@@ -302,3 +302,31 @@ def test_walking_by_pairs_saves_a_product_where_a_pair_fits_and_the_batch_does_n
     room = 4 * V * 10  # of ten tokens
     assert losses.saves_a_product(tokens, weight, chunk_bytes=room) is saves
     assert losses.saves_a_product(tokens, weight, dtype=torch.float64, chunk_bytes=2 * room) is saves
+
+
+def test_a_compiled_loss_is_one_graph_that_equals_eager_and_serves_other_numbers_of_labels():
+    tensors, labels = make()
+    reference = torch.linspace(-1, 1, 2 * B).view(2, B).to(tensors["hidden"].dtype)
+
+    def gradients(function, labels, reference):
+        inputs = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        loss, sums, counts = function(inputs, labels, reference)
+        assert not sums.requires_grad
+        return loss.detach(), sums, counts, *torch.autograd.grad(loss, list(inputs.values()))
+
+    def by_parts(inputs, labels, reference):
+        def share(sums, counts, prompts):
+            chosen, rejected = sums.chunk(2)
+            return losses.dpo(chosen, rejected, *reference[:, prompts], beta=0.3).sum() / B
+
+        return losses.linear_preference_loss(**inputs, labels=labels, share=share, softcap=3.0, chunk_bytes=8 * V * T)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(by_parts, fullgraph=True, backend="aot_eager")
+    fewer = labels.clone()
+    fewer[0, 3:] = IGNORE
+    for step, (given, numbers) in enumerate([(labels, reference), (fewer, -reference)]):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            found = gradients(compiled, given, numbers)
+        for got, right in zip(found, gradients(by_parts, given, numbers), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-12)
