@@ -112,8 +112,7 @@ class ShaPOOptimizer(BaseFacade):
                 )
         check_choice("ascent", ascent, ("selective", "grad"))
         check_choice("perturbation", perturbation, ("auto", "in_place", "delta"))
-        check_switches(sync=sync, replay_rng=replay_rng, stochastic_rounding=stochastic_rounding)
-        check_whole("interval", interval, least=1)
+        check_switches(sync=sync, stochastic_rounding=stochastic_rounding)
         if stochastic_rounding and perturbation != "in_place":
             raise ValueError(
                 f"stochastic_rounding=True with perturbation={perturbation!r}: only 'in_place' rounds weights"
@@ -196,6 +195,26 @@ class ShaPOOptimizer(BaseFacade):
     @rho.setter
     def rho(self, value: Rho) -> None:
         self._radius.rho = value
+
+    @property
+    def interval(self) -> int:
+        """Every how many updates one is a ShaPO update, 1 or more; may be set between updates."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, value: int) -> None:
+        check_whole("interval", value, least=1)
+        self._interval = value
+
+    @property
+    def replay_rng(self) -> bool:
+        """Whether pass 2 draws the random numbers that pass 1 drew; may be set between updates."""
+        return self._replay_rng
+
+    @replay_rng.setter
+    def replay_rng(self, value: bool) -> None:
+        check_switches(replay_rng=value)
+        self._replay_rng = value
 
     @property
     def sync(self) -> bool:

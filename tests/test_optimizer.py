@@ -98,6 +98,24 @@ def test_an_empty_subspace_is_a_plain_update(toy, batch, loss):
     assert same_bits(ours, bits(plain))
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "error"),
+    [("interval", (0, -1, 1.0, True, None, "2"), ValueError), ("replay_rng", (None, 1, "False"), TypeError)],
+)
+def test_an_option_is_checked_when_it_is_set_as_at_construction(toy, batch, loss, subspace, option, values, error):
+    opt = wrap(toy(), subspace)
+    kept = getattr(opt, option)
+    for value in values:
+        with pytest.raises(error, match=option):
+            wrap(toy(), subspace, **{option: value})
+        with pytest.raises(error, match=option):
+            setattr(opt, option, value)
+        assert getattr(opt, option) is kept
+    update(opt, opt.model, batch(), loss)
+    opt.interval, opt.replay_rng = 3, True
+    assert (opt.interval, opt.replay_rng, opt.due) == (3, True, False)
+
+
 @pytest.mark.parametrize("interval", [1, 2, 5])
 def test_an_interval_costs_exactly_its_passes(toy, batch, loss, subspace, interval):
     model = toy()
