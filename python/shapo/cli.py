@@ -16,7 +16,7 @@ from shapo import options, recipe
 from shapo.console import lasting_streams, lost_output
 from shapo.errors import UserError, explained
 from shapo.launched import INTERRUPTED, LOST, Launch
-from shapo.libraries.accelerate import quiet_deepspeed
+from shapo.libraries import quiet_imports
 from shapo.needs import check_needs
 from shapo.ranks import Ranks
 
@@ -77,7 +77,7 @@ def _run(arguments: Sequence[str], launch: Launch) -> int:
         ranks = launch.join(parsed.command, getattr(parsed, "device", "auto"))
         with _alone(module, parsed, ranks), warnings.catch_warnings():
             warnings.showwarning = _warn
-            quiet_deepspeed()
+            quiet_imports()
             if parsed.command in recipe.COMMANDS:
                 recipe.require_kept(values, parsed, groups)
             module.run(parsed)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from shapo.libraries.accelerate import quiet_deepspeed
+from shapo.libraries import quiet_imports
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ def _start(parent: int) -> None:
     # Ctrl-C is for the parent, which ends its workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
-    quiet_deepspeed()
+    quiet_imports()
     # tqdm's own lock is a named semaphore, which a worker that is ended early would leave behind.
     tqdm.set_lock(threading.RLock())
 

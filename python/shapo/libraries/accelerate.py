@@ -107,15 +107,6 @@ def shards_weights() -> bool:
     return by_deepspeed or _wanted("ACCELERATE_USE_FSDP")
 
 
-def quiet_deepspeed() -> None:
-    """Leaves out what DeepSpeed prints on a machine without a GPU; Accelerate imports it to save any model."""
-    logging.getLogger("DeepSpeed").addFilter(_is_no_choice_of_the_cpu)
-
-
-def _is_no_choice_of_the_cpu(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Setting accelerator to CPU")
-
-
 def _wanted(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
