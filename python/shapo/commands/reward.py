@@ -3,6 +3,7 @@
 The head is fitted by Bradley-Terry on --data, pairs that neither training nor evaluation sees; its accuracy is that on
 held-out prompts. With --eval-data the soft labels sigmoid(beta_r (r_chosen - r_rejected)) of those pairs are drawn for
 several --betas (Figure 5 of the paper). Where most of them are near 0 or 1 the reward level is no softer than labels.
+Texts are rendered by the tokenizer's chat template, where it has one; there is no option for it.
 
 Writes to --output: model/ (for `shapo train --reward-model`), reward.json, soft_labels.png.
 """
