@@ -121,7 +121,7 @@ def _other_noise(plan: Plan, noise: float, seeds: Sequence[int], spaces: Sequenc
     for seed in seeds:
         runs = [_plain(noise, seed), *(_wide(noise, seed, name) for name in spaces)]
         if noise > 0:  # without it rDPO is DPO
-            runs += [job for job in _losses(noise, seed) if job.name.startswith("rdpo")]
+            runs += _losses(noise, seed, ("rdpo",))
         for job in runs:
             method = job.name.removesuffix(f"-{_end(noise, seed)}")
             jobs.append(_keeping(job, f"{method}-noise{noise:g}") if seed == 0 and method in kept else job)
@@ -139,7 +139,7 @@ def _later_seed(noise: float, seed: int, spaces: Sequence[str], more: Sequence[s
         *(_match_wide(space) for space in like),
         _plain(noise, seed),
         *(_wide(noise, seed, name) for name in spaces),
-        *(job for job in _losses(noise, seed) if job.name.startswith("rdpo")),
+        *_losses(noise, seed, ("rdpo",)),
         _plain(noise, seed, early=True),
         *(_wide(noise, seed, name) for name in more),
     ]
@@ -274,11 +274,11 @@ def _kept(keep: bool, seed: int, name: str) -> dict[str, Any]:
     return {"keep": name} if keep and seed == 0 else {}
 
 
-def _losses(noise: float, seed: int) -> list[Job]:
+def _losses(noise: float, seed: int, names: Sequence[str] = ("rdpo", "drdpo", "cdpo")) -> list[Job]:
     same = {"method": "plain", "noise": noise, "seed": seed}
     return [
         Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",))
-        for loss in ("rdpo", "drdpo", "cdpo")
+        for loss in names
     ]
 
 
