@@ -14,12 +14,13 @@ import pytest
 from shapo.study.methods import comparison_table
 from shapo.study.plan import PLAIN_CHATML, Plan
 from shapo.study.queue import read_rows
-from shapo.study.report import figure_table, plot_comparisons, plot_shares, render_tables
+from shapo.study.report import figure_table, plot_comparisons, plot_labels, plot_shares, render_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 PLOT = ROOT / "docs" / "comparisons.svg"
 SHARES = ROOT / "docs" / "shares.svg"
+LABELS = ROOT / "docs" / "soft_labels.svg"
 RESULTS = ROOT / "benchmarks" / "results"
 STUDY, SMALL = RESULTS / "study", RESULTS / "study-cpu"
 FOLDERS = {"study": STUDY, "study-cpu": SMALL}
@@ -88,6 +89,14 @@ def test_the_plot_of_shares_names_every_subspace_of_figure_1():
     assert set(re.findall(r">(\S+) \(\d+\)<", SHARES.read_text())) == spaces - {"all"}
 
 
+def test_the_plot_of_soft_labels_has_a_histogram_for_each_beta():
+    row = read_rows(SMALL)["reward"]
+    assert re.findall(r">beta_r ([\d.]+)<", LABELS.read_text()) == list(row["histograms"])
+    for beta, counts in row["histograms"].items():
+        # Within 0.01 of an end is a part of the last twentieth.
+        assert row["saturated"][beta] * sum(counts) <= counts[0] + counts[-1]
+
+
 def strings_of(value):
     if isinstance(value, dict):
         return [text for item in value.items() for part in item for text in strings_of(part)]
@@ -120,5 +129,6 @@ if __name__ == "__main__":
         text = f"{text[:first]}{tables(path)}\n{text[last:]}"
     PAGE.write_text(text)
     plot_shares(SHARES, read_rows(STUDY))
+    plot_labels(LABELS, read_rows(SMALL))
     plot_comparisons(PLOT, comparison_table(read_rows(SMALL), plan(SMALL).beta))
     sys.exit(0)

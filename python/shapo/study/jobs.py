@@ -276,10 +276,7 @@ def _kept(keep: bool, seed: int, name: str) -> dict[str, Any]:
 
 def _losses(noise: float, seed: int, names: Sequence[str] = ("rdpo", "drdpo", "cdpo")) -> list[Job]:
     same = {"method": "plain", "noise": noise, "seed": seed}
-    return [
-        Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",))
-        for loss in names
-    ]
+    return [Job(f"{loss}-{_end(noise, seed)}", "train", {**same, "loss": loss}, ("choice",)) for loss in names]
 
 
 def _scored(space: str) -> tuple[str, ...]:
