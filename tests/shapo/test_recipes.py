@@ -16,7 +16,7 @@ from shapo_kernels import Subspace
 
 GROUPS = {name: _groups(name) for name in COMMANDS}
 SHORT = ["--updates", "2", "--batch-size", "4", "--quiet"]
-TOKENS = ["--max-length", "96", "--max-prompt-length", "64"]
+TOKENS = ["--max-length", "96"]
 
 # What each shipped recipe is used with, besides model, data and output.
 USES = {

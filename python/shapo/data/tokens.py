@@ -97,7 +97,8 @@ class PairEncoder:
     ) -> None:
         if not 0 < max_prompt_length < max_length:
             raise UserError(
-                f"max_prompt_length is {max_prompt_length} and max_length {max_length}; expected 0 < prompt < whole"
+                f"max_prompt_length is {max_prompt_length} and max_length {max_length}; expected 0 < prompt < whole: "
+                "give a lower max_prompt_length"
             )
         if pad_to_multiple_of < 1:
             raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1")
