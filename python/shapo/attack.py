@@ -176,7 +176,10 @@ def run_attack(
             measure=measure,
             progress=progress,
         )
-        curve = [{"step": row["update"], **_kept(row)} for row in read_metrics(folder / METRICS, "evaluation")]
+        curve = [
+            {"step": row["update"], **{name: row[name] for name in ("loss", *_COUNTED) if name in row}}
+            for row in read_metrics(folder / METRICS, "evaluation")
+        ]
         results.append({"seed": seed, "curve": curve})
         if finished:
             finished(results)
@@ -239,7 +242,3 @@ class _Measurement:
 
 def _verdicts(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     return judge([row["prompt"] for row in rows], [row["answer"] for row in rows])
-
-
-def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("loss", *_COUNTED) if name in row}

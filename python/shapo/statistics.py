@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _Z95 = 1.959963984540054  # the two-sided 95 % point of the normal distribution
+_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class PairedDifference:
 
     Attributes:
         difference: Over the prompts that are readable for both.
-        low, high: 95 % percentile interval of `resamples` paired bootstrap draws of prompts.
+        low, high: 95 % percentile interval of 10,000 paired bootstrap draws of prompts.
         only_first, only_second: Prompts that are yes for one of them alone.
         p_value: McNemar's exact test, two-sided: the binomial probability, at 1/2, of a split of the `only_` prompts
             that is at least as uneven.
@@ -168,9 +169,7 @@ class PairedDifference:
     left_out: int
 
 
-def paired_difference(
-    first: Sequence[bool | None], second: Sequence[bool | None], *, resamples: int = 10_000, seed: int = 0
-) -> PairedDifference:
+def paired_difference(first: Sequence[bool | None], second: Sequence[bool | None]) -> PairedDifference:
     """Compares two models' verdicts on the same prompts, in the same order."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     n, left_out = len(pairs), len(first) - len(pairs)
@@ -178,7 +177,7 @@ def paired_difference(
     p_value = mcnemar(only_first, only_second)
     if not n:
         return PairedDifference(math.nan, -1.0, 1.0, 0, 0, p_value, 0, left_out)
-    low, high = _bootstrap(only_first, only_second, n, resamples, seed)
+    low, high = _bootstrap(only_first, only_second, n)
     return PairedDifference((only_second - only_first) / n, low, high, only_first, only_second, p_value, n, left_out)
 
 
@@ -189,8 +188,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
 
 
-def _bootstrap(minus: int, plus: int, n: int, resamples: int, seed: int) -> tuple[float, float]:
+def _bootstrap(minus: int, plus: int, n: int) -> tuple[float, float]:
     """Percentiles of the mean of n draws from the pairs' differences, which are -1, 0 or 1: a trinomial draw."""
-    counts = np.random.default_rng(seed).multinomial(n, [minus / n, plus / n, (n - minus - plus) / n], size=resamples)
+    shares = [minus / n, plus / n, (n - minus - plus) / n]
+    counts = np.random.default_rng(0).multinomial(n, shares, size=_RESAMPLES)
     low, high = np.percentile((counts[:, 1] - counts[:, 0]) / n, [2.5, 97.5])
     return float(low), float(high)

@@ -66,9 +66,9 @@ def drawing(chart: Chart) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers in [low, high], `wanted` or so, in steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / wanted
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers in [low, high], about five, in steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
