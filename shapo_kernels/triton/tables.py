@@ -29,7 +29,8 @@ SCATTERED, ROWS, WHOLE = 0, 1, 2
 
 _MAX_INNER = 2**31 - BLOCK
 _KEPT = 64
-_ARENA_WORDS = 2**19
+# Memory for captured tables: of this many words, and for as many tables as large as the one that an eager call needed.
+_ARENA_WORDS, _ARENA_TABLES = 2**19, 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _cached(rows: tuple[tuple[int, ...], ...], path: int, device: torch.device) 
         table = _build(rows, path, device, capturing=True)
         _captured.append(table)
         return table
-    _set_memory_aside()
+    _set_memory_aside(_words(len(rows)))
     # The stream is part of the key: the copy that fills a table is ordered before the launches of its own stream only.
     key = (rows, path, device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tables:
@@ -126,7 +127,7 @@ def _build(
 ) -> LayerTable:
     layers = len(rows)
     counts = [_blocks_of(row, path) for row in rows]
-    words = layers * FIELDS + layers + 1
+    words = _words(layers)
     host = _host_words(words, device, capturing=capturing)
     host[: layers * FIELDS] = torch.tensor(rows, dtype=torch.int64).flatten()
     starts = host[layers * FIELDS :]
@@ -161,8 +162,8 @@ def _host_words(words: int, device: torch.device, *, capturing: bool) -> Tensor:
     if device.type != "cuda":
         return torch.empty(words, dtype=torch.int64)
     if not capturing:
-        return torch.empty(words, dtype=torch.int64, pin_memory=True)
-    if _arena is None or _arena_used + words > _ARENA_WORDS:
+        return _pinned(words)
+    if _arena is None or _arena_used + words > len(_arena):
         raise RuntimeError(
             "no host memory is set aside for capturing these operators in a CUDA graph: "
             "run them once outside of a capture before each capture"
@@ -173,8 +174,17 @@ def _host_words(words: int, device: torch.device, *, capturing: bool) -> Tensor:
     return part
 
 
-def _set_memory_aside() -> None:
+def _set_memory_aside(words: int) -> None:
     """For captures: page-locked memory cannot be allocated while a graph is captured."""
     global _arena, _arena_used
-    if _arena is None or _arena_used > _ARENA_WORDS // 2:
-        _arena, _arena_used = torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True), 0
+    wanted = max(_ARENA_WORDS, _ARENA_TABLES * words)
+    if _arena is None or len(_arena) - _arena_used < wanted // 2:
+        _arena, _arena_used = _pinned(wanted), 0
+
+
+def _words(layers: int) -> int:
+    return layers * FIELDS + layers + 1
+
+
+def _pinned(words: int) -> Tensor:
+    return torch.empty(words, dtype=torch.int64, pin_memory=True)
