@@ -3,8 +3,8 @@ arXiv:2602.07340.
 
 For a subspace S and the gradient g of the same batch of pairs,
 
-    increase(S, rho) = L(theta + rho * g_S / ||g_S||) - L(theta),      share(S, rho) = increase(S, rho) / increase(all,
-    rho).
+    increase(S, rho) = L(theta + rho * g_S / ||g_S||) - L(theta)
+    share(S, rho)    = increase(S, rho) / increase(all, rho)
 
 Radii are measured twice: as they are, and as multiples of ||W_S||, the norm of the weights that S selects, because a
 radius says little without it: one per cent of the neurons at a given rho move far more, each, than all weights do.

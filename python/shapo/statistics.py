@@ -33,8 +33,9 @@ class Share:
 def wilson(successes: float, n: int) -> Share:
     r"""Wilson's score interval at 95 %:
 
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).  Halves count (ties); n = 0 gives NaN in [0,
-    1].
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Halves count (ties); n = 0 gives NaN in [0, 1].
     """
     if n == 0:
         return Share(math.nan, 0.0, 1.0, 0)
