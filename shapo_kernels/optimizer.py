@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .interop.torch_private import is_dtensor
+from .interop.sharding import local_part
 from .ops._checks import check_choice, check_switches, check_whole
-from .ops.subspace_update import NORMS
 from .perturbation import StochasticRounding
 from .subspace import Subspace
 from .update.base import BaseFacade, base_for
@@ -20,11 +19,10 @@ from .update.bound_subspace import BoundSubspace
 from .update.loss_scaling import CLOSURE
 from .update.phase import Phase
 from .update.prefix import Prefix
-from .update.radius import Radius, Rho, checked_rho
+from .update.radius import Radius, Rho
+from .update.saved_state import check_state, load_state, make_state
 from .update.stats import UpdateStats
 from .update.two_pass import TwoPassUpdate
-
-_STATE_VERSION = 1
 
 
 class ShaPOOptimizer(BaseFacade):
@@ -389,7 +387,7 @@ class ShaPOOptimizer(BaseFacade):
         if self.phase is not Phase.IDLE or self.base.state or not self._rates_are_zero():
             return False
         gradients: list[Any] = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(gradients) and not any(bool((g.to_local() if is_dtensor(g) else g).any()) for g in gradients)
+        return bool(gradients) and not any(bool(local_part(g).any()) for g in gradients)
 
     def _rates_are_zero(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups if "lr" in group)
@@ -464,17 +462,7 @@ class ShaPOOptimizer(BaseFacade):
         `torch.distributed.checkpoint`'s `get_state_dict` keeps the base's part of :meth:`state_dict` only: save
         this beside it.
         """
-        return {
-            "version": _STATE_VERSION,
-            "updates": self._updates,
-            "rho": self.rho,
-            "relative": self.relative,
-            "interval": self.interval,
-            "norm": self.norm,
-            "draws": self._radius.draws_state(),
-            "roundings": self._rounding.draws if self._rounding is not None else 0,
-            **self._stats.state(),
-        }
+        return make_state(self._updates, self.interval, self._radius, self._rounding, self._stats)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
@@ -487,7 +475,7 @@ class ShaPOOptimizer(BaseFacade):
         self._update.check_between_passes("load a state")
         own = state_dict.get("shapo")
         if own is not None:
-            self._check_loadable(own)
+            check_state(own, quantised=self._update.bound.quantised)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
         if own is not None:
             self.load_shapo_state_dict(own)
@@ -499,29 +487,10 @@ class ShaPOOptimizer(BaseFacade):
             RuntimeError: while perturbed or inside an ascent. ValueError: of another version.
         """
         self._update.check_between_passes("load a state")
-        self._check_loadable(own)
-        self.interval = own["interval"]
-        self._radius.relative, self._radius.norm = own["relative"], own["norm"]
-        self.rho = own["rho"]
-        self._updates = own["updates"]
-        self._radius.load_draws(own["draws"])
-        if self._rounding is not None:
-            self._rounding.draws = own.get("roundings", 0)
-        self._stats.load(dict(own))
+        check_state(own, quantised=self._update.bound.quantised)
+        load_state(own, self._radius, self._rounding, self._stats)
+        self.interval, self._updates = own["interval"], own["updates"]
         self._update.forget()
-
-    def _check_loadable(self, own: Mapping[str, Any]) -> None:
-        if own.get("version") != _STATE_VERSION:
-            raise ValueError(f"the state is of version {own.get('version')!r}: expected {_STATE_VERSION}")
-        if missing := {"updates", "rho", "relative", "interval", "norm", "draws", "skipped"} - set(own):
-            raise ValueError(f"the state has no {sorted(missing)[0]!r}: it is damaged")
-        check_choice("the state's norm", own["norm"], NORMS)
-        check_switches(**{"the state's relative": own["relative"]})
-        for name, least in (("interval", 1), ("updates", 0)):
-            check_whole(f"the state's {name}", own[name], least=least)
-        checked_rho(own["rho"], own["norm"])
-        if own["relative"] and any(target.quantised for target in self._update.bound.targets):
-            raise ValueError("the state has relative=True, and a selected weight is quantised: its norm is unknown")
 
     def __getstate__(self) -> dict[str, Any]:
         self._update.check_between_passes("copy or pickle the optimizer")

@@ -112,6 +112,11 @@ class BoundSubspace:
         return any_gathered(self.targets)
 
     @property
+    def quantised(self) -> bool:
+        """Whether a selected weight is, which then has no norm."""
+        return any(target.quantised for target in self.targets)
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The layers that hold selected weights."""
         return [module for target in self.targets for module, _ in target.modules]
