@@ -213,7 +213,7 @@ def _tiles() -> Iterator[Specialisation]:
             aligned,
             config,
             wide=True,
-            core=half == "bf16",
+            core=half == "bf16" and label in ("walked", "last, long", "again, bias, scaled, capped"),
         )
 
 

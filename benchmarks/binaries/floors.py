@@ -72,7 +72,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """What one measured variant does: launches of ours, or of a baseline the bytes that its passes move."""
+    """What one measured variant does: launches of ours, or of a baseline the bytes that its passes move.
+
+    `apart`: those passes are other launches than the products, and take their time beside them.
+    """
 
     title: str
     suite: str
@@ -81,6 +84,7 @@ class Work:
     parts: Sequence[Part] = ()
     moved: tuple[int, int] | None = None
     operations: int = 0
+    apart: bool = False
 
     def bytes(self) -> tuple[int, int]:
         return self.moved or tuple(sum(part.moved[n] for part in self.parts) for n in (0, 1))  # type: ignore[return-value]
@@ -88,7 +92,8 @@ class Work:
     def predicted(self) -> tuple[float, float]:
         """Seconds, by sectors of 32 and of 64 bytes."""
         if self.moved is not None:
-            low, high = (max(moved / COPY, self.operations / PRODUCT) for moved in self.moved)
+            both = sum if self.apart else max
+            low, high = (both((moved / COPY, self.operations / PRODUCT)) for moved in self.moved)
             return low, high
         times = [sum(max(part.moved[n] / COPY, part.issue_seconds()) for part in self.parts) for n in (0, 1)]
         products = self.operations / PRODUCT
@@ -239,10 +244,15 @@ def _head() -> list[Work]:
     pairs = [_tile("last, long", logits, 4 + 4 + 2, vocabulary)]
     frozen = [walked("", -(-logits // (2**25 // 4)))]
     base = "shapo_kernels"
+    # Logits of all tokens, prompts too: written, and what log_softmax takes as from logits (see _logps).
+    everything = 8 * 512 * vocabulary
+    eager = ((2 + 20) * everything,) * 2
+    by_eager = Work("the head, eager", suite, name(""), "eager", (), eager, 3 * 2 * everything * width, apart=True)
     return [
         Work("the head", suite, name(""), base, trained, operations=round((3 + again) * product)),
         Work("the head, by pairs", suite, name(""), f"{base}, by pairs", pairs, operations=3 * product),
         Work("the head, frozen", suite, name(", head frozen"), base, frozen, operations=2 * product),
+        by_eager,
     ]
 
 
