@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[Check, ...]] = {
     "head": (
         whole_checks.linear_logps_err_no_more_than_the_models_own,
         whole_checks.a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit,
+        whole_checks.a_preference_loss_by_pairs_equals_fp64,
     ),
     "updates": (whole_checks.an_update_is_the_textbooks,),
     "streams": (
@@ -34,7 +35,13 @@ ANYWHERE: tuple[Check, ...] = (
     *checks.ANYWHERE,
     whole_checks.linear_logps_err_no_more_than_the_models_own,
     whole_checks.a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit,
+    whole_checks.a_preference_loss_by_pairs_equals_fp64,
     whole_checks.an_update_is_the_textbooks,
 )
 #: Small, and together through every kernel: what compute-sanitizer is to watch.
-SANITIZED: tuple[Check, ...] = (*checks.SANITIZED, whole_checks.an_update_is_the_textbooks)
+SANITIZED: tuple[Check, ...] = (
+    *checks.SANITIZED,
+    whole_checks.an_update_is_the_textbooks,
+    whole_checks.a_preference_loss_by_pairs_equals_fp64,
+    whole_checks.a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit,
+)

@@ -101,6 +101,35 @@ def a_head_with_all_its_options_equals_fp64_and_repeats_to_the_bit(device: torch
             assert error <= 2e-5, f"{said}: error {error:.1e}, 2.0e-05 allowed"
 
 
+def a_preference_loss_by_pairs_equals_fp64(device: torch.device) -> None:
+    """All pairs at once, some at a time, one at a time, and of each the logits in several tiles."""
+    pairs, tokens, vocabulary, width = 4, 24, 3000, 32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2 * pairs, tokens, width, generator=generator).to(device)
+    weight = (torch.randn(vocabulary, width, generator=generator) * width**-0.5).to(device)
+    labels = torch.randint(0, vocabulary, (2 * pairs, tokens), generator=generator).to(device)
+    labels[:, 1:9] = IGNORE
+
+    def share(sums: Tensor, *_: Tensor) -> Tensor:
+        chosen, rejected = sums.chunk(2)
+        return nn.functional.softplus(rejected - chosen).sum() / pairs
+
+    def gradients(dtype: torch.dtype, chunk_bytes: int | None) -> tuple[Tensor, ...]:
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        if chunk_bytes is None:
+            loss = share(eager(inputs[0] @ inputs[1].t(), labels))
+        else:
+            loss = losses.linear_preference_loss(*inputs, labels, share, chunk_bytes=chunk_bytes)[0]
+        return (loss.detach(), *torch.autograd.grad(loss, inputs))
+
+    for dtype, room in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        exact = gradients(F64, None)
+        for chunk_bytes in (1 << 26, 1 << 20, 1 << 18):
+            for number, (mine, right) in enumerate(zip(gradients(dtype, chunk_bytes), exact, strict=True)):
+                error = ((mine.double() - right).norm() / right.norm()).item()
+                assert error <= room, f"{dtype}, parts of {chunk_bytes} bytes, result {number}: error {error:.1e}"
+
+
 class _Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

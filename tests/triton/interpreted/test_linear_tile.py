@@ -181,6 +181,26 @@ def test_a_probability_close_to_one_keeps_its_gradient():
         torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 4 * 70 * 4])
+def test_a_preference_loss_by_pairs_equals_the_textbook_in_float64(chunk_bytes):
+    tensors, labels, _ = make(bias=True)
+
+    def share(sums, *_):
+        return torch.nn.functional.softplus(sums[1] - sums[0])
+
+    def by_pairs(labels, **inputs):
+        return losses.linear_preference_loss(**inputs, labels=labels, share=share, chunk_bytes=chunk_bytes)[0]
+
+    def found(function, dtype):
+        inputs = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+        loss = function(labels=labels, **inputs)
+        return loss.detach(), *torch.autograd.grad(loss, list(inputs.values()))
+
+    exact = found(lambda **inputs: share(textbook(**inputs)), F64)
+    for got, right in zip(found(by_pairs, torch.float32), exact, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 def test_a_vocabulary_over_ranks_is_joined_between_sums_and_slopes(chunk_bytes):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
