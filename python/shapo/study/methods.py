@@ -128,7 +128,7 @@ def tuning_markdown(rows: Mapping[str, Row]) -> str:
                 settings = row["settings"]
                 lines.append(
                     (
-                        "dpo" if settings["method"] == "plain" else f"shapo-{settings['method']}",
+                        _tried(settings),
                         f"{settings['target']:g}" if "target" in settings else "-",
                         str(settings["seed"]),
                         f"{row['lr']:g}",
@@ -140,6 +140,14 @@ def tuning_markdown(rows: Mapping[str, Row]) -> str:
                 )
     header = ("method", "rise", "seed", "lr", "updates", "clean selection loss", "accuracy %", "flips fitted %")
     return markdown(header, lines) if lines else ""
+
+
+def _tried(settings: Mapping[str, Any]) -> str:
+    """A method of the tuning, with the loss's parameter where that is what was tried."""
+    if settings["method"] != "plain":
+        return f"shapo-{settings['method']}"
+    given = "".join(f", {key} {settings[key]:g}" for key in ("epsilon", "beta_prime") if key in settings)
+    return f"{settings.get('loss', 'dpo')}{given}"
 
 
 def methods_markdown(table: Sequence[Mapping[str, Any]]) -> str:

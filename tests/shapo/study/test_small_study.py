@@ -156,4 +156,6 @@ def test_the_report_has_a_section_for_each_kept_model_and_the_head(folder):
     assert "Figure 1 at the model of `dpo`" in text
     assert "pairs of held-out prompts" in text
     assert "| shapo-all-wide-slower | 0 of" in text.split("Refusals in generated answers")[1]
+    assert "| rdpo, epsilon 0.2 | - | 100 |" in text
+    assert "| drdpo, beta_prime 0.25 | - | 100 |" in text
     assert text.split("## Not run")[1].strip() == "Everything was run."
