@@ -7,14 +7,14 @@ that moves is therefore measured in the first updates at the full learning rate.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shapo_kernels.interop.torch_private import is_dtensor
+from shapo_kernels.errors import warn
+from shapo_kernels.interop.sharding import local_part
 
 UPDATES = 5
 
@@ -65,7 +65,7 @@ class StepRounding:
         """To be called when the gradients are complete, after `done` updates."""
         self._done, self._before = done, []
         if done in self._measured:
-            given = [p for p in self._parameters if p.grad is not None and _local(p).numel()]
+            given = [p for p in self._parameters if p.grad is not None and local_part(p).numel()]
             self._before = [(p, _sample(p), _sample(p.grad) != 0) for p in given]
 
     def after(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class StepRounding:
             return {}
         moved, asked = 0.0, 0.0
         for parameter, old, meant in self._before:
-            each = _local(parameter).numel() / len(old)
+            each = local_part(parameter).numel() / len(old)
             moved += each * float(((_sample(parameter) != old) & meant).sum())
             asked += each * float(meant.sum())
         self._before = []
@@ -86,25 +86,18 @@ class StepRounding:
     def _warn(self, share: float) -> None:
         if share < MOVED_WARNING:
             dtype = str(self._parameters[0].dtype).removeprefix("torch.")
-            warnings.warn(
+            warn(
                 f"an update moves {100 * share:.1f} % of the elements of the {dtype} weights; the rest of the step is "
                 "lost to rounding. Keep the weights in float32 (with bf16 arithmetic where it is to be fast), or raise "
-                "the learning rate",
-                stacklevel=3,
+                "the learning rate"
             )
 
 
 def _sample(tensor: Tensor | None) -> Tensor:
     """The same elements of every tensor of a size, copied. Drawn, since equal distances would see some columns only."""
     assert tensor is not None
-    flat = _local(tensor.detach()).reshape(-1)
+    flat = local_part(tensor.detach()).reshape(-1)
     if flat.numel() <= _SAMPLES:
         return flat.clone()
     drawn = torch.randint(flat.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
     return flat[drawn.to(flat.device)]
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this rank holds of it."""
-    found: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
-    return found
