@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..interop.torch_private import group_of_name
+from ..model.graph import edges, reached
 from ..ops import linear_tiles as tiling
 from ..ops._checks import check_first_order, check_floating, check_whole
 from ..ops.linear_head import linear_token_logps as _token_logps
@@ -54,8 +55,9 @@ def linear_preference_loss(
         weight, bias, softcap, scale, ignore_index, group: as for :func:`linear_sequence_logps`.
         share: `share(sums, counts, prompts)` returns what some prompts add to the batch's loss, a scalar. `prompts [n]`
             are their int64 indices below B, `sums` and `counts` are `[responses * n]` in the order of `hidden`. It is
-            called once for each part of the batch, and gradients flow to `sums` alone. A mean divides by B, not by n.
-            A loss that couples all pairs, as Dr.DPO does, takes `whole=`.
+            called once for each part of the batch. A mean divides by B, not by n. Its gradient flows to `sums` alone;
+            what else it is made of, a learned beta for instance, must not take one. A loss that couples all pairs, as
+            Dr.DPO does, takes `whole=`.
         responses: of a prompt. 2 for pairs, 1 for a likelihood.
         chunk_bytes: as for :func:`linear_sequence_logps`. If one prompt's logits do not fit, they are computed twice.
 
@@ -68,14 +70,15 @@ def linear_preference_loss(
         pass, and rounded once.
 
     Raises:
-        TypeError, ValueError: as :func:`linear_sequence_logps`; a number of rows that `responses` does not divide, a
-            share that is no scalar.
+        TypeError, ValueError: as :func:`linear_sequence_logps`; a number of rows that `responses` does not divide; a
+            share that is no scalar, or that depends on another tensor that takes a gradient (not seen in a graph of
+            `torch.compile`, where that one gets it).
         RuntimeError: in a second backward pass through the same loss.
     """
     weight, bias = gathered(weight), None if bias is None else gathered(bias)
     head = describe(hidden, weight, labels, bias, softcap, scale, chunk_bytes, ignore_index, group)
     check_whole("responses", responses, least=1)
-    if len(hidden) % responses or not len(hidden):
+    if len(hidden) % responses:
         raise ValueError(f"hidden has {len(hidden)} rows and responses is {responses}: expected a multiple of it")
     if torch.compiler.is_compiling():
         return _in_a_graph(hidden, weight, labels, share, responses, bias, head, group)
@@ -116,6 +119,15 @@ def _in_a_graph(
 def _check_scalar(value: Tensor) -> None:
     if value.dim():
         raise ValueError(f"share returned the shape {list(value.shape)}: expected a scalar")
+
+
+def _check_of_sums_alone(value: Tensor, sums: Tensor) -> None:
+    leaves = [node.variable for node in reached(edges([value])) if hasattr(node, "variable")]
+    if value.is_leaf or any(leaf is not sums for leaf in leaves):
+        raise ValueError(
+            "share depends on a tensor beside sums that takes a gradient, which would get none: detach it, or use "
+            "linear_sequence_logps"
+        )
 
 
 def saves_a_product(
@@ -165,7 +177,7 @@ class _Loss(torch.autograd.Function):
         sums = torch.zeros(len(hidden), dtype=sum_dtype, device=hidden.device)
         group = None if head.group is None else group_of_name(head.group)
         room = _room(weight, head, group)
-        tokens = counts.view(responses, -1).sum(0).tolist()
+        tokens = counts.view(responses, len(hidden) // responses).sum(0).tolist()
         parts = list(_parts(tokens, room))
         # What is added to once needs no more digits than it has. The scale of a GradScaler comes in the backward pass,
         # so float16 could neither hold these gradients, which are without it, nor the scale.
@@ -175,6 +187,7 @@ class _Loss(torch.autograd.Function):
         to_bias = torch.zeros_like(weight[:, 0], dtype=sum_dtype) if wants_bias else None
         by_hidden = sum_dtype if hidden.dtype == torch.float16 else hidden.dtype
         to_hidden = hidden.new_empty(hidden.shape, dtype=by_hidden) if wants_hidden else None
+        differentiable: list[bool] = []
         first_rows = torch.arange(responses, device=hidden.device)[:, None] * (len(hidden) // responses)
 
         def walk(part: slice) -> None:
@@ -191,7 +204,10 @@ class _Loss(torch.autograd.Function):
                 value = share(found.requires_grad_(recording), counts[rows], prompts)
             _check_scalar(value)
             loss.add_(value.detach())
-            if not value.requires_grad:
+            if value.requires_grad:
+                _check_of_sums_alone(value, found)
+                differentiable.append(True)
+            else:
                 if to_hidden is not None:
                     to_hidden[rows] = 0
                 return
@@ -210,8 +226,10 @@ class _Loss(torch.autograd.Function):
             walk(part)
         ctx.grads = to_hidden, to_weight, to_bias
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
-        ctx.mark_non_differentiable(sums, counts)
-        return loss.to(sum_dtype), sums, counts
+        loss = loss.to(sum_dtype)
+        # A share that lost its graph raises in the user's backward pass, as it does without this function.
+        ctx.mark_non_differentiable(sums, counts, *(() if differentiable else (loss,)))
+        return loss, sums, counts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

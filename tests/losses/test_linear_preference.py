@@ -11,9 +11,7 @@ from tests.support.textbook import IGNORE, eager, head, make_labels
 B, T, H, V = 3, 8, 6, 11
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(linear_tiles, "FEWEST_COLUMNS", 3)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def dpo(sums, counts, prompts, *, of=B, reference=None):
@@ -239,7 +237,7 @@ def test_upstream_gradients_below_float16_keep_their_digits_in_float16_factors(c
         assert wrong <= 4e-3 * exact[name].grad.norm(), name
 
 
-def test_a_share_with_a_trainable_number_of_its_own_runs_without_recording_and_without_the_sums():
+def test_a_share_with_a_trainable_number_of_its_own_is_for_use_without_gradients():
     tensors, labels = make()
     ours, factor = leaves(tensors), torch.ones((), requires_grad=True)
     with torch.no_grad():
@@ -247,11 +245,32 @@ def test_a_share_with_a_trainable_number_of_its_own_runs_without_recording_and_w
             **ours, labels=labels, share=lambda sums, *_: factor * sums.sum(), responses=1
         )
     torch.testing.assert_close(loss, sums.sum(), rtol=1e-12, atol=0)
+    for share in (lambda sums, *_: factor * sums.sum(), lambda sums, *_: (2 * factor) * sums.detach().sum()):
+        with pytest.raises(ValueError, match="depends on a tensor beside sums that takes a gradient"):
+            losses.linear_preference_loss(**ours, labels=labels, share=share, responses=1)
+    with pytest.raises(ValueError, match="depends on a tensor beside sums"):
+        losses.linear_preference_loss(**ours, labels=labels, share=lambda *_: factor, responses=1)
+
+
+def test_a_share_without_a_graph_raises_in_backward_as_the_two_step_form_does():
+    tensors, labels = make()
     loss, _, _ = losses.linear_preference_loss(
-        **ours, labels=labels, share=lambda sums, *_: factor * sums.detach().sum(), responses=1
+        **leaves(tensors), labels=labels, share=lambda sums, *_: -sums.sum().detach()
     )
+    assert not loss.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+def test_a_batch_of_no_prompt_has_a_loss_and_gradients_of_zero(chunk_bytes):
+    tensors, labels = make(rows=0)
+    ours = leaves(tensors)
+    loss, sums, counts = losses.linear_preference_loss(**ours, labels=labels, share=dpo, chunk_bytes=chunk_bytes)
+    assert (loss.item(), sums.shape, counts.shape) == (0, (0,), (0,))
     loss.backward()
-    assert not any(tensor.grad.any() for tensor in ours.values())
+    assert ours["hidden"].grad.shape == (0, T, H)
+    assert not ours["weight"].grad.any()
 
 
 def test_gradients_are_handed_out_once_and_cannot_be_differentiated():
