@@ -121,7 +121,11 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         if text.startswith("--") and text.endswith("=--"):  # argparse would take it for an empty list
             raise UserError(f"{text.removesuffix('=--')} is given no value")
     expanded = recipe.expand(arguments, {name: _groups(name) for name in recipe.COMMANDS})
-    parsed = build_parser().parse_args(expanded)
+    parsed, unknown = build_parser().parse_known_args(expanded)
+    if unknown:
+        meant = recipe.did_you_mean(unknown, _groups(parsed.command))
+        told = f"unrecognized arguments: {' '.join(unknown)}{meant}"
+        raise UserError(f"{told} (see shapo {parsed.command} --help)")
     check_needs(_groups(parsed.command), parsed, arguments, expanded)
     return importlib.import_module(_module(parsed.command)), parsed
 
@@ -139,7 +143,8 @@ def _alone(module: ModuleType, parsed: argparse.Namespace, ranks: Ranks) -> Iter
     groups = _groups(parsed.command)
     options.require_names(groups, parsed)
     whole, filled = (options.named_files(groups, parsed, use) for use in ("writes", "fills"))
-    replaced = whole + [(name, part) for name, folder in filled for part in parts(folder, module.REPLACES)]
+    names = getattr(module, "REPLACES", ())
+    replaced = whole + [(name, part) for name, folder in filled for part in parts(folder, names)]
     remade = getattr(module, "REMADE", "")
     replaced = [(name, path) for name, path in replaced if not (remade and path.match(remade))]
     read = options.named_files(groups, parsed, "reads")
@@ -150,6 +155,9 @@ def _alone(module: ModuleType, parsed: argparse.Namespace, ranks: Ranks) -> Iter
             stack.enter_context(locked(folder, shared=getattr(module, "SHARED", False)))
         for _, path in whole:
             stack.enter_context(sole_writer(path))
+        overwrite = getattr(parsed, "overwrite", None)
+        if not getattr(parsed, "resume", False):  # which knows its own run by the checkpoint
+            recipe.require_own(parsed.command, [*filled, *whole], names, overwrite=overwrite)
         ranks.on_main(lambda: None)  # the others wait for it
         yield
 

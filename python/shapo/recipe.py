@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass
@@ -21,6 +22,7 @@ from shapo.options import Group, Option, declared, option, typed, whole
 
 COMMANDS = ("demo", "sft", "probe", "select", "train", "sharpness", "evaluate", "judge", "attack", "reward")
 
+RECIPE = "recipe.yaml"
 PRESETS = Path(__file__).parent / "recipes"
 
 Options = Mapping[str, tuple["Field[Any]", Option]]
@@ -131,11 +133,49 @@ def require_kept(values: Mapping[str, Any], parsed: argparse.Namespace, groups: 
         raise UserError(f"--output would change the recipe {path}, which --config reads; choose another output")
 
 
+def require_own(
+    command: str, outputs: Sequence[tuple[str, Path]], replaces: Sequence[str], *, overwrite: bool | None = None
+) -> None:
+    """Refuses an output where another command has written: its recipe there would be lost, and its run with it.
+
+    Args:
+        command: The command that is going to write.
+        outputs: Option and path of each file or folder.
+        replaces: The names that the command replaces in a folder.
+        overwrite: Whether to write all the same; None where the command has no such option.
+
+    Raises:
+        UserError: There is another command's recipe, or a training run that is not finished and has none yet.
+    """
+    if overwrite:
+        return
+    instead = "choose another output" if overwrite is None else "choose another output, or add --overwrite"
+    for option, path in outputs:
+        for place in (path / RECIPE, path.parent / f"{path.name}.{RECIPE}"):
+            other = _writer(place)
+            if other not in (None, command):
+                raise UserError(f"{option} is {path}, but {place} is of a finished `shapo {other}`; {instead}")
+        if "metrics.jsonl" not in replaces and (path / "metrics.jsonl").is_file():
+            raise UserError(f"{option} is {path}, but a training run lies there (metrics.jsonl); {instead}")
+
+
+def _writer(path: Path) -> str | None:
+    """The command that wrote a merged recipe; None where there is none, or nobody knows."""
+    try:
+        if not path.is_file():  # nor a pipe, which would be waited for
+            return None
+        with path.open("rb") as file:
+            match = re.match(rb"# shapo ([a-z-]+) --config ", file.read(80))
+    except (OSError, ValueError):
+        return None
+    return match[1].decode() if match else None
+
+
 def _place(values: Mapping[str, Any], groups: Sequence[Group]) -> Path:
     output = Path(values["output"])
     if options_of(groups)["output"][1].fills:
-        return output / "recipe.yaml"
-    return output.with_name(f"{output.name}.recipe.yaml")
+        return output / RECIPE
+    return output.with_name(f"{output.name}.{RECIPE}")
 
 
 def _dumped(values: Mapping[str, Any]) -> str:
@@ -196,12 +236,28 @@ def _unknown(path: Path, key: str, command: str, commands: Mapping[str, Sequence
     if key in _OF_ONE_CALL:
         return f"{path}: {key} belongs on the command line, not into a recipe"
     own = [name for name in options_of(commands[command]) if name not in _OF_ONE_CALL]
-    near = [name for name in [_ALIASES.get(key)] if name in own] or difflib.get_close_matches(key, own, 1, cutoff=0.75)
-    hint = f"; did you mean {near[0]}?" if near else f"; `shapo {command} --help` lists those it has"
+    near = _nearest(key, own)
+    hint = f"; did you mean {near}?" if near else f"; `shapo {command} --help` lists those it has"
     others = [other for other in COMMANDS if key in options_of(commands[other])]
     if others:
         return f"{path}: {key} is an option of {', '.join(others)}, not of {command}{hint}"
     return f"{path}: {command} has no option {key}{hint}"
+
+
+def _nearest(key: str, own: Sequence[str]) -> str | None:
+    """The option that was meant; None where none is near."""
+    near = [name for name in [_ALIASES.get(key)] if name in own] or difflib.get_close_matches(key, own, 1, cutoff=0.75)
+    return near[0] if near else None
+
+
+def did_you_mean(arguments: Sequence[str], groups: Sequence[Group]) -> str:
+    """What to say of the first option that a command does not have: the one that was meant, or nothing."""
+    own = [name for name, (_, told) in options_of(groups).items() if not told.positional]
+    for text in arguments:
+        if text.startswith("--"):
+            near = _nearest(text.partition("=")[0][2:].replace("-", "_"), own)
+            return f"; did you mean {typed(near)}?" if near else ""
+    return ""
 
 
 def _tokens(path: Path, key: str, field: Field[Any], told: Option, value: Any) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 
 from shapo_kernels import Subspace
-from tests.support.commands import TOKENS
+from tests.support.commands import TOKENS, train_arguments
 
 
 def test_no_output_is_an_input(shapo, files, tmp_path):
@@ -62,6 +62,51 @@ def test_a_recipe_that_would_be_changed_is_no_place_for_the_output(shapo, files,
     code, _, error = shapo("judge", "--config", "v.jsonl.recipe.yaml", "--quiet")
     assert (code, "--output would change the recipe v.jsonl.recipe.yaml" in error) == (2, True)
     assert (tmp_path / "v.jsonl.recipe.yaml").read_text() == before
+
+
+def test_what_another_command_wrote_is_no_place_for_the_output(shapo, files, tmp_path):
+    assert shapo(*train_arguments(files))[0] == 0
+    assert shapo("select", "--model", files / "model", "--method", "random", "--output", "s")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    pairs = ["--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet"]
+    reward = ["reward", "--model", files / "model", "--data", files / "train.jsonl", "--quiet", "--output", "out"]
+    clones = ["--refusal-direction", files, "--jailbreakbench", files]
+    for command, wrote in (
+        (["sharpness", *pairs, "--output", "out"], "train"),
+        (["probe", *pairs, "--output", "out"], "train"),
+        (reward, "train"),
+        (["sft", *pairs, "--output", "out"], "train"),
+        (["demo", "--size", "small", "--output", "out"], "train"),
+        (["study", "--report", "--output", "out"], "train"),
+        (["safety-pairs", *clones, "--output", "out"], "train"),
+        (["evaluate", *pairs, "--output", "s"], "select"),
+    ):
+        code, _, error = shapo(*command)
+        assert (code, error.count("\n")) == (2, 1), (command, error)
+        assert f"of a finished `shapo {wrote}`; choose another output" in error, command
+        assert ("--overwrite" in error) == (command[0] == "sft")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert shapo("train", "--config", "out/recipe.yaml", "--overwrite")[0] == 0
+
+
+def test_a_training_run_that_is_not_finished_is_no_place_for_another_commands_output(shapo, files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
+    pairs = ["--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet"]
+    code, _, error = shapo("sharpness", *pairs, "--output", "out")
+    assert (code, "out, but a training run lies there (metrics.jsonl); choose another output" in error) == (2, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
+def test_overwrite_takes_the_folder_of_another_command_and_the_same_command_may_run_again(shapo, files, tmp_path):
+    pairs = ["--model", files / "model", "--data", files / "test.jsonl", "--limit", 2, *TOKENS, "--quiet"]
+    sharpness = ["sharpness", *pairs, "--rhos", "0.1", "--ratios", "0.1", "--output", "out"]
+    assert [shapo(*sharpness)[0] for _ in range(2)] == [0, 0]
+    code, _, error = shapo(*train_arguments(files))
+    assert (code, "or add --overwrite" in error) == (2, True)
+    assert not (tmp_path / "out" / "model").exists()
+    assert shapo(*train_arguments(files, "--overwrite"))[0] == 0
+    assert (tmp_path / "out" / "recipe.yaml").read_text().startswith("# shapo train ")
 
 
 def test_a_subspace_is_written_into_a_folder_that_is_not_there_yet_and_never_over_a_pipe(shapo, files, tmp_path):

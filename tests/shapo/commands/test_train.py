@@ -68,7 +68,12 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--output", "{files}/empty.jsonl/below"], "cannot write"),
         (["--device", "cuda:99"], "cannot be used"),
         (["--nonsense"], "unrecognized arguments"),
-        (["--updat", "3"], "unrecognized arguments: --updat"),
+        (
+            ["--updat", "3"],
+            "unrecognized arguments: --updat 3; did you mean --updates? (see shapo train --help)",
+        ),
+        (["--learning-rate=1"], "unrecognized arguments: --learning-rate=1; did you mean --lr?"),
+        (["xyzzy", "--xyzzy"], "unrecognized arguments: xyzzy --xyzzy (see shapo train --help)"),
         (["--seed", "99999999999999999999"], "argument --seed: '99999999999999999999', but a whole number from 0"),
         (["--max-length", "8"], "max_prompt_length"),
         (["--eval-limit", "8"], "--eval-limit has no effect without --eval-data"),
