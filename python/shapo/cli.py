@@ -43,9 +43,9 @@ COMMANDS = (
 _DESCRIPTION = """\
 ShaPO: robust preference optimisation with sharpness-aware updates in an alignment-critical subspace (arXiv:2602.07340).
 
-The usual way:  sft  ->  probe  ->  select  ->  train  ->  evaluate, sharpness.  `demo` does all of it on generated
-data. Models are local folders or hub names; data are local .json, .jsonl, .csv or .parquet files (.gz too) or hub
-names.
+The usual way:  sft  ->  probe  ->  select  ->  sharpness (for rho)  ->  train  ->  evaluate.  `demo` does all of it
+on generated data. Models are local folders or hub names; data are local .json, .jsonl, .csv or .parquet files (.gz too)
+or hub names.
 """
 
 

@@ -145,18 +145,18 @@ def require_own(
         overwrite: Whether to write all the same; None where the command has no such option.
 
     Raises:
-        UserError: There is another command's recipe, or a training run that is not finished and has none yet.
+        UserError: There is another command's recipe, or a training run, which has none before it is finished.
     """
     if overwrite:
         return
     instead = "choose another output" if overwrite is None else "choose another output, or add --overwrite"
-    for option, path in outputs:
+    for name, path in outputs:
         for place in (path / RECIPE, path.parent / f"{path.name}.{RECIPE}"):
             other = _writer(place)
             if other not in (None, command):
-                raise UserError(f"{option} is {path}, but {place} is of a finished `shapo {other}`; {instead}")
+                raise UserError(f"{name} is {path}, but {place} is of a finished `shapo {other}`; {instead}")
         if "metrics.jsonl" not in replaces and (path / "metrics.jsonl").is_file():
-            raise UserError(f"{option} is {path}, but a training run lies there (metrics.jsonl); {instead}")
+            raise UserError(f"{name} is {path}, but a training run lies there (metrics.jsonl); {instead}")
 
 
 def _writer(path: Path) -> str | None:

@@ -100,6 +100,8 @@ class Loop:
             if value > self.total:
                 note(f"{option} is {value}, but the run has {counted(self.total, 'update')}: {effect}")
         if done == self.total:
+            if self._ranks.is_main:
+                note(f"all {counted(self.total, 'update')} were made before: nothing is left to train")
             self._finish(save, check)
         self.engine.model.train(self.config.dropout)
         trackers, shown = self.config.report_to or (), progress and self._ranks.is_main

@@ -28,6 +28,7 @@ from shapo.config import LoopConfig, LossConfig, ShaPOConfig
 from shapo.errors import UserError
 from shapo.models.fused_head import FusedHead
 from shapo.models.modes import evaluating
+from shapo.notes import note
 from shapo.ranks import Ranks
 from shapo.scoring.logps import PairLogps, TokenizedPairs, batch_logps, batch_loss, usable_by_pairs
 from shapo.scoring.objective import make_batch, make_loss
@@ -37,6 +38,13 @@ from shapo.training.order import split
 from shapo.training.rounding import StepRounding
 from shapo_kernels import losses
 from shapo_kernels.update.random_state import RandomState
+
+BLOWN_UP = 5
+"""A gap of so many losses of a model that prefers nothing is told; for DPO 5 ln 2, 3.5 nats.
+
+The descent then is at a model that takes the mean pair the wrong way round by odds of some 60 to 1. The widest radius
+of a recorded run (docs/evidence.md) raises the loss by 2 nats.
+"""
 
 
 @dataclass
@@ -96,7 +104,7 @@ class PreferenceUpdate:
         self._device = next(self._model.parameters()).device
         self._objective = make_loss(self.loss, group=self._ranks.group)
         self._numbers = make_loss(self.loss)
-        self._was_finite = False
+        self._was_finite = self._told_of_gap = False
         self._stand_in = min(range(len(self.data)), key=self.data.length)
         if self.shapo is not None:
             self._part, self._schedule = self.shapo.part(self.loop.seed), self.shapo.schedule(self.shapo.rho or 0.0)
@@ -138,6 +146,7 @@ class PreferenceUpdate:
         if ascent.indices:
             before = self._aggregate(ascent, ascent.indices)
             gap = self._aggregate(descent, ascent.indices) - before
+            self._watch(gap, ascent)
             values |= {"ascent_loss": before, "gap": gap, "shapo": dict(self.optimizer.stats)}
         return values
 
@@ -220,6 +229,29 @@ class PreferenceUpdate:
     def _aggregate(self, seen: Pass, indices: Sequence[int]) -> float:
         loss = self._numbers.aggregate(seen.of(seen.per_pair, indices)).item()
         return loss + self.loss.nll * self._nll(seen, indices) if self.loss.nll else loss
+
+    def _watch(self, gap: float, seen: Pass) -> None:
+        """Tells once of a radius that breaks the model. Each loss is measured by itself: IPO's are 1 / (4 beta^2)."""
+        if self._told_of_gap or gap <= 0:
+            return
+        indifferent = self._indifferent(seen)
+        if gap > BLOWN_UP * indifferent:
+            self._told_of_gap = True
+            if self._ranks.is_main:
+                note(
+                    f"the perturbation raises the loss by {gap:.3g} (`gap` in metrics.jsonl), and a model that prefers "
+                    f"nothing has {indifferent:.3g}: the update is that of a broken model; find a smaller rho, see "
+                    "`shapo sharpness`"
+                )
+
+    def _indifferent(self, seen: Pass) -> float:
+        """The loss of the pairs seen where no response is preferred, and the chosen ones are as likely as they are."""
+        zeros = torch.zeros(len(seen.indices), dtype=torch.float64, device=self._device)
+        even = PairLogps(zeros, zeros, torch.ones_like(zeros), torch.ones_like(zeros))
+        reference = even if self.loss.uses_reference else None
+        rewards = None if self.rewards is None else self.rewards[seen.indices]
+        loss = self._numbers.aggregate(self._numbers(make_batch(even, reference, rewards)).per_pair).item()
+        return loss + self.loss.nll * self._nll(seen, seen.indices) if self.loss.nll else loss
 
     def _nll(self, seen: Pass, indices: Sequence[int]) -> float:
         return -seen.of(seen.chosen, indices).double().sum().item() / max(1, self.data.chosen_tokens(indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -110,6 +111,27 @@ def test_a_perturbation_that_is_next_to_nothing_is_told(shapo, files):
         assert code == 0
         ratio = float(re.search(r"\|\|W_S\|\|: (\S+)", out)[1])
         assert (ratio < 1e-5, "next to nothing here; see recipe shapo-probe" in error) == (told, told)
+
+
+def test_a_radius_that_breaks_the_model_is_told_once(shapo, files):
+    for rho, told in ((0.1, 0), (1e4, 1)):
+        more = ["--rho", rho, "--subspace", "full", "--interval", 1, "--lr", 1e-9, "--overwrite"]
+        code, _, error = shapo(*train_arguments(files, *more))
+        assert code == 0
+        gaps = [row["gap"] for row in read_metrics("out/metrics.jsonl", "update")]
+        # Five times what DPO's loss is for a model that prefers nothing.
+        assert [gap > 5 * math.log(2) for gap in gaps] == [bool(told)] * 2
+        assert error.count("shapo: note: the perturbation raises the loss by") == told
+        assert (f"raises the loss by {gaps[0]:.3g} (`gap`" in error) == bool(told)
+        assert error.count("a model that prefers nothing has 0.693") == told
+        assert error.count("see `shapo sharpness`") == told
+
+
+def test_a_finished_run_that_is_resumed_is_told(shapo, files):
+    for more, told in ((["--save-every", 1], False), (["--save-every", 1, "--resume"], True)):
+        code, _, error = shapo(*train_arguments(files, *more))
+        assert code == 0
+        assert ("shapo: note: all 2 updates were made before: nothing is left to train" in error) == told
 
 
 def test_a_short_length_alone_is_no_mistake(shapo, files):

@@ -438,3 +438,35 @@ def test_options_that_do_not_belong_together_are_refused(tiny_llama, pairs, rewa
 def test_a_tie_counts_half_in_an_updates_accuracy():
     seen = Pass(margins=[torch.tensor([0.0, 0.0, 2.0]), torch.tensor([-1.0, 0.0])])
     assert seen.accuracy_and_margin() == {"accuracy": pytest.approx(2.5 / 5), "margin": pytest.approx(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "indifferent"),
+    [
+        ("dpo", math.log(2)),
+        ("cdpo", math.log(2)),
+        ("rdpo", math.log(2)),
+        ("ipo", 1 / (2 * 0.5) ** 2),
+        ("ipo_mean", 1 / (2 * 0.5) ** 2),
+        ("simpo", math.log(1 + math.exp(0.5))),  # softplus of the target margin
+        ("hinge", 1.0),
+        ("reward_level", math.log(2)),  # whatever the soft labels are
+    ],
+)
+def test_a_broken_models_gap_is_measured_by_its_own_loss(
+    name, indifferent, tiny_llama, pairs, rewards, tmp_path, capsys
+):
+    given = {"rewards": rewards} if name == "reward_level" else {}
+    config = LossConfig(name, beta=0.5)
+    train(
+        tiny_llama,
+        pairs,
+        tmp_path,
+        loss=config,
+        shapo=ShaPOConfig(rho=1e4),
+        subspace=Subspace.full(tiny_llama),
+        **given,
+    )
+    (line,) = read_metrics(tmp_path / "metrics.jsonl", "update")
+    assert line["gap"] > 5 * indifferent
+    assert f"a model that prefers nothing has {indifferent:.3g}:" in capsys.readouterr().err
