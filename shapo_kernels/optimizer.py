@@ -22,6 +22,7 @@ from .update.prefix import Prefix
 from .update.radius import Radius, Rho
 from .update.saved_state import check_state, load_state, make_state
 from .update.stats import UpdateStats
+from .update.training import check_trains
 from .update.two_pass import TwoPassUpdate
 
 
@@ -78,8 +79,8 @@ class ShaPOOptimizer(BaseFacade):
     Raises:
         TypeError: something that is not a torch optimizer instance, or one that cannot be wrapped; a switch that is
             not True or False.
-        ValueError: an option out of range, or no stack of blocks to reuse. SubspaceError: a subspace that does not fit
-            the model.
+        ValueError: an option out of range, a base over the parameters of another model (a copy, say), or no stack of
+            blocks to reuse. SubspaceError: a subspace that does not fit the model.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class ShaPOOptimizer(BaseFacade):
             )
         if not isinstance(reuse_prefix, (bool, str)):
             raise TypeError(f"reuse_prefix is {reuse_prefix!r}: expected True, False or the name of a stack of blocks")
+        check_trains(self._base, model)
         self._model, self.subspace = model, subspace
         self.interval, self.replay_rng = interval, replay_rng
         self._sync, self._reuse_prefix = sync, reuse_prefix
@@ -341,8 +343,8 @@ class ShaPOOptimizer(BaseFacade):
 
         Raises:
             RuntimeError: while perturbed or inside an ascent; the update is due, has a learning rate above 0 and there
-                was no ascent, or no descent after it; a closure by way of `scaler.step`. TypeError: a scaler without
-                a closure.
+                was no ascent, no descent after it, or a pass that left no gradient; a closure by way of `scaler.step`.
+                TypeError: a scaler without a closure.
         """
         self._base.check_step(closure, scaler)
         if not self._base.ends_update():

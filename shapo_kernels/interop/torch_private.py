@@ -99,6 +99,11 @@ def saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether hooks run where a gradient is accumulated. Assumes `Tensor._post_accumulate_grad_hooks`."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to. Assumes `Tensor._version`; 0 for an inference tensor, which has none."""
     return 0 if tensor.is_inference() else tensor._version

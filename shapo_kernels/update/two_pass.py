@@ -23,10 +23,19 @@ from .prefix import Prefix
 from .radius import Radius
 from .random_state import RandomState
 from .stats import UpdateStats
+from .training import no_gradient, warn_of_untrained
 
 _NOTHING_HANDED_OVER = (
     "`with opt.ascent():` was left without a loss: hand it over by opt.ascend(loss), which takes the place of "
     "loss.backward()"
+)
+_CLOSURE_WITHOUT_BACKWARD = (
+    "the closure left no gradient, at theta{where}: it must clear gradients, compute the loss, call loss.backward() "
+    "and return the loss"
+)
+_DESCENT_WITHOUT_BACKWARD = (
+    "the descent left no gradient, so there is nothing to step with: call loss.backward() inside "
+    "`with opt.perturbed():`, and clear gradients after opt.step()"
 )
 
 
@@ -59,7 +68,7 @@ class TwoPassUpdate:
         self._base, self._radius, self._stats, self._sync = base, radius, stats, sync
         self._progress = Progress()
         self._ascent: Ascent | None = None
-        self._handed_over = False
+        self._handed_over = self._by_hand = False
         self._random: RandomState | None = None
         #: The direction of the ascent that the next descent moves along.
         self.direction: Direction | None = None
@@ -72,9 +81,14 @@ class TwoPassUpdate:
     def check_between_passes(self) -> Callable[[str], None]:
         return self._progress.check_between_passes
 
-    @property
-    def check_complete(self) -> Callable[[], None]:
-        return self._progress.check_complete
+    def check_complete(self) -> None:
+        """Raises where the update has not had both passes, or its descent left nothing to step with.
+
+        By hand the gradients are the caller's own: SAM loops may have none, and that update is then plain.
+        """
+        self._progress.check_complete()
+        if not self._by_hand and no_gradient(self.model, _of_groups(self._base)):
+            raise RuntimeError(_DESCENT_WITHOUT_BACKWARD)
 
     # -- pass 1
 
@@ -104,6 +118,7 @@ class TwoPassUpdate:
         self.check_between_passes("start an ascent")
         before, random, scaler = self.phase, self._random, self.scaling.scaler
         self._begin(replay_rng)
+        self._by_hand = False
         ascent = self.bound.new_ascent(self._parameters())
         ascent.begin()
         self._progress.enter(Phase.ASCENDING)
@@ -162,9 +177,14 @@ class TwoPassUpdate:
                 loss = closure()
                 self.prefix.look_at(loss, ascent.leaves())
                 ascent.collect(loss)
-            clear_gradients(self._parameters())
+                if ascent.is_empty and no_gradient(self.model, self._parameters()):
+                    raise RuntimeError(_CLOSURE_WITHOUT_BACKWARD.format(where=""))
+            parameters = self._parameters()
+            clear_gradients(parameters)
             with self.descent():
                 closure()
+                if no_gradient(self.model, parameters):
+                    raise RuntimeError(_CLOSURE_WITHOUT_BACKWARD.format(where=" + eps"))
             self.prefix.check()
         return loss
 
@@ -200,6 +220,7 @@ class TwoPassUpdate:
 
     def _direction_from_gradients(self, replay_rng: bool) -> Direction:
         self._begin(replay_rng)
+        self._by_hand = True
         if (reason := self._base.why_no_gradients) is not None:
             raise RuntimeError(f"{reason}: use `with opt.ascent():` instead")
         if self.bound.gathered:
@@ -270,7 +291,10 @@ class TwoPassUpdate:
         """The start of pass 1."""
         if self.phase is Phase.DETACHED:
             self._progress.enter(Phase.ASCENDING)  # raises
+        bound_before = self.bound.targets
         self.bound.follow(self.model)
+        if self.bound.targets is not bound_before:
+            warn_of_untrained(self._base, bound_before, self.bound.targets)
         self.scaling.begin()
         self.prefix.abort()
         self.bound.guard.settle()
@@ -301,8 +325,12 @@ class TwoPassUpdate:
     def _parameters(self) -> list[nn.Parameter]:
         """Every parameter that a backward pass may leave a gradient in: the model's and the base optimizer's."""
         found = {id(p): p for p in self.model.parameters()}
-        found.update({id(p): p for group in self._base.optimizer.param_groups for p in group["params"]})
+        found.update({id(p): p for p in _of_groups(self._base)})
         return list(found.values())
+
+
+def _of_groups(base: Base) -> Iterator[nn.Parameter]:
+    return (parameter for group in base.optimizer.param_groups for parameter in group["params"])
 
 
 def _raise_any(message: str | None) -> None:

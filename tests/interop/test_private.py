@@ -39,6 +39,16 @@ def test_is_fake_knows_a_tensor_without_contents():
     assert not private.is_fake(torch.ones(2))
 
 
+def test_has_gradient_hooks_knows_hooks_after_accumulation_alone():
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.register_hook(lambda grad: grad)
+    assert not private.has_gradient_hooks(parameter)
+    handle = parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert private.has_gradient_hooks(parameter)
+    handle.remove()
+    assert not private.has_gradient_hooks(parameter)
+
+
 def test_forward_hooks_lists_a_modules_own_in_their_order():
     layer, calls = nn.Linear(2, 2), []
     late = layer.register_forward_hook(lambda *_: calls.append("late"))
