@@ -56,6 +56,20 @@ def test_every_difference_in_the_answer_stands_in_the_tables():
     assert quoted <= set(re.findall(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", tables(SMALL)))
 
 
+def test_the_radii_at_matched_loss_increase_are_the_recorded_ones_in_both_units():
+    paragraph = PAGE.read_text().split("*At matched loss increase*")[1].split("\n\n")[0]
+    absolute, relative = paragraph.split("As multiples")
+    radii = re.findall(r"\b0\.\d+ in", absolute)
+    norms = re.search(r"which is (\d+), (\d+) and (\d+)", relative).groups()
+    ratios = re.search(r"they are ([\d.e-]+), ([\d.e-]+) and ([\d.e-]+):", relative).groups()
+    for space, radius, norm, ratio in zip(("all", "gradient-1", "random-1-0"), radii, norms, ratios, strict=True):
+        row = json.loads((STUDY / "rows" / f"match-0.2-{space}.json").read_text())
+        figure = json.loads((STUDY / "rows" / f"figure1-{space}.json").read_text())
+        assert float(radius.split()[0]) == float(f"{row['rho']:.2g}")
+        assert float(ratio) == float(f"{row['ratio']:.3g}")
+        assert int(norm) == round(figure["weight_norm"])
+
+
 def test_every_interval_in_the_answer_is_one_of_the_tables_rounded():
     answer = PAGE.read_text().split("## The answer")[1].split("### Tables")[0]
     known = [

@@ -180,7 +180,8 @@ def _shapo_config(arguments: argparse.Namespace) -> ShaPOConfig | None:
     if arguments.rho is None:
         return None
     if not arguments.subspace:
-        raise UserError("--rho needs --subspace: a file of `shapo select`, or full for all parameters")
+        where = f"rho (of the recipe {arguments.config}, or --rho)" if arguments.config else "--rho"
+        raise UserError(f"{where} needs --subspace: a file of `shapo select`, or full for all parameters")
     return read(ShaPOConfig, arguments)
 
 

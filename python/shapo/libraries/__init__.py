@@ -13,6 +13,7 @@ from collections.abc import Mapping
 # What libraries log as they are imported, and no user of a command can change: logger -> how the message begins.
 _AT_IMPORT = {
     "DeepSpeed": "Setting accelerator to CPU",  # Accelerate imports it to save any model
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # inference, by another package
     "torchao": "Failed to load",  # its kernels for GPUs that are not here
     "torch.utils._pytree": "%s is an Enum subclass",  # torchao's
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,9 @@ class Trackers:
                 self._running.append(self._start(name))
             except Exception as error:  # each tracker has errors of its own
                 self._finish()
-                raise UserError(f"--report-to {name} does not start: {first_line(error)}") from error
+                apart = name == "wandb" and os.environ.get("WANDB_MODE") != "offline"
+                hint = "; without an account WANDB_MODE=offline keeps the run in the output folder" if apart else ""
+                raise UserError(f"--report-to {name} does not start: {first_line(error)}{hint}") from error
         return self
 
     def log(self, kind: str, values: Mapping[str, Any], update: int) -> None:

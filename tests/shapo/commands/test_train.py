@@ -46,6 +46,7 @@ def test_a_run_is_resumed_and_never_replaced_unasked(shapo, files, tmp_path):
         (["--rho", "x", "--subspace", "full"], "a number, or low,high, is expected"),
         (["--rho", "0.1,0.2", "--subspace", "full"], "needs the norm none"),
         (["--rho", "0.1"], "--rho needs --subspace"),
+        (["--config", "noise"], "rho (of the recipe noise, or --rho) needs --subspace"),
         (["--interval", "2"], "--interval has no effect without --rho"),
         (["--relative-rho"], "--relative-rho has no effect without --rho"),
         (["--rho", "0.1", "--subspace", "full", "--interval", "0"], "interval is 0"),

@@ -34,7 +34,11 @@ def test_the_accelerator_has(name):
 
 @pytest.mark.parametrize(
     ("name", "messages"),
-    [("deepspeed", ["Setting accelerator to CPU"]), ("torchao.optim", ["Failed to load", "Enum subclass"])],
+    [
+        ("bitsandbytes", ["Failed to load CPU gemm_4bit_forward"]),
+        ("deepspeed", ["Setting accelerator to CPU"]),
+        ("torchao.optim", ["Failed to load", "Enum subclass"]),
+    ],
 )
 def test_what_a_library_logs_as_it_is_imported_is_left_out(name, messages):
     pytest.importorskip(name)

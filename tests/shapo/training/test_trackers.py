@@ -125,6 +125,18 @@ def test_a_tracker_that_does_not_start_leaves_no_run_in_the_way_of_the_next(trai
     assert train()[0] == 0
 
 
+@pytest.mark.parametrize(("name", "told"), [("wandb", True), ("trackio", False)])
+def test_a_wandb_that_does_not_start_is_told_of_its_offline_mode(name, told, tmp_path, monkeypatch):
+    def refuse(self, name):
+        raise OSError("no key")
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(Trackers, "_start", refuse)
+    with pytest.raises(UserError, match=f"{name} does not start: no key") as caught, Trackers([name], tmp_path, {}):
+        pass
+    assert ("WANDB_MODE=offline keeps the run in the output folder" in str(caught.value)) == told
+
+
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused(monkeypatch):
     with pytest.raises(UserError, match="unknown tracker 'clearml'"):
         LoopConfig(report_to=("clearml",))
