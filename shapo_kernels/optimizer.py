@@ -459,40 +459,49 @@ class ShaPOOptimizer(BaseFacade):
         return {**self.base.state_dict(), "shapo": self.shapo_state_dict()}
 
     def shapo_state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the base's state: update counter, radius, draws; the same on every rank.
+        """What resuming needs beside the base's state; the same on every rank.
 
-        `torch.distributed.checkpoint`'s `get_state_dict` keeps the base's part of :meth:`state_dict` only: save
-        this beside it.
+        The update counter, `interval`, `rho`, `relative`, `norm`, the state of the draws, and the counters of stochastic
+        roundings and of skipped perturbations. `torch.distributed.checkpoint`'s `get_state_dict` keeps the base's part
+        of :meth:`state_dict` only: save this beside it.
         """
         return make_state(self._updates, self.interval, self._radius, self._rounding, self._stats)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes where :meth:`state_dict` was taken, to the bit, in the middle of an interval too.
 
-        A base optimizer's own state dict is taken as well; the update counter then stays as it is.
+        It replaces the base's state and groups and all that :meth:`shapo_state_dict` lists: `rho`, `relative`, `norm`
+        and `interval` are then the saved ones, not those given at construction. Set `opt.rho` and `opt.interval`
+        afterwards to go on with others. `eta` and the other options stay. A base optimizer's own state dict is taken
+        as well; only the base's part is then replaced.
 
         Raises:
-            RuntimeError: while perturbed or inside an ascent. ValueError: of another version, or as the base raises.
+            RuntimeError: while perturbed or inside an ascent. ValueError: damaged or of another version, found before
+                anything is changed; or as the base raises.
         """
         self._update.check_between_passes("load a state")
         own = state_dict.get("shapo")
         if own is not None:
-            check_state(own, quantised=self._update.bound.quantised)
+            self._check_state(own, state_dict.get("param_groups"))
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "shapo"})
         if own is not None:
             self.load_shapo_state_dict(own)
 
     def load_shapo_state_dict(self, own: Mapping[str, Any]) -> None:
-        """Loads what :meth:`shapo_state_dict` gave; the base's state stays as it is.
+        """Loads what :meth:`shapo_state_dict` gave, all that it lists; the base's state stays as it is.
 
         Raises:
-            RuntimeError: while perturbed or inside an ascent. ValueError: of another version.
+            RuntimeError: while perturbed or inside an ascent. ValueError: damaged or of another version, found before
+                anything is changed.
         """
         self._update.check_between_passes("load a state")
-        check_state(own, quantised=self._update.bound.quantised)
+        self._check_state(own)
         load_state(own, self._radius, self._rounding, self._stats)
         self.interval, self._updates = own["interval"], own["updates"]
         self._update.forget()
+
+    def _check_state(self, own: Any, groups: Any = None) -> None:
+        check_state(own, self._radius, quantised=self._update.bound.quantised, groups=groups)
 
     def __getstate__(self) -> dict[str, Any]:
         self._update.check_between_passes("copy or pickle the optimizer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -42,14 +42,13 @@ class Radius:
         check_switches(relative=relative)
         check_not_negative("eta", eta)
         check_whole("seed", seed)
-        if relative and norm == "none":
-            raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
+        check_norm(norm, relative=relative)
         self._base, self.relative, self.norm, self.eta = base, relative, norm, eta
         self._draws = torch.Generator().manual_seed(seed)
         self._sent: tuple[Any, Tensor] | None = None
         self.key = "shapo_rho" if "rho" in base.optimizer.defaults else "rho"
         self._rho = checked_rho(rho, norm)
-        for group in base.optimizer.param_groups:
+        for group in self.groups:
             self.check_group(group)
 
     @property
@@ -61,10 +60,15 @@ class Radius:
     def rho(self, value: Rho) -> None:
         self._rho = checked_rho(value, self.norm)
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where a group's own radius is not valid."""
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups, which may carry radii of their own."""
+        return self._base.optimizer.param_groups
+
+    def check_group(self, group: Mapping[str, Any], norm: str | None = None) -> None:
+        """Raises ValueError where a group's own radius is not valid, with this norm or the one in force."""
         if self.key in group:
-            checked_rho(group[self.key], self.norm)
+            checked_rho(group[self.key], norm or self.norm)
 
     def any_positive(self) -> bool:
         return max(rho[1] if isinstance(rho, tuple) else rho for rho in self._all()) > 0
@@ -125,9 +129,24 @@ class Radius:
 
     def _all(self) -> Iterator[Rho]:
         yield self.rho
-        for group in self._base.optimizer.param_groups:
+        for group in self.groups:
             if self.key in group:
                 yield checked_rho(group[self.key], self.norm)
+
+
+def check_norm(norm: str, *, relative: bool) -> None:
+    """Raises ValueError where a relative radius has no norm."""
+    if relative and norm == "none":
+        raise ValueError("relative=True needs a norm: use norm='global' or norm='layer'")
+
+
+def check_draws(state: Any) -> None:
+    """Raises ValueError for anything but the state of a generator on the CPU."""
+    try:
+        torch.Generator().set_state(state.cpu())
+    except (AttributeError, TypeError, RuntimeError) as error:
+        what = f"{state.dtype}, {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+        raise ValueError(f"the state's draws are damaged ({what}): expected the state of a torch.Generator") from error
 
 
 def checked_rho(rho: Any, norm: str) -> Rho:

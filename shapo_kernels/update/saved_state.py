@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..ops._checks import check_choice, check_switches, check_whole
+from ..ops._checks import check_choice, check_whole
 from ..ops.subspace_update import NORMS
 from ..perturbation import StochasticRounding
-from .radius import Radius, checked_rho
+from .radius import Radius, check_draws, check_norm, checked_rho
 from .stats import UpdateStats
 
 _VERSION = 1
@@ -32,23 +32,37 @@ def make_state(
     }
 
 
-def check_state(state: Mapping[str, Any], *, quantised: bool) -> None:
-    """Raises ValueError where a state is damaged or of another version, TypeError where a switch is none.
+def check_state(
+    state: Any, radius: Radius, *, quantised: bool, groups: Iterable[Mapping[str, Any]] | None = None
+) -> None:
+    """Raises ValueError where a state is damaged, of another version, or does not fit; it changes nothing.
 
     Args:
+        radius: that the state will be loaded into.
         quantised: whether a selected weight is, whose norm is unknown.
+        groups: the param groups whose own radii will be in force; those in force now where there are none.
     """
-    if state.get("version") != _VERSION:
-        raise ValueError(f"the state is of version {state.get('version')!r}: expected {_VERSION}")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state is a {type(state).__name__}: expected what opt.shapo_state_dict() gave")
+    version = state.get("version")
+    if not isinstance(version, int) or version != _VERSION:
+        raise ValueError(f"the state is of version {version!r}: expected {_VERSION}")
     if missing := _NAMES - set(state):
         raise ValueError(f"the state has no {sorted(missing)[0]!r}: it is damaged")
-    check_choice("the state's norm", state["norm"], NORMS)
-    check_switches(**{"the state's relative": state["relative"]})
-    for name, least in (("interval", 1), ("updates", 0)):
+    relative, norm = state["relative"], state["norm"]
+    check_choice("the state's norm", norm, NORMS)
+    if not isinstance(relative, bool):
+        raise ValueError(f"the state's relative is {relative!r}: expected True or False")
+    for name, least in (("interval", 1), ("updates", 0), ("skipped", 0)):
         check_whole(f"the state's {name}", state[name], least=least)
-    checked_rho(state["rho"], state["norm"])
-    if state["relative"] and quantised:
+    check_whole("the state's roundings", state.get("roundings", 0), least=0)
+    checked_rho(state["rho"], norm)
+    for group in radius.groups if groups is None else groups:
+        radius.check_group(group, norm)
+    check_norm(norm, relative=relative)
+    if relative and quantised:
         raise ValueError("the state has relative=True, and a selected weight is quantised: its norm is unknown")
+    check_draws(state["draws"])
 
 
 def load_state(

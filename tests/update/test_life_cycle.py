@@ -94,6 +94,16 @@ def test_a_state_of_another_version_is_refused_before_anything_is_loaded(toy, ba
         (lambda own: own.update(norm="l1"), "norm is 'l1'"),
         (lambda own: own.update(rho=-1.0), "rho is -1.0"),
         (lambda own: own.update(rho=(0.1, 0.2)), "only norm='none'"),
+        (lambda own: own.update(norm="none", relative=True), "needs a norm"),
+        (lambda own: own.update(relative="no"), "relative is 'no': expected True or False"),
+        (lambda own: own.update(version=torch.ones(2)), "is of version tensor"),
+        (lambda own: own.update(draws="x"), r"draws are damaged \(str\)"),
+        (lambda own: own.update(draws=torch.zeros(5, dtype=torch.uint8)), r"draws are damaged \(torch.uint8, \[5\]\)"),
+        (lambda own: own.update(draws=own["draws"].float()), r"draws are damaged \(torch.float32"),
+        (lambda own: own.update(skipped=None), "skipped is None: expected a whole number, 0 or more"),
+        (lambda own: own.update(skipped=-1), "skipped is -1"),
+        (lambda own: own.update(roundings="x"), "roundings is 'x': expected a whole number"),
+        (lambda own: own.update(updates=1.5), "updates is 1.5"),
     ],
 )
 def test_a_damaged_state_is_refused_before_anything_is_loaded(toy, batch, loss, subspace, change, message):
@@ -102,10 +112,45 @@ def test_a_damaged_state_is_refused_before_anything_is_loaded(toy, batch, loss, 
     state["param_groups"][0]["lr"] = 7.0
     change(state["shapo"])
     run(opt, model, batch, loss, range(1))
-    with pytest.raises(ValueError, match=message):
-        opt.load_state_dict(state)
-    assert opt.param_groups[0]["lr"] != 7.0
-    assert opt.updates == 1
+    before = str(opt.state_dict())
+    for load, given in ((opt.load_state_dict, state), (opt.load_shapo_state_dict, state["shapo"])):
+        with pytest.raises(ValueError, match=message):
+            load(given)
+        assert str(opt.state_dict()) == before
+    run(opt, model, batch, loss, range(1, 2))
+
+
+@pytest.mark.parametrize("own", [[1], "x", 3, False])
+def test_a_state_that_is_no_mapping_is_refused_before_anything_is_loaded(toy, batch, loss, subspace, own):
+    _, opt = make(toy, subspace)
+    before, state = str(opt.state_dict()), opt.state_dict()
+    state["param_groups"][0]["lr"] = 7.0
+    for load, given in ((opt.load_state_dict, {**state, "shapo": own}), (opt.load_shapo_state_dict, own)):
+        with pytest.raises(ValueError, match=rf"the state is a {type(own).__name__}: expected"):
+            load(given)
+        assert str(opt.state_dict()) == before
+
+
+def test_a_groups_range_does_not_come_under_a_norm_that_draws_none(toy, subspace):
+    _, drawing = make(toy, subspace, norm="none")
+    _, opt = make(toy, subspace)
+    drawing.param_groups[0]["rho"] = (0.1, 0.2)
+    with pytest.raises(ValueError, match="only norm='none'"):
+        drawing.load_shapo_state_dict(opt.shapo_state_dict())
+    assert drawing.norm == "none"
+    with pytest.raises(ValueError, match="only norm='none'"):
+        opt.load_state_dict({**drawing.state_dict(), "shapo": opt.shapo_state_dict()})
+    opt.load_state_dict(drawing.state_dict())
+    assert opt.norm == "none"
+    assert opt.param_groups[0]["rho"] == (0.1, 0.2)
+
+
+def test_loading_replaces_radius_norm_and_interval_and_leaves_the_other_options(toy, subspace):
+    _, saved = make(toy, subspace, rho=0.7, relative=True, norm="layer", interval=3, eta=1e-3)
+    _, opt = make(toy, subspace, rho=0.3, replay_rng=True, eta=1e-6)
+    opt.load_state_dict(saved.state_dict())
+    assert (opt.rho, opt.relative, opt.norm, opt.interval) == (0.7, True, "layer", 3)
+    assert (opt.replay_rng, opt.eta) == (True, 1e-6)
 
 
 def test_another_number_of_groups_is_refused_before_anything_is_loaded(toy, subspace):
