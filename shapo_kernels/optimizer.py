@@ -461,9 +461,9 @@ class ShaPOOptimizer(BaseFacade):
     def shapo_state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the base's state; the same on every rank.
 
-        The update counter, `interval`, `rho`, `relative`, `norm`, the state of the draws, and the counters of stochastic
-        roundings and of skipped perturbations. `torch.distributed.checkpoint`'s `get_state_dict` keeps the base's part
-        of :meth:`state_dict` only: save this beside it.
+        The update counter, `interval`, `rho`, `relative`, `norm`, the state of the draws, and the counters of
+        stochastic roundings and of skipped perturbations. `torch.distributed.checkpoint`'s `get_state_dict` keeps the
+        base's part of :meth:`state_dict` only: save this beside it.
         """
         return make_state(self._updates, self.interval, self._radius, self._rounding, self._stats)
 

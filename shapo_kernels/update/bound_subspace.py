@@ -144,8 +144,8 @@ class BoundSubspace:
             self._bind(model)
         except ValueError as error:
             raise RuntimeError(
-                f"the model was wrapped after the optimizer was made, and {error}; make the optimizer around the "
-                "wrapped model"
+                f"the model was wrapped, moved or converted after the optimizer was made, and {error}; make the "
+                "optimizer around the model as it is to be trained"
             ) from error
 
     # -- the ascent
@@ -198,11 +198,24 @@ class BoundSubspace:
     @torch.inference_mode(False)
     @torch.no_grad()
     def move(self, direction: Direction, radius: Radius, stats: UpdateStats) -> Tensor | None:
-        """To theta + eps, without waiting for the device. Returns whether the norm overflowed, a bool on the device."""
+        """To theta + eps, without waiting for the device. Returns whether the norm overflowed, a bool on the device.
+
+        Raises:
+            RuntimeError: the model was converted or moved since the ascent, and its direction does not fit any more.
+        """
         self.guard.begin()
         targets, values = direction
         if not targets:
             return None
+        try:
+            return self._move(targets, values, radius, stats)
+        except (TypeError, ValueError) as error:
+            # Asked in hindsight: an update that goes well pays nothing for it.
+            if (changed := _changed(targets, values)) is None:
+                raise
+            raise RuntimeError(changed) from error
+
+    def _move(self, targets: list[Target], values: list[Tensor], radius: Radius, stats: UpdateStats) -> Tensor:
         self.active = self._choose(targets)
         writes = isinstance(self.active, InPlace)
         weight_squares = None
@@ -278,3 +291,15 @@ class BoundSubspace:
         if self._perturbation == "in_place" or suits_in_place(targets) or not suits_delta(targets):
             return InPlace(self._rounding)
         return Delta()
+
+
+def _changed(targets: Sequence[Target], values: Sequence[Tensor]) -> str | None:
+    """The message for a weight that is no longer what its direction was found for."""
+    for target, value in zip(targets, values, strict=True):
+        weight = target.parameter
+        if value.dtype != target.compute_dtype or value.device != weight.device:
+            return (
+                f"{target.name!r} was converted or moved since the ascent: it is {weight.dtype} on {weight.device}, "
+                f"and its direction {value.dtype} on {value.device}; convert a model between updates"
+            )
+    return None

@@ -135,3 +135,30 @@ def test_no_micro_batch_and_no_failed_ascent_leaves_its_graph_behind(toy, batch,
         opt.ascend(waiting)
         del waiting
         assert not marks
+
+
+@pytest.mark.parametrize("ascent", ["selective", "grad"])
+def test_a_model_that_is_converted_between_the_passes_is_named_and_trains_on(toy, batch, loss, subspace, ascent):
+    model = toy(torch.float32)
+    opt = wrap(model, subspace, ascent=ascent, perturbation="in_place")
+    with opt.ascent():
+        opt.ascend(loss(model, batch(dtype=torch.float32)))
+    model.to(torch.float64)
+    before = bits(model)
+    changed = (
+        r"down_proj\.weight' was converted or moved since the ascent: it is torch.float64.*direction torch.float32"
+    )
+    with refuses_in_one_line(changed), opt.perturbed():
+        pass
+    assert same_bits(model, before)
+    update(opt, model, batch(), loss)
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "delta"])
+def test_a_model_on_the_meta_device_is_said_to_have_moved(toy, batch, loss, subspace, perturbation):
+    opt = wrap(toy(), subspace, perturbation=perturbation)
+    update(opt, opt.model, batch(), loss)
+    opt.model.to("meta")
+    moved = "was wrapped, moved or converted after the optimizer was made.*on the meta device"
+    with refuses_in_one_line(moved), opt.ascent():
+        pass
