@@ -7,21 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import warn
 from ..interop import deepspeed, fsdp
 from ..interop.torch_private import has_gradient_hooks, is_dtensor
 from ..model.targets import Target
+from ..reference.rounding import HALVES
 from .base import Base
 
 
 def check_trains(base: Base, model: nn.Module) -> None:
-    """Raises ValueError where the base has parameters, none of them the model's, and the model is not frozen."""
+    """Raises ValueError where the base has parameters, none of them the model's, and the model is not frozen.
+
+    In float32 beside a 16-bit model they may be master weights, which a loop of its own copies to and fro: a warning.
+    """
     given, own = _parameters_of(base), list(model.parameters())
     if not given or not any(parameter.requires_grad for parameter in own):
         return
     if not {id(p) for p in given}.isdisjoint(id(p) for p in own) or _kept_elsewhere(model, given):
+        return
+    if all(p.dtype == torch.float32 for p in given) and all(p.dtype in HALVES for p in own if p.requires_grad):
+        warn(
+            "base_optimizer has no parameter of the model: right for float32 master weights that your loop copies into "
+            "it, else its steps train another model"
+        )
         return
     name = type(base.optimizer).__name__
     raise ValueError(

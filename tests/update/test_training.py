@@ -20,6 +20,24 @@ def test_a_base_over_another_models_parameters_is_refused_and_leaves_no_hook(toy
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
 
+def test_float32_master_weights_of_a_16_bit_model_are_taken_with_a_warning(toy, batch, loss, subspace):
+    model, data = toy().bfloat16(), batch(dtype=torch.bfloat16)
+    masters = [nn.Parameter(parameter.detach().float()) for parameter in model.parameters()]
+    with pytest.warns(UserWarning, match="right for float32 master weights that your loop copies"):
+        opt = sk.ShaPOOptimizer(torch.optim.SGD(masters, lr=0.1), model, subspace, rho=0.5, perturbation="in_place")
+    with opt.ascent():
+        opt.ascend(loss(model, data))
+    with opt.perturbed():
+        loss(model, data).backward()
+    expected = [(m - 0.1 * p.grad.float()).detach() for m, p in zip(masters, model.parameters(), strict=True)]
+    for master, parameter in zip(masters, model.parameters(), strict=True):
+        master.grad = parameter.grad.float()
+    opt.step()
+    assert opt.stats["realised_norm"] > 0
+    for master, value in zip(masters, expected, strict=True):
+        torch.testing.assert_close(master.detach(), value)
+
+
 def test_a_base_over_one_parameter_or_none_yet_is_taken(toy, batch, loss, subspace):
     model = toy()
     late = sk.ShaPOOptimizer(torch.optim.SGD([{"params": []}], lr=0.1), model, subspace, rho=0.3)
