@@ -30,8 +30,8 @@ _NOTHING_HANDED_OVER = (
     "loss.backward()"
 )
 _CLOSURE_WITHOUT_BACKWARD = (
-    "the closure left no gradient, at theta{where}: it must clear gradients, compute the loss, call loss.backward() "
-    "and return the loss"
+    "the closure left the model no gradient, at theta{where}: it must clear gradients, compute this model's loss, call "
+    "loss.backward() and return the loss"
 )
 _DESCENT_WITHOUT_BACKWARD = (
     "the descent left no gradient, so there is nothing to step with: call loss.backward() inside "

@@ -173,7 +173,8 @@ def test_an_expert_that_sits_a_batch_out_is_not_perturbed_and_no_error(batch, lo
 @pytest.mark.parametrize("ascent", ["selective", "grad"])
 def test_a_loss_of_another_model_is_refused_at_its_first_use(toy, batch, loss, subspace, ascent, form):
     model, other = toy(), toy()
-    opt = sk.ShaPOOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), model, subspace, rho=0.3, ascent=ascent)
+    base = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    opt = sk.ShaPOOptimizer(base, model, subspace, rho=0.3, ascent=ascent)
     before = bits(other)
 
     with refuses_in_one_line("depends on no selected neuron"):

@@ -99,7 +99,7 @@ def test_a_closure_without_backward_is_refused_in_either_pass(
             value.backward()
         return value
 
-    with pytest.raises(RuntimeError, match=r"left no gradient.*loss\.backward\(\)"):
+    with pytest.raises(RuntimeError, match=r"left the model no gradient.*loss\.backward\(\)"):
         opt.step(closure)
     assert calls == [False, True][:without]
     assert same_bits(model, before)
